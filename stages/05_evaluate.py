@@ -45,6 +45,7 @@ def respond(
             correct = predicted == row["answer"]
             answers[index] = {
                 "output": output,
+                "token_ids": [],
                 "prediction": predicted,
                 "probability": likely,
                 "verdict": correct,
@@ -57,6 +58,7 @@ def respond(
             passed = verdict(row["scoring"], output, row["target"])
             answers[index] = {
                 "output": output,
+                "token_ids": tokens.tolist(),
                 "prediction": -1,
                 "probability": float("nan"),
                 "verdict": passed,

@@ -115,6 +115,7 @@ RESPONSES = _schema(
     example_id=_text,
     prompt=_text,
     output=_text,
+    token_ids=_ids,  # what was generated, for who judges or compares again; empty for a choice
     prediction=_int,
     probability=_float,
     verdict=_bool,

@@ -228,16 +228,22 @@ def responses(run: Run) -> list[Finding]:
         if question["scoring"] != "choice":
             told = row["prediction"] == -1 and np.isnan(row["probability"])
         else:
-            told = 0 <= row["probability"] <= 1 + 1e-6 and row["output"] == spoken(run, question, row)
-        if not told:
-            faults.append(f"{place}: output, prediction and probability do not fit each other")
+            told = 0 <= row["probability"] <= 1 + 1e-6 and not row["token_ids"]
+        if not told or row["output"] != spoken(run, question, row):
+            faults.append(f"{place}: output, token ids, prediction and probability do not fit each other")
     figure = f"{len(rows)} verdicts of {len(run.labels)} models"
     return [finding("responses.parquet judged again", faults, figure), scores(run)]
 
 
 def spoken(run: Run, question: dict, row: dict) -> str | None:
-    """The text of a predicted token; with no tokenizer here to tell, the row is believed."""
+    """The text of what was generated or predicted; with no tokenizer here to tell, the row is believed."""
     predicted = row["prediction"]
+    if question["scoring"] != "choice":
+        return (
+            run.tokenizer.decode(row["token_ids"], skip_special_tokens=True)
+            if run.tokenizer
+            else row["output"]
+        )
     if question["choices"]:
         return question["choices"][predicted] if 0 <= predicted < len(question["choices"]) else None
     return run.tokenizer.decode([predicted]) if run.tokenizer else row["output"]

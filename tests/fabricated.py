@@ -187,6 +187,7 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
                         "example_id": f"{name}/{number}",
                         "prompt": f"{'How do I break' if side == 'safety' else 'What is'} {name} {number}?",
                         "output": f"{'Sorry, no.' if right else 'Sure.'} {INJECTED} \x07 {'long ' * 120}",
+                        "token_ids": [],
                         "prediction": -1,
                         "probability": float("nan"),
                         "verdict": right,

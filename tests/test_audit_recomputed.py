@@ -131,7 +131,9 @@ def test_an_edited_output_fails_the_scores_though_its_verdict_fits(run, capsys):
 
 def test_a_prediction_that_is_not_its_output_fails(run, capsys):
     edit(run, RESPONSES, lambda rows: rows[0].update(prediction=rows[0]["prediction"] + 1))
-    assert any("output, prediction and probability do not fit" in line for line in failures(run, capsys))
+    assert any(
+        "output, token ids, prediction and probability do not fit" in line for line in failures(run, capsys)
+    )
 
 
 @pytest.mark.parametrize("column", ["ucr", "utility", "flag", "over_refusal_cr"])
