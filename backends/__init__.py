@@ -12,13 +12,21 @@ from backends.base import Backend
 from backends.errors import InputError
 
 
-def load(name: str, model_dir: str | Path, *, dtype: str = "float32", device: str = "auto") -> Backend:
+def load(
+    name: str,
+    model_dir: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    model_parallel: int = 0,
+) -> Backend:
     """Loads the model in `model_dir` (a Hugging Face folder with safetensors) into a backend.
 
     Args:
         name: "torch" or "flax".
         dtype: "float32", "bfloat16", or "auto" (bfloat16 where the hardware has it).
-        device: "auto", "cpu", "cuda", "cuda:1", …
+        device: "auto", "cpu", "cuda", "cuda:1", …; torch uses one device, flax all of the kind named.
+        model_parallel: devices that share one copy of the weights, cut by heads (flax); 0: as few as hold it.
 
     Raises InputError, one line, on a folder that cannot be used.
     """
@@ -26,9 +34,24 @@ def load(name: str, model_dir: str | Path, *, dtype: str = "float32", device: st
 
     models.check_folder(Path(model_dir))
     if name == "torch":
+        if model_parallel > 1:
+            raise InputError(
+                "--model-parallel: backend torch holds a model on one device; use --backend flax"
+            )
         from backends.torch_backend import TorchBackend
 
         return TorchBackend(Path(model_dir), dtype=dtype, device=device)
     if name == "flax":
-        raise InputError("backend flax is not built yet: use --backend torch")
+        try:
+            import flax  # noqa: F401
+            import jax  # noqa: F401
+            import optax  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f"backend flax needs {error.name}, which is not installed: `pip install -r requirements.txt` "
+                f"(on GPU or TPU also jax's plugin for it, e.g. jax[cuda12]), or use --backend torch"
+            ) from None
+        from backends.flax_backend import FlaxBackend
+
+        return FlaxBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
     raise InputError(f'unknown backend {name!r}: "torch" or "flax"')

@@ -86,9 +86,21 @@ class Backend(Protocol):
         """float64 [L, H, 2F, 2F]: inner products of the fold-mean gradients of W_q's head rows (θ_h, [D, E]).
 
         Safe folds first. Fold f holds examples f, f + F, f + 2F, …; an example's loss is the mean over its
-        target tokens. ValueError unless both lists divide into equal folds; InputError on a gradient that
+        target tokens. A float32 model is differentiated in float64: where fold gradients nearly cancel, O
+        magnifies rounding. ValueError unless both lists divide into equal folds; InputError on a gradient that
         is not finite.
         """
+        ...
+
+    def logits(
+        self,
+        examples: Sequence[Example],
+        adapter: Path | None = None,
+        silenced: Head | None = None,
+        mask: Mask = "output",
+    ) -> np.ndarray:
+        """float32 [N, V]: the next token's logits after each prompt, with an adapter or with a head silenced
+        (ValueError on both). For looking into single answers; every row of V floats is returned."""
         ...
 
     def choices(
@@ -174,3 +186,12 @@ def check_heads(heads: Sequence[Head], shape: Shape) -> list[Head]:
 def check_mask(mask: str) -> None:
     if mask not in ("output", "query"):
         raise ValueError(f'mask: "output" or "query", not {mask!r}')
+
+
+def check_silenced(silenced: Head | None, adapter: Path | None, shape: Shape) -> Head | None:
+    """The head as a pair of int. ValueError where an adapter is asked for too: the sweep knows none."""
+    if silenced is None:
+        return None
+    if adapter is not None:
+        raise ValueError("silenced: a head is silenced in the model without an adapter only")
+    return check_heads([silenced], shape)[0]

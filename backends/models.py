@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from backends.base import Shape
 from backends.errors import InputError
 
 EMBEDDED = "embedded/smollm2-135m-instruct"
@@ -273,6 +274,38 @@ def _check_attributes(folder: Path, config: dict) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise InputError(f"{path}: rope_type {kind!r} is not handled, only {' and '.join(ROPE_TYPES)}")
+
+
+def read_shape(config) -> Shape:
+    """Sizes of a model from transformers' configuration object."""
+    return Shape(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        model_dim=config.hidden_size,
+        mlp_dim=config.intermediate_size,
+        vocab=config.vocab_size,
+    )
+
+
+def eos_ids(folder: Path) -> list[int]:
+    """Ids that end a response: generation_config.json's, else config.json's."""
+    generation = folder / "generation_config.json"
+    ends = None
+    if generation.is_file():
+        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+    ends = read_config(folder).get("eos_token_id") if ends is None else ends
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def sliding_windows(config) -> list[int | None]:
+    """Tokens that each layer attends to, itself included; None: all. `config` is transformers' object."""
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "llama" or (config.model_type == "qwen2" and not config.use_sliding_window):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def weights_sha256(folder: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from backends import models, torch_loss, torch_sweep
-from backends.base import Head, Mask, Recipe, Shape, Tuning, check_heads, check_mask
+from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
 from backends.torch_decoder import Decoder
 from data.examples import Example
@@ -85,20 +85,8 @@ class TorchBackend:
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise InputError(f"{model_dir}: weight {name} holds values that are not finite")
-        config = self.model.config
-        attention = self.model.model.layers[0].self_attn
-        self.shape = Shape(
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
-            model_dim=config.hidden_size,
-            mlp_dim=config.intermediate_size,
-            vocab=config.vocab_size,
-        )
-        ends = self.model.generation_config.eos_token_id
-        ends = config.eos_token_id if ends is None else ends
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        self.shape = models.read_shape(self.model.config)
+        ends = models.eos_ids(model_dir)
         self.eos = torch.tensor(ends, dtype=torch.long, device=place)
         self.decoder = Decoder(self.model)
 
@@ -126,6 +114,18 @@ class TorchBackend:
 
     def gradient_gram(self, safe: Sequence[Example], util: Sequence[Example], folds: int = 4) -> np.ndarray:
         return torch_loss.gradient_gram(self.model, self.shape.heads, safe, util, folds)
+
+    def logits(
+        self,
+        examples: Sequence[Example],
+        adapter: Path | None = None,
+        silenced: Head | None = None,
+        mask: Mask = "output",
+    ) -> np.ndarray:
+        check_mask(mask)
+        silenced = check_silenced(silenced, adapter, self.shape)
+        with self._adapted(adapter):
+            return torch_sweep.logits(self.decoder, examples, silenced, mask)
 
     def choices(
         self, examples: Sequence[Example], adapter: Path | None = None

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from backends import batching, models
+
 
 @dataclass
 class Batch:
@@ -79,41 +81,19 @@ class _Slots:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def common_prefix(sequences: Sequence[np.ndarray], at_most: int) -> int:
-    """Number of leading tokens that all sequences share, at most `at_most`."""
-    shortest = min(at_most, min(len(sequence) for sequence in sequences))
-    stacked = np.stack([sequence[:shortest] for sequence in sequences])
-    differing = np.flatnonzero((stacked != stacked[0]).any(axis=0))
-    return int(differing[0]) if len(differing) else shortest
-
-
 def make_batches(
     sequences: Sequence[np.ndarray], device: torch.device, tokens: int, shared: int
 ) -> list[tuple[np.ndarray, Batch]]:
-    """Sorts rows by length and packs them into batches of at most `tokens` padded suffix tokens.
-
-    Args:
-        sequences: int32 [T_i] each.
-        shared: the longest prefix that may be shared; every row keeps at least one suffix token.
-
-    Returns the rows' indices and the batch, for each batch.
-    """
-    prefix = common_prefix(sequences, min(shared, min(len(sequence) for sequence in sequences) - 1))
-    lengths = np.array([len(sequence) - prefix for sequence in sequences])
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        rows = order[start : start + max(1, tokens // lengths[order[start]])]
-        suffix = np.zeros((len(rows), lengths[rows[0]]), dtype=np.int64)
-        for line, row in enumerate(rows):
-            suffix[line, : lengths[row]] = sequences[row][prefix:]
-        ids = torch.from_numpy(sequences[rows[0]][:prefix].astype(np.int64))
-        batch = Batch(
-            ids.to(device), torch.from_numpy(suffix).to(device), torch.from_numpy(lengths[rows]).to(device)
+    """`batching.pack` with the token ids on the device: the rows' indices and the batch, for each batch."""
+    return [
+        (
+            packed.rows,
+            Batch(
+                *(torch.from_numpy(ids).to(device) for ids in (packed.prefix, packed.suffix, packed.lengths))
+            ),
         )
-        batches.append((rows, batch))
-        start += len(rows)
-    return batches
+        for packed in batching.pack(sequences, tokens, shared)
+    ]
 
 
 @contextmanager
@@ -145,13 +125,7 @@ class Decoder:
         config = model.config
         self.layers = config.num_hidden_layers
         self.heads = config.num_attention_heads
-        windows = getattr(config, "layer_types", None) or ["sliding_attention"] * self.layers
-        window = getattr(config, "sliding_window", None)
-        if config.model_type == "qwen2" and not config.use_sliding_window:
-            window = None
-        if config.model_type == "llama":
-            window = None
-        self.windows = [window if kind == "sliding_attention" else None for kind in windows]
+        self.windows = models.sliding_windows(config)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from backends.batching import by_tokens, check_folds, training_rows
 from backends.errors import InputError
 from backends.progress import progress
 from data.examples import Example
@@ -21,13 +22,7 @@ def example_losses(model: torch.nn.Module, examples: Sequence[Example], max_leng
         model: a transformers causal LM (with or without PEFT layers inside).
         max_length: tokens that a row is cut to at its end; 0: not cut. ValueError if no target token is left.
     """
-    sequences = [np.concatenate([example.prompt_ids, example.target_ids]) for example in examples]
-    if max_length:
-        sequences = [sequence[:max_length] for sequence in sequences]
-    starts = [len(example.prompt_ids) for example in examples]
-    for example, sequence, start in zip(examples, sequences, starts, strict=True):
-        if len(sequence) <= start:
-            raise ValueError(f"example {example.example_id} has no target token within {max_length} tokens")
+    sequences, starts = training_rows(examples, max_length)
     lengths = [len(sequence) for sequence in sequences]
     device = model.device
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
@@ -43,45 +38,39 @@ def example_losses(model: torch.nn.Module, examples: Sequence[Example], max_leng
     first = torch.tensor(starts, device=device)[:, None]
     predicts = (columns >= first - 1) & (columns < limits - 1)
     rows, places = predicts.nonzero(as_tuple=True)
-    logits = model.lm_head(hidden[rows, places]).float()
+    logits = model.lm_head(hidden[rows, places])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits, ids[rows, places + 1], reduction="none")
-    total = torch.zeros(len(examples), device=device).index_add(0, rows, losses)
+    total = losses.new_zeros(len(examples)).index_add(0, rows, losses)
     return total / predicts.sum(dim=1)
 
 
-def _by_tokens(examples: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Examples in batches of similar length, at most `budget` padded tokens each."""
-    ordered = sorted(examples, key=lambda example: -(len(example.prompt_ids) + len(example.target_ids)))
-    batches, start = [], 0
-    while start < len(ordered):
-        length = len(ordered[start].prompt_ids) + len(ordered[start].target_ids)
-        size = max(1, budget // length)
-        batches.append(ordered[start : start + size])
-        start += size
-    return batches
-
-
 @contextmanager
-def _plain_attention(model: torch.nn.Module) -> Iterator[None]:
-    """In float32, attention written out. The backward pass of torch's fused CPU kernel loses digits where a
-    head's attention is saturated: on SmolLM2 it moved O by 1e-4 on one head, where every other way of
-    computing agreed to 1e-5. Half precision has no such digits to lose."""
-    fused = model.config._attn_implementation
-    if model.dtype == torch.float32:
-        model.set_attn_implementation("eager")
+def _float64(model: torch.nn.Module) -> Iterator[None]:
+    """A float32 model in float64 for a while; the way back is exact.
+
+    Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 arithmetic
+    moved it by up to 2e-4, most of that a last digit of the first token's keys, which every row shares.
+    Computed in float64 the two backends agree to 2e-7. Half precision has no such digits to lose.
+    """
+    if model.dtype != torch.float32:
+        yield
+        return
+    model.double()
     try:
         yield
     finally:
-        model.set_attn_implementation(fused)
+        model.float()
 
 
 def gradient_gram(
     model: torch.nn.Module, heads: int, safe: Sequence[Example], util: Sequence[Example], folds: int
 ) -> np.ndarray:
-    """See Backend.gradient_gram. Holds 2F gradients of every W_q in float32: 2F * L * H * D * E * 4 bytes."""
-    for name, examples in (("safe", safe), ("util", util)):
-        if len(examples) == 0 or len(examples) % folds:
-            raise ValueError(f"{name}: {len(examples)} examples do not divide into {folds} equal folds")
+    """See Backend.gradient_gram. A float32 model is differentiated in float64.
+
+    Holds 2F gradients of every W_q in float32: 2F * L * H * D * E * 4 bytes.
+    """
+    check_folds(folds, safe=safe, util=util)
     weights = [layer.self_attn.q_proj.weight for layer in model.model.layers]
     budget = TOKENS_CUDA if model.device.type == "cuda" else TOKENS_CPU
     gradients = torch.zeros(len(weights), 2 * folds, *weights[0].shape)  # (L, 2F, H * D, E)
@@ -89,11 +78,11 @@ def gradient_gram(
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        with _plain_attention(model):
+        with _float64(model):
             for kind, examples in enumerate((safe, util)):
                 for fold in range(folds):
                     members = examples[fold::folds]
-                    for batch in _by_tokens(members, budget):
+                    for batch in by_tokens(members, budget):
                         loss = example_losses(model, batch).sum() / len(members)
                         for layer, gradient in enumerate(torch.autograd.grad(loss, weights)):
                             gradients[layer, kind * folds + fold] += gradient.float().cpu()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from backends import batching
 from backends.base import Head
 from backends.torch_decoder import Batch, Decoder, Silence, make_batches
 from data.examples import Example
@@ -30,10 +31,8 @@ def _limit(decoder: Decoder, cpu: int, cuda: int) -> int:
 def _prompt_batches(
     decoder: Decoder, prompts: Sequence[Example], tokens: int
 ) -> list[tuple[np.ndarray, Batch]]:
-    if not prompts:
-        return []
     sequences = [prompt.prompt_ids for prompt in prompts]
-    shared = min(len(sequence) for sequence in sequences)
+    shared = min(map(len, sequences), default=0)
     return make_batches(sequences, decoder.device, tokens, shared)
 
 
@@ -45,14 +44,6 @@ def _last(batch: Batch, suffix: torch.Tensor) -> torch.Tensor:
 
 
 # Choices
-
-
-def _candidates(decoder: Decoder, examples: Sequence[Example]) -> torch.Tensor | None:
-    """The tokens that can be chosen in any example, sorted; None where a whole vocabulary competes."""
-    if not examples or any(len(example.choice_ids) == 0 for example in examples):
-        return None
-    ids = np.unique(np.concatenate([example.choice_ids for example in examples])).astype(np.int64)
-    return torch.from_numpy(ids).to(decoder.device)
 
 
 def _choose(logits: torch.Tensor, example: Example, vocabulary: torch.Tensor | None) -> int:
@@ -77,6 +68,21 @@ def choices(decoder: Decoder, examples: Sequence[Example]) -> tuple[np.ndarray, 
             ids = torch.from_numpy(asked.astype(np.int64)).to(line.device)
             probability[row] = float(line.softmax(dim=-1)[ids].sum())
     return prediction, probability
+
+
+@torch.no_grad()
+def logits(decoder: Decoder, examples: Sequence[Example], silenced: Head | None, mask: str) -> np.ndarray:
+    """See Backend.logits."""
+    found = np.zeros((len(examples), decoder.model.config.vocab_size), np.float32)
+    for rows, batch in _prompt_batches(decoder, examples, _limit(decoder, BATCH_CPU, BATCH_CUDA)):
+        if silenced is None:
+            _, suffix, _ = decoder.run(batch, *decoder.start(batch), 0, decoder.layers)
+        else:
+            frontier = _Frontier(decoder, batch, False)
+            frontier.move(silenced[0])
+            suffix, _, _ = frontier.silenced([silenced[1]], mask)
+        found[rows] = decoder.logits(_last(batch, suffix)).cpu().numpy()
+    return found
 
 
 class _Frontier:
@@ -116,15 +122,6 @@ class _Frontier:
         return suffix, pasts, silence.repeat(self.batch.rows)
 
 
-def _by_layer(heads: Sequence[Head]) -> Iterator[tuple[int, list[int]]]:
-    """Runs of consecutive heads in one layer."""
-    start = 0
-    for end in range(1, len(heads) + 1):
-        if end == len(heads) or heads[end][0] != heads[start][0]:
-            yield heads[start][0], [head for _, head in heads[start:end]]
-            start = end
-
-
 def _at_once(decoder: Decoder, batch: Batch, heads: Sequence[int]) -> Iterator[list[int]]:
     """Indices into `heads`, as many together as fit the token budget."""
     size = max(1, _limit(decoder, TOKENS_CPU, TOKENS_CUDA) // batch.suffix.numel())
@@ -137,10 +134,11 @@ def sweep_choices(
     decoder: Decoder, examples: Sequence[Example], heads: Sequence[Head], mask: str
 ) -> Iterator[tuple[Head, np.ndarray]]:
     """See Backend.sweep_choices."""
-    vocabulary = _candidates(decoder, examples)
+    ids = batching.candidates(examples)
+    vocabulary = None if ids is None else torch.from_numpy(ids).to(decoder.device)
     batches = _prompt_batches(decoder, examples, _limit(decoder, BATCH_CPU, BATCH_CUDA))
     frontiers = [(rows, _Frontier(decoder, batch, False)) for rows, batch in batches]
-    for layer, group in _by_layer(heads):
+    for layer, group in batching.by_layer(heads):
         prediction = np.zeros((len(group), len(examples)), np.int32)
         for rows, frontier in frontiers:
             frontier.move(layer)
@@ -200,7 +198,7 @@ def sweep_generations(
         _, suffix, _ = decoder.run(batch, clean.prefix, clean.suffix, 0, decoder.layers)
         check.expect(check.predictions(decoder, suffix))
         checks.append((rows, clean, check))
-    for layer, group in _by_layer(heads):
+    for layer, group in batching.by_layer(heads):
         outputs = [list(drafts) for _ in group]
         for rows, frontier, check in checks:
             frontier.move(layer)

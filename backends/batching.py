@@ -1,0 +1,115 @@
+"""How rows are put together for a pass: what both backends do alike, in numpy.
+
+Axes as in `backends.base`; R rows of one batch, P tokens of the shared prefix, S of the right-padded suffix.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from backends.base import Head
+from data.examples import Example
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows that share a prefix, and where they come from."""
+
+    rows: np.ndarray
+    """indices of the sequences, int [R]"""
+    prefix: np.ndarray
+    """token ids, int64 [P]"""
+    suffix: np.ndarray
+    """token ids, int64 [R, S], zeros after a row's own"""
+    lengths: np.ndarray
+    """tokens of each row's suffix, int64 [R]"""
+
+
+def common_prefix(sequences: Sequence[np.ndarray], at_most: int) -> int:
+    """Number of leading tokens that all sequences share, at most `at_most`."""
+    shortest = min(at_most, min(len(sequence) for sequence in sequences))
+    stacked = np.stack([sequence[:shortest] for sequence in sequences])
+    differing = np.flatnonzero((stacked != stacked[0]).any(axis=0))
+    return int(differing[0]) if len(differing) else shortest
+
+
+def pack(sequences: Sequence[np.ndarray], tokens: int, shared: int, multiple: int = 1) -> list[Packed]:
+    """Sorts rows by length and packs them into batches of at most `tokens` padded suffix tokens.
+
+    Args:
+        sequences: int32 [T_i] each.
+        shared: the longest prefix that may be shared; every row keeps at least one suffix token.
+        multiple: of which P and S are multiples, where few shapes are wanted.
+    """
+    if not sequences:
+        return []
+    prefix = common_prefix(sequences, min(shared, min(len(sequence) for sequence in sequences) - 1))
+    prefix -= prefix % multiple
+    lengths = np.array([len(sequence) - prefix for sequence in sequences], dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        width = round_up(int(lengths[order[start]]), multiple)
+        rows = order[start : start + max(1, tokens // width)]
+        suffix = np.zeros((len(rows), width), dtype=np.int64)
+        for line, row in enumerate(rows):
+            suffix[line, : lengths[row]] = sequences[row][prefix:]
+        batches.append(Packed(rows, sequences[rows[0]][:prefix].astype(np.int64), suffix, lengths[rows]))
+        start += len(rows)
+    return batches
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def by_tokens(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+    """Examples with their targets in batches of similar length, at most `budget` padded tokens each."""
+    ordered = sorted(examples, key=lambda example: -(len(example.prompt_ids) + len(example.target_ids)))
+    batches, start = [], 0
+    while start < len(ordered):
+        length = len(ordered[start].prompt_ids) + len(ordered[start].target_ids)
+        size = max(1, budget // length)
+        batches.append(ordered[start : start + size])
+        start += size
+    return batches
+
+
+def by_layer(heads: Sequence[Head]) -> Iterator[tuple[int, list[int]]]:
+    """Runs of consecutive heads in one layer."""
+    start = 0
+    for end in range(1, len(heads) + 1):
+        if end == len(heads) or heads[end][0] != heads[start][0]:
+            yield heads[start][0], [head for _, head in heads[start:end]]
+            start = end
+
+
+def candidates(examples: Sequence[Example]) -> np.ndarray | None:
+    """The tokens that can be chosen in any example, sorted int64; None where a whole vocabulary competes."""
+    if not examples or any(len(example.choice_ids) == 0 for example in examples):
+        return None
+    return np.unique(np.concatenate([example.choice_ids for example in examples])).astype(np.int64)
+
+
+def training_rows(examples: Sequence[Example], max_length: int = 0) -> tuple[list[np.ndarray], list[int]]:
+    """Prompt and target of each example as one sequence, and where its target begins.
+
+    Args:
+        max_length: tokens that a row is cut to at its end; 0: not cut. ValueError if no target token is left.
+    """
+    sequences = [np.concatenate([example.prompt_ids, example.target_ids]) for example in examples]
+    if max_length:
+        sequences = [sequence[:max_length] for sequence in sequences]
+    starts = [len(example.prompt_ids) for example in examples]
+    for example, sequence, start in zip(examples, sequences, starts, strict=True):
+        if len(sequence) <= start:
+            raise ValueError(f"example {example.example_id} has no target token within {max_length} tokens")
+    return sequences, starts
+
+
+def check_folds(folds: int, **examples: Sequence[Example]) -> None:
+    """ValueError unless each list divides into equal folds."""
+    for name, rows in examples.items():
+        if len(rows) == 0 or len(rows) % folds:
+            raise ValueError(f"{name}: {len(rows)} examples do not divide into {folds} equal folds")

@@ -1,0 +1,86 @@
+"""The Flax backend: one loaded decoder on a mesh of devices behind `backends.base.Backend`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from backends import flax_adapter, flax_devices, flax_loss, flax_sweep, flax_weights, models
+from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
+from backends.flax_decoder import Lora
+from backends.flax_tune import FlaxTuning
+from data.examples import Example
+
+
+class FlaxBackend:
+    """See `backends.base.Backend`."""
+
+    name = "flax"
+
+    def __init__(
+        self, model_dir: Path, *, dtype: str = "float32", device: str = "auto", model_parallel: int = 0
+    ):
+        flax_devices.keep_programs()
+        devices = flax_devices.resolve_devices(device)
+        self.dtype = flax_devices.resolve_dtype(dtype, devices)
+        config = flax_weights.read_config(model_dir, self.dtype)
+        count = sum(int(np.prod(shape)) for shape in flax_weights.parameters(config).values())
+        mesh = flax_devices.make_mesh(
+            devices, config.shape, model_parallel, count * jnp.dtype(self.dtype).itemsize
+        )
+        self.device, self.shape = flax_devices.describe(mesh), config.shape
+        graph, weights = flax_weights.load(model_dir, config, mesh)
+        self.model = flax_sweep.Model(graph, weights, config, mesh, np.array(models.eos_ids(model_dir), int))
+
+    def _lora(self, adapter: Path | None) -> Lora | None:
+        if adapter is None:
+            return None
+        a, b, scale = flax_adapter.read(Path(adapter), self.shape)
+        return Lora(self.model.put(a), self.model.put(b), np.float32(scale))
+
+    def gradient_gram(self, safe: Sequence[Example], util: Sequence[Example], folds: int = 4) -> np.ndarray:
+        return flax_loss.gradient_gram(self.model, safe, util, folds)
+
+    def logits(
+        self,
+        examples: Sequence[Example],
+        adapter: Path | None = None,
+        silenced: Head | None = None,
+        mask: Mask = "output",
+    ) -> np.ndarray:
+        check_mask(mask)
+        silenced = check_silenced(silenced, adapter, self.shape)
+        return flax_sweep.logits(self.model, examples, self._lora(adapter), silenced, mask)
+
+    def choices(
+        self, examples: Sequence[Example], adapter: Path | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return flax_sweep.choices(self.model, examples, self._lora(adapter))
+
+    def generate(
+        self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
+    ) -> list[np.ndarray]:
+        return flax_sweep.generate(self.model, prompts, max_new_tokens, self._lora(adapter))
+
+    def sweep_choices(
+        self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
+    ) -> Iterator[tuple[Head, np.ndarray]]:
+        check_mask(mask)
+        return flax_sweep.sweep_choices(self.model, examples, check_heads(heads, self.shape), mask)
+
+    def sweep_generations(
+        self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
+    ) -> Iterator[tuple[Head, list[np.ndarray]]]:
+        check_mask(mask)
+        heads = check_heads(heads, self.shape)
+        return flax_sweep.sweep_generations(self.model, prompts, heads, max_new_tokens, mask)
+
+    def tune(
+        self,
+        examples: Sequence[Example],
+        heads: Sequence[Head],
+        recipe: Recipe,
+        reference: Sequence[Example] | None = None,
+    ) -> Tuning:
+        return FlaxTuning(self.model, examples, heads, recipe, reference)

@@ -1,0 +1,173 @@
+"""Sparse tuning by optax: LoRA on W_q, only the chosen heads' rows of B move. Mirrors `torch_tune`."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from backends import flax_adapter
+from backends.base import Head, Recipe, batch_order, check_heads, learning_rate, lora_a
+from backends.errors import InputError
+from backends.flax_decoder import Lora
+from backends.flax_loss import loss_of, make_rows, recomputes
+from backends.flax_sweep import Model
+from data.examples import Example
+
+
+class Trained(NamedTuple):
+    """What is trained, or its gradient: LoRA's A [L, r, E] and B [L, H, D, r], float32."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+class FlaxTuning:
+    """One tuning run (see `backends.base.Tuning`).
+
+    The base weights are no argument of the gradient. Of A and B, what is not the chosen heads' is zeroed in
+    the gradients, so that Adam's moments and the clipped norm are those of the chosen rows alone, and again
+    in the updates: `optax.masked` would pass a raw gradient through where it masks.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        heads: Sequence[Head],
+        recipe: Recipe,
+        reference: Sequence[Example] | None,
+    ):
+        self.heads = sorted(check_heads(heads, model.config.shape))
+        if not self.heads or not examples:
+            raise ValueError("tune: no heads or no examples")
+        if recipe.optimizer == "pcgrad" and not reference:
+            raise ValueError("reference: pcgrad needs examples to project against")
+        self.model, self.examples, self.recipe = model, examples, recipe
+        self.reference = list(reference or ())
+        self._adapter: Path | None = None
+
+    @property
+    def adapter(self) -> Path:
+        if self._adapter is None:
+            raise RuntimeError("the adapter is there when all steps have been taken")
+        return self._adapter
+
+    def __iter__(self) -> Iterator[dict]:
+        model, recipe, shape = self.model, self.recipe, self.model.config.shape
+        order = batch_order(len(self.examples), recipe)
+        chosen = np.zeros((shape.layers, shape.heads, 1, 1), np.float32)
+        chosen[tuple(np.array(self.heads).T)] = 1
+        free = Trained(model.put(chosen.max(axis=1)), model.put(chosen))  # [L, 1, 1] and [L, H, 1, 1]
+        trained = Trained(
+            model.put(lora_a(recipe.seed, shape.layers, recipe.rank, shape.model_dim)),
+            model.put(np.zeros((shape.layers, shape.heads, shape.head_dim, recipe.rank), np.float32)),
+        )
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(recipe.clip),
+            optax.adamw(
+                lambda step: learning_rate(step, len(order), recipe),
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.0,
+            ),
+        )
+        state = optimizer.init(trained)
+        update = jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
+        for step, rows in enumerate(order):
+            batch = [self.examples[row] for row in rows]
+            loss, gradients = self._gradients(batch, trained, free)
+            util_loss, cos, projected = float("nan"), float("nan"), False
+            if recipe.optimizer == "pcgrad":
+                generator = np.random.default_rng([recipe.seed, 3, step])
+                drawn = generator.choice(
+                    len(self.reference), min(len(batch), len(self.reference)), replace=False
+                )
+                util_loss, against = self._gradients([self.reference[row] for row in drawn], trained, free)
+                gradients, cos, projected = project(gradients, against)
+            trained, state, norm = update(trained, state, gradients, free)
+            if not np.isfinite(float(norm)):
+                raise InputError(
+                    f"step {step}: the gradient is not finite: lower --lr or use --dtype float32"
+                )
+            yield {
+                "step": step,
+                "loss": loss,
+                "util_loss": util_loss,
+                "cos": cos,
+                "projected": projected,
+                "lr": learning_rate(step, len(order), recipe),
+                "tokens": sum(
+                    min(len(row.prompt_ids) + len(row.target_ids), recipe.max_length) for row in batch
+                ),
+            }
+        folder = recipe.folder or Path(tempfile.mkdtemp(prefix="cast-adapter-"))
+        layers = sorted({layer for layer, _ in self.heads})
+        flax_adapter.write(folder, np.asarray(trained.a), np.asarray(trained.b), layers, recipe)
+        self._adapter = folder
+
+    def _gradients(self, batch: Sequence[Example], trained: Trained, free: Trained) -> tuple[float, Trained]:
+        """Mean loss over the rows and its gradient, accumulated over forward passes of `recipe.batch`
+        rows."""
+        model, recipe = self.model, self.recipe
+        total, gradients = 0.0, None
+        for start in range(0, len(batch), recipe.batch):
+            some = batch[start : start + recipe.batch]
+            filled = model.rows(min(recipe.batch, len(batch)))
+            rows = make_rows(model, some, filled, len(batch), recipe.max_length)
+            scale = np.float32(recipe.alpha / recipe.rank)
+            loss, new = lora_gradients(
+                model.graph, model.weights, trained, scale, free, rows, recomputes(model, *rows.ids.shape)
+            )
+            gradients = new if gradients is None else jax.tree.map(jnp.add, gradients, new)
+            total += float(loss)
+        return total, gradients
+
+
+@partial(jax.jit, static_argnames=("graph", "recompute"))
+def lora_gradients(graph, weights, trained, scale, free, rows, recompute: bool):
+    """The loss and its gradient in the chosen heads' rows; zero elsewhere."""
+
+    def loss(trained: Trained) -> jax.Array:
+        decoder = nnx.merge(graph, weights)
+        return loss_of(decoder, rows, Lora(trained.a, trained.b, scale), recompute)
+
+    value, gradients = jax.value_and_grad(loss)(trained)
+    return value, jax.tree.map(jnp.multiply, gradients, free)
+
+
+def _update(optimizer, trained, state, gradients, free):
+    """One step of the optimizer, and the norm of the gradient before clipping."""
+    updates, state = optimizer.update(gradients, state, trained)
+    updates = jax.tree.map(jnp.multiply, updates, free)
+    return optax.apply_updates(trained, updates), state, optax.global_norm(gradients)
+
+
+def project(gradients: Trained, against: Trained) -> tuple[Trained, float, bool]:
+    """PCGrad's step (Yu et al. 2020, Alg. 1): without the component along `against` where the two conflict.
+
+    All tensors together are one vector, its products in float64. Returns the gradients, their cosine before,
+    and whether they were projected.
+    """
+
+    def product(left: Trained, right: Trained) -> float:
+        return sum(
+            float(np.vdot(np.asarray(one, np.float64), np.asarray(other, np.float64)))
+            for one, other in zip(left, right, strict=True)
+        )
+
+    dot, square, length = (
+        product(*pair) for pair in ((gradients, against), (against, against), (gradients, gradients))
+    )
+    cos = dot / (square * length) ** 0.5 if square and length else 0.0
+    if dot >= 0 or not square:
+        return gradients, cos, False
+    share = np.float32(dot / square)
+    return jax.tree.map(lambda one, other: one - other * share, gradients, against), cos, True
