@@ -87,8 +87,8 @@ class Backend(Protocol):
 
         Safe folds first. Fold f holds examples f, f + F, f + 2F, …; an example's loss is the mean over its
         target tokens. A float32 model is differentiated in float64: where fold gradients nearly cancel, O
-        magnifies rounding. ValueError unless both lists divide into equal folds; InputError on a gradient that
-        is not finite.
+        magnifies rounding. ValueError unless both lists divide into equal folds; InputError on a gradient
+        that is not finite.
         """
         ...
 
