@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from backends import flax_adapter, flax_devices, flax_loss, flax_sweep, flax_weights, models
+from backends import flax_adapter, flax_devices, flax_loss, flax_model, flax_sweep, flax_weights, models
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.flax_decoder import Lora
 from backends.flax_tune import FlaxTuning
@@ -31,7 +31,7 @@ class FlaxBackend:
         )
         self.device, self.shape = flax_devices.describe(mesh), config.shape
         graph, weights = flax_weights.load(model_dir, config, mesh)
-        self.model = flax_sweep.Model(graph, weights, config, mesh, np.array(models.eos_ids(model_dir), int))
+        self.model = flax_model.Model(graph, weights, config, mesh, np.array(models.eos_ids(model_dir), int))
 
     def _lora(self, adapter: Path | None) -> Lora | None:
         if adapter is None:

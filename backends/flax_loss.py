@@ -12,7 +12,7 @@ from flax import nnx
 from backends.batching import by_tokens, check_folds, round_up, training_rows
 from backends.errors import InputError
 from backends.flax_decoder import Config, Decoder, Lora
-from backends.flax_sweep import Model
+from backends.flax_model import Model
 from backends.progress import progress
 from data.examples import Example
 

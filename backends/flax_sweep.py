@@ -1,148 +1,45 @@
 """Next-token choices, greedy generation, and the sweep that silences one head at a time, in JAX.
 
-Mirrors `torch_sweep`, where the ideas are explained. What is JAX's own: programs are compiled for a few
-shapes (a batch's rows and widths are rounded up, rows that only fill a shape count for nothing), a pass from
-any layer is one program because the layer is a traced number, and decoding runs on the device until half
-of its rows are done.
+Mirrors `torch_sweep`, where the ideas are explained.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from backends import batching
 from backends.base import Head
-from backends.flax_decoder import EVERY, Config, Decoder, KeyValue, Lora
-from backends.flax_devices import place
+from backends.flax_decode import Decoding, decode, gather_cache
+from backends.flax_decoder import Config, Decoder, Lora
+from backends.flax_model import (
+    Batch,
+    Model,
+    Streams,
+    advance,
+    clean,
+    embed,
+    empty_caches,
+    last_logits,
+    last_of,
+    make_batches,
+    prompt_batches,
+)
 from data.examples import Example
 
 # As in torch_sweep, for each device of the data axis.
 TOKENS_CPU, TOKENS_DEVICE = 4096, 32768
 BATCH_CPU, BATCH_DEVICE = 1024, 16384
-WIDTH = 8
-"""prompt widths are multiples of it"""
 COLUMNS = 64
 """columns of a decoding cache are multiples of it"""
 PLACES = 256
 """rows of the output matrix's product at once: [PLACES, V] floats are kept"""
 
 
-@dataclass(frozen=True)
-class Model:
-    """A loaded decoder: its structure, its weights on the mesh, and the ids that end a response."""
-
-    graph: nnx.GraphDef
-    weights: nnx.State
-    config: Config
-    mesh: Mesh
-    eos: np.ndarray
-
-    def put(self, array: np.ndarray, axis: int | None = None) -> jax.Array:
-        return place(self.mesh, array, axis)
-
-    def limit(self, cpu: int, device: int) -> int:
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        return cpu if on_cpu else device * self.mesh.shape["data"]
-
-    def rows(self, count: int) -> int:
-        """The number of rows that `count` are filled up to: 1, 2, 3, 4, 6, 8, 12, 16, …, by device."""
-        parts = self.mesh.shape["data"]
-        needed, size = -(-count // parts), 1
-        while size < needed:
-            size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
-        return size * parts
-
-    def decode_rows(self, count: int) -> int:
-        """The number of rows that `count` decoding ones are filled up to: 8, 16, 32, …, by device. (Fewer
-        would cost as much: a step reads all weights.)"""
-        parts = self.mesh.shape["data"]
-        return parts * max(8, 1 << (-(-count // parts) - 1).bit_length())
-
-
-class Batch(NamedTuple):
-    """A batch on the mesh: rows that share a prefix, filled up to a shape that has a program."""
-
-    indices: np.ndarray
-    """of the prompts, int [n], n <= R"""
-    prefix: jax.Array
-    """[P]"""
-    suffix: jax.Array
-    """[R, S]"""
-    lengths: jax.Array
-    """[R]; 1 in a row that only fills"""
-
-    @property
-    def filled(self) -> int:
-        return len(self.lengths)
-
-
-def make_batches(model: Model, sequences: Sequence[np.ndarray], tokens: int, shared: int) -> list[Batch]:
-    batches = []
-    for packed in batching.pack(sequences, tokens, shared, WIDTH):
-        extra = model.rows(len(packed.rows)) - len(packed.rows)
-        suffix = np.pad(packed.suffix, ((0, extra), (0, 0))).astype(np.int32)
-        lengths = np.pad(packed.lengths, (0, extra), constant_values=1).astype(np.int32)
-        batches.append(
-            Batch(
-                packed.rows,
-                model.put(packed.prefix.astype(np.int32)),
-                model.put(suffix, 0),
-                model.put(lengths, 0),
-            )
-        )
-    return batches
-
-
-def _prompt_batches(model: Model, prompts: Sequence[Example], tokens: int) -> list[Batch]:
-    sequences = [prompt.prompt_ids for prompt in prompts]
-    return make_batches(model, sequences, tokens, min(map(len, sequences), default=0))
-
-
-class Streams(NamedTuple):
-    """Residual streams [1, 1, P, E] and [1, R, S, E], and keys and values of both where they are kept."""
-
-    prefix: jax.Array
-    suffix: jax.Array
-    caches: tuple[KeyValue, KeyValue] | None
-
-
 # Programs
-
-
-def _caches(config: Config, copies: int, prefix: jax.Array, suffix: jax.Array) -> tuple[KeyValue, KeyValue]:
-    """Empty keys and values for every layer: [L, c, K, P, D] and [L, c, R, K, S, D]."""
-    size = config.shape
-    kept, tail = (size.layers, copies), (size.kv_heads,)
-
-    def empty(*middle: int, length: int) -> KeyValue:
-        shape = (*kept, *middle, *tail, length, size.head_dim)
-        return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-    return empty(length=prefix.shape[-2]), empty(suffix.shape[1], length=suffix.shape[-2])
-
-
-@partial(jax.jit, static_argnames=("graph", "caching"))
-def embed(graph, weights, prefix, suffix, caching: bool) -> Streams:
-    """Streams before layer 0 of prefix ids [P] and suffix ids [R, S]."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    streams = decoder.embed(prefix)[None, None], decoder.embed(suffix)[None]
-    return Streams(*streams, _caches(decoder.config, 1, *streams) if caching else None)
-
-
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("streams",))
-def advance(graph, weights, streams: Streams, start, stop, lora: Lora | None) -> Streams:
-    """Layers start..stop-1 of the clean model."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    return Streams(
-        *decoder.run(streams.prefix, streams.suffix, start, stop, lora=lora, caches=streams.caches)
-    )
 
 
 def _silenced(decoder: Decoder, streams: Streams, layer, keep, mask: str) -> Streams:
@@ -151,28 +48,16 @@ def _silenced(decoder: Decoder, streams: Streams, layer, keep, mask: str) -> Str
     prefix, suffix = (
         jnp.broadcast_to(stream, (copies, *stream.shape[1:])) for stream in (streams.prefix, streams.suffix)
     )
-    caches = None if streams.caches is None else _caches(decoder.config, copies, prefix, suffix)
+    caches = None if streams.caches is None else empty_caches(decoder.config, copies, prefix, suffix)
     layers = decoder.config.shape.layers
     return Streams(*decoder.run(prefix, suffix, layer, layers, keep, mask, caches=caches))
-
-
-def _last(suffix: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Residual stream at each row's last token, [c, R, E]."""
-    return jnp.take_along_axis(suffix, (lengths - 1)[None, :, None, None], axis=2)[:, :, 0]
-
-
-@partial(jax.jit, static_argnames=("graph",))
-def last_logits(graph, weights, suffix, lengths) -> jax.Array:
-    """float32 [R, V] after each row's last token."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    return decoder.logits(_last(suffix, lengths)[0])
 
 
 @partial(jax.jit, static_argnames=("graph", "mask"))
 def silenced_logits(graph, weights, streams: Streams, layer, keep, lengths, mask: str) -> jax.Array:
     """float32 [c, R, V] after each row's last token, silenced from `layer` on."""
     decoder: Decoder = nnx.merge(graph, weights)
-    return decoder.logits(_last(_silenced(decoder, streams, layer, keep, mask).suffix, lengths))
+    return decoder.logits(last_of(_silenced(decoder, streams, layer, keep, mask).suffix, lengths))
 
 
 @partial(jax.jit, static_argnames=("graph", "mask"))
@@ -182,7 +67,7 @@ def silenced_choices(
     """Predictions [c, R] in the sense of Example.answer, silenced from `layer` on."""
     decoder: Decoder = nnx.merge(graph, weights)
     suffix = _silenced(decoder, streams, layer, keep, mask).suffix
-    return _choose(decoder.logits(_last(suffix, lengths), vocabulary), asked)
+    return _choose(decoder.logits(last_of(suffix, lengths), vocabulary), asked)
 
 
 @jax.jit
@@ -217,127 +102,6 @@ def silenced_streams(graph, weights, streams: Streams, layer, keep, mask: str) -
     return _silenced(nnx.merge(graph, weights), streams, layer, keep, mask)
 
 
-class Decoding(NamedTuple):
-    """Rows in the middle of greedy decoding; R rows, C columns."""
-
-    cache: KeyValue
-    """[L, R, K, C, D]"""
-    key_position: jax.Array
-    """[R, C]; EVERY where a column holds no token"""
-    column: jax.Array
-    """the next to be written"""
-    tokens: jax.Array
-    """the last token of each row, decided but not yet in the cache, [R]"""
-    position: jax.Array
-    """its position, [R]"""
-    left: jax.Array
-    """tokens that may still come, [R]"""
-    keep: jax.Array | None
-    """[R, L, H]"""
-
-
-@partial(jax.jit, static_argnames=("columns",))
-def gather_cache(clean: Streams, silenced: Streams | None, layer, lines, lengths, columns: int):
-    """The decoding cache of rows `lines` (into copies * R), layers below `layer` from the clean streams.
-
-    Returns cache [L, n, K, columns, D] and key_position [n, columns]; lengths [n] counts each row's valid
-    tokens.
-    """
-    rows = clean.suffix.shape[1]
-
-    def joined(prefix, suffix, line, copy):
-        # prefix [L, c, K, P, D], suffix [L, c, R, K, S, D] -> [L, n, K, P + S, D]
-        flat = suffix.reshape(suffix.shape[0], -1, *suffix.shape[3:])
-        return jnp.concatenate([prefix[:, copy], flat[:, line]], axis=-2)
-
-    def whole(at: int) -> jax.Array:
-        known = joined(*(part[at] for part in clean.caches), lines % rows, jnp.zeros_like(lines))
-        if silenced is not None:
-            new = joined(*(part[at] for part in silenced.caches), lines, lines // rows)
-            below = jnp.arange(len(new)) < layer
-            known = jnp.where(below[:, None, None, None, None], known, new)
-        room = columns - known.shape[-2]
-        return jnp.pad(known, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
-
-    at = jnp.arange(columns)
-    return KeyValue(whole(0), whole(1)), jnp.where(at < lengths[:, None], at, EVERY)
-
-
-@partial(jax.jit, static_argnames=("graph", "mask"), donate_argnames=("state",))
-def decode_some(graph, weights, state: Decoding, lora, eos, until, mask: str):
-    """Decodes until at most `until` rows go on. Returns the state and the tokens written, [R, C], -1 where
-    none."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    rows, columns = state.key_position.shape
-
-    def going(state: Decoding) -> jax.Array:
-        return (state.left > 0) & ~(state.tokens[:, None] == eos).any(axis=-1)
-
-    def body(carry):
-        state, written, step = carry
-        alive = going(state)
-        key_position = state.key_position.at[:, state.column].set(state.position)
-        hidden, cache = decoder.step(
-            state.cache, state.column, key_position, state.tokens, state.position, state.keep, mask, lora
-        )
-        tokens = jnp.where(alive, decoder.logits(hidden).argmax(axis=-1), state.tokens).astype(jnp.int32)
-        written = written.at[:, step].set(jnp.where(alive, tokens, -1))
-        state = Decoding(
-            cache,
-            key_position,
-            state.column + 1,
-            tokens,
-            state.position + 1,
-            state.left - alive,
-            state.keep,
-        )
-        return state, written, step + 1
-
-    written = jnp.full((rows, columns), -1, jnp.int32)
-    state, written, _ = jax.lax.while_loop(
-        lambda carry: going(carry[0]).sum() > until, body, (state, written, 0)
-    )
-    return state, written, going(state)
-
-
-@jax.jit
-def take_rows(state: Decoding, rows, filled) -> Decoding:
-    """The rows that go on; `filled` False where a row only fills the shape."""
-    cache = KeyValue(*(part[:, rows] for part in state.cache))
-    return Decoding(
-        cache,
-        state.key_position[rows],
-        state.column,
-        state.tokens[rows],
-        state.position[rows],
-        jnp.where(filled, state.left[rows], 0),
-        None if state.keep is None else state.keep[rows],
-    )
-
-
-def decode(model: Model, state: Decoding, rows: int, lora: Lora | None, mask: str) -> list[list[int]]:
-    """Greedy continuations of the first `rows` rows of a state, each beginning with its `tokens`, EOS
-    included."""
-    written = [[token] for token in np.asarray(state.tokens)[:rows].tolist()]
-    origin = np.arange(rows)  # which of `written` a row of the state is; fewer than the state's rows
-    eos = model.put(model.eos.astype(np.int32))
-    while True:
-        # Finished rows are dropped where that halves the work.
-        filled = len(state.tokens)
-        until = filled // 2 if model.decode_rows(filled // 2) < filled else 0
-        state, new, going = decode_some(model.graph, model.weights, state, lora, eos, np.int32(until), mask)
-        new, going = np.asarray(new), np.asarray(going)[: len(origin)]
-        for line, row in enumerate(origin):
-            written[row] += new[line][new[line] >= 0].tolist()
-        if not going.any():
-            return written
-        kept = np.flatnonzero(going)
-        size = model.decode_rows(len(kept))
-        chosen = np.pad(kept, (0, size - len(kept))).astype(np.int32)
-        state = take_rows(state, chosen, np.arange(size) < len(kept))
-        origin = origin[kept]
-
-
 def _keep(config: Config, layer: int, heads: Sequence[int], copies: int) -> np.ndarray:
     """[copies, L, H]: copy i without heads[i]; copies beyond them are clean."""
     keep = np.ones((copies, config.shape.layers, config.shape.heads), np.float32)
@@ -358,18 +122,12 @@ def _asked(examples: Sequence[Example], rows: int, vocabulary: np.ndarray | None
 # Verbs
 
 
-def _clean(model: Model, batch: Batch, lora: Lora | None, caching: bool) -> Streams:
-    streams = embed(model.graph, model.weights, batch.prefix, batch.suffix, caching)
-    layers = np.int32(model.config.shape.layers)
-    return advance(model.graph, model.weights, streams, np.int32(0), layers, lora)
-
-
 def choices(model: Model, examples: Sequence[Example], lora: Lora | None) -> tuple[np.ndarray, np.ndarray]:
     """See Backend.choices."""
     prediction, probability = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32)
-    for batch in _prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
+    for batch in prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
         found = last_logits(
-            model.graph, model.weights, _clean(model, batch, lora, False).suffix, batch.lengths
+            model.graph, model.weights, clean(model, batch, lora, False).suffix, batch.lengths
         )
         asked = _asked([examples[row] for row in batch.indices], batch.filled, None)
         told = clean_choices(found, model.put(asked, 0))
@@ -384,9 +142,9 @@ def logits(
 ) -> np.ndarray:
     """See Backend.logits."""
     found = np.zeros((len(examples), model.config.shape.vocab), np.float32)
-    for batch in _prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
+    for batch in prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
         if silenced is None:
-            streams = _clean(model, batch, lora, False)
+            streams = clean(model, batch, lora, False)
             told = last_logits(model.graph, model.weights, streams.suffix, batch.lengths)
         else:
             streams = embed(model.graph, model.weights, batch.prefix, batch.suffix, False)
@@ -437,7 +195,7 @@ def sweep_choices(
     candidates = batching.candidates(examples)
     vocabulary = None if candidates is None else model.put(candidates.astype(np.int32))
     parts = []
-    for batch in _prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
+    for batch in prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
         asked = _asked([examples[row] for row in batch.indices], batch.filled, candidates)
         parts.append((_Frontier(model, batch, False), model.put(asked, 0)))
     for layer, group in batching.by_layer(heads):
@@ -472,8 +230,8 @@ def generate(
 ) -> list[np.ndarray]:
     """See Backend.generate."""
     outputs: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
-    for batch in _prompt_batches(model, prompts, model.limit(TOKENS_CPU, TOKENS_DEVICE)):
-        streams = _clean(model, batch, lora, True)
+    for batch in prompt_batches(model, prompts, model.limit(TOKENS_CPU, TOKENS_DEVICE)):
+        streams = clean(model, batch, lora, True)
         tokens = last_logits(model.graph, model.weights, streams.suffix, batch.lengths).argmax(axis=-1)
         lines = model.put(np.arange(batch.filled, dtype=np.int32), 0)
         lengths = batch.lengths + len(batch.prefix)
@@ -513,7 +271,7 @@ def sweep_generations(
         check = _DraftCheck(
             batch, [prompts[row] for row in batch.indices], [drafts[row] for row in batch.indices]
         )
-        check.expect(check.predictions(model, _clean(model, batch, None, False).suffix))
+        check.expect(check.predictions(model, clean(model, batch, None, False).suffix))
         checks.append((_Frontier(model, batch, True), check))
     for layer, group in batching.by_layer(heads):
         outputs = [list(drafts) for _ in group]

@@ -17,7 +17,7 @@ from backends.base import Head, Recipe, batch_order, check_heads, learning_rate,
 from backends.errors import InputError
 from backends.flax_decoder import Lora
 from backends.flax_loss import loss_of, make_rows, recomputes
-from backends.flax_sweep import Model
+from backends.flax_model import Model
 from data.examples import Example
 
 

@@ -20,7 +20,8 @@ def run(main: Callable[[presets.Settings], object]) -> None:
     except MemoryError as error:
         _stop(2, f"error: out of memory ({error}): fewer rows, a smaller model or --dtype bfloat16")
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch itself may not be imported here
+        # torch's and JAX's; neither may be imported here.
+        if type(error).__name__ == "OutOfMemoryError" or "RESOURCE_EXHAUSTED" in str(error):
             _stop(2, "error: the device is out of memory: a smaller model, --dtype bfloat16, or --device cpu")
         # safetensors reports a full disk by an exception of its own, with the system's words in it.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

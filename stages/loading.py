@@ -14,7 +14,13 @@ def load_backend(settings: presets.Settings, stage: artifacts.Stage) -> Backend:
     begun = artifacts.stage_manifest(settings.folder, "01_calibrate")["notes"]
     if models.tokenizer_sha256(folder) != begun["tokenizer"]:
         raise InputError(f"the tokenizer in {folder} is not the one stage 01 used: choose another --run")
-    backend = backends.load(settings.backend, folder, dtype=settings.dtype, device=settings.device)
+    backend = backends.load(
+        settings.backend,
+        folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        model_parallel=settings.model_parallel,
+    )
     stage.begin(
         {
             "id": settings.model,

@@ -38,9 +38,11 @@ class Settings:
     backend: Literal["torch", "flax"] = "torch"
     """which implementation computes"""
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", …; auto: CUDA where there is one"""
+    """"cpu", "cuda", "cuda:1", "tpu" (flax), …; auto: the accelerator where there is one"""
+    model_parallel: int = 0
+    """devices that share one copy of the model, cut by heads (flax); 0: as few as hold it"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 where the hardware has it, float32 elsewhere"""
+    """auto: bfloat16 where the hardware multiplies faster in it, float32 elsewhere"""
     model: str = ""
     """hub id or folder of the model; set by the preset"""
     revision: str = "main"
@@ -280,6 +282,8 @@ def check(settings: Settings) -> None:
     for name in positive.split():
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
+    if settings.model_parallel < 0:
+        raise InputError(f"--model-parallel must not be negative, not {settings.model_parallel}")
     if settings.align_rows % 4:
         raise InputError(
             f"--align-rows {settings.align_rows} must be a multiple of 4 (a quarter of each type)"

@@ -1,0 +1,356 @@
+"""Two runs of one method, quantity by quantity: how far they differ, and how far they may (DESIGN.md §8).
+
+Pure tables; no model is needed. `stages.compare` prints the rows and traces what differs to near-ties, stage
+06 puts them into the report of a run that has a sibling.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from backends.errors import InputError
+from stages import artifacts, audit_weights, metrics
+from stages.audit_run import Arm, Run
+
+STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
+SUFFIX = "-flax"
+
+
+class Row(NamedTuple):
+    """One quantity of two runs."""
+
+    quantity: str
+    compared: str
+    """what, and how many of it"""
+    largest: float | None = None
+    """difference"""
+    mean: float | None = None
+    """absolute difference"""
+    rank: float | None = None
+    """Spearman's correlation"""
+    equal: float | None = None
+    """share"""
+    allowed: str = ""
+    """the tolerance, in words; empty: none is set"""
+    ok: bool | None = None
+    """None: not held to a tolerance, or not comparable"""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far two runs of the same settings and rows may differ (a run against itself differs by nothing)."""
+
+    gradients: float
+    """largest difference of two fold gradients' inner product, in units of their norms"""
+    conflict: float
+    """largest difference of O"""
+    equal: float
+    """least share of equal predictions, of equal generations, of heads in the same bucket"""
+    near: float
+    """largest difference of two logits that is called a near-tie"""
+    change: float
+    """mean difference of H_gen and H_safe"""
+    rank: float
+    """least rank correlation of S and C"""
+    loss: float
+    """mean difference of a step's training loss"""
+    update: float
+    """largest difference of an arm's update of W_q, relative to its length"""
+    score: float
+    """largest difference of a benchmark's score"""
+
+
+# What float32 showed on SmolLM2 is in docs/LOG.md; the bounds leave room for another processor's rounding.
+# Half precision decides hundreds of near-ties otherwise; its bounds only tell one method from two.
+FLOAT32 = Tolerances(1e-5, 1e-5, 0.99, 1e-3, 0.005, 0.99, 0.02, 0.1, 0.05)
+HALF = Tolerances(0.2, 0.1, 0.6, 0.5, 0.05, 0.6, 0.2, 1.0, 0.2)
+
+
+def open_run(folder: Path) -> Run:
+    """The run in `folder`, finished up to stage 05. InputError says what is missing."""
+    return Run(folder, {stage: artifacts.stage_manifest(folder, stage) for stage in STAGES})
+
+
+def sibling(folder: Path) -> Path | None:
+    """The run of the same preset by the other backend, where it is finished up to stage 05."""
+    name = folder.name.removesuffix(SUFFIX) if folder.name.endswith(SUFFIX) else folder.name + SUFFIX
+    other = folder.with_name(name)
+    done = all((other / stage / artifacts.MANIFEST).is_file() for stage in STAGES)
+    return other if done else None
+
+
+def describe(run: Run) -> str:
+    model = run.manifests["02_conflict"]["model"]
+    return f"{model['backend']}, {model['dtype']} on {model['device']}"
+
+
+def tolerances(one: Run, other: Run) -> Tolerances:
+    kinds = {run.manifests["02_conflict"]["model"]["dtype"] for run in (one, other)}
+    return FLOAT32 if kinds == {"float32"} else HALF
+
+
+def compare(one: Run, other: Run) -> list[Row]:
+    """All quantities of two runs. InputError where they are not of one model."""
+    weights = [run.manifests["02_conflict"]["model"]["weights_sha256"] for run in (one, other)]
+    if weights[0] != weights[1] or one.grid != other.grid:
+        raise InputError(f"{one.folder} and {other.folder} are runs of different models: nothing to compare")
+    allowed = tolerances(one, other)
+    checks: Sequence[Callable[[Run, Run, Tolerances], list[Row]]] = (
+        gradients,
+        predictions,
+        generations,
+        conflict_map,
+        training,
+        adapters,
+        responses,
+        scores,
+    )
+    return [row for check in checks for row in check(one, other, allowed)]
+
+
+# What is compared
+
+
+def same_rows(one: Run, other: Run, role: str) -> bool:
+    """Whether D_util or D_safe holds the same rows, token by token, in both."""
+    columns = ("example_id", "prompt_ids", "target_ids", "choice_ids", "answer")
+    rows = [[[row[name] for name in columns] for row in run.calibration[role]] for run in (one, other)]
+    return rows[0] == rows[1]
+
+
+def _other_rows(quantity: str, role: str) -> Row:
+    return Row(quantity, "not compared", note=f"D_{role} holds other rows")
+
+
+def _numbers(
+    quantity: str,
+    compared: str,
+    values: tuple[np.ndarray, np.ndarray],
+    allowed: str,
+    holds: Callable[[np.ndarray, float | None], bool],
+) -> Row:
+    """A row of two equally shaped arrays; `holds` judges absolute differences and the rank correlation."""
+    left, right = (np.asarray(array, np.float64).ravel() for array in values)
+    apart = np.abs(left - right)
+    rank = metrics.correlation(left, right).spearman if len(left) > 2 else None
+    return Row(
+        quantity, compared, float(apart.max()), float(apart.mean()), rank, None, allowed, holds(apart, rank)
+    )
+
+
+def gradients(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    if not (same_rows(one, other, "safe") and same_rows(one, other, "util")):
+        return [_other_rows("gradients", "util or D_safe")]
+    if one.gram.shape != other.gram.shape:
+        return [Row("gradients", "not compared", note="the runs have unequal numbers of folds")]
+    norms = np.sqrt(np.einsum("lhff->lhf", one.gram) + np.finfo(np.float64).tiny)
+    unit = norms[..., :, None] * norms[..., None, :]
+    folds = one.gram.shape[-1] // 2
+    return [
+        _numbers(
+            "gradients",
+            f"inner products of 2 x {folds} folds, {one.gram.shape[0] * one.gram.shape[1]} heads",
+            (one.gram / unit, other.gram / unit),
+            f"largest {allowed.gradients:g} of the norms",
+            lambda apart, _: apart.max() <= allowed.gradients,
+        )
+    ]
+
+
+def predictions(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    if not same_rows(one, other, "util"):
+        return [_other_rows("predictions", "util")]
+    found = [
+        run.table("03_sensitivity/sweep_choices.parquet")["prediction"].to_numpy() for run in (one, other)
+    ]
+    equal = float((found[0] == found[1]).mean())
+    return [_shares("predictions", len(found[0]), equal, allowed.equal)]
+
+
+def generations(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    if not same_rows(one, other, "safe"):
+        return [_other_rows("generations", "safe")]
+    found = [
+        run.table("03_sensitivity/sweep_generations.parquet")["token_ids"].to_pylist() for run in (one, other)
+    ]
+    equal = float(np.mean([left == right for left, right in zip(*found, strict=True)]))
+    return [_shares("generations", len(found[0]), equal, allowed.equal)]
+
+
+def _shares(quantity: str, count: int, equal: float, least: float, note: str = "") -> Row:
+    return Row(
+        quantity,
+        f"{count}",
+        equal=equal,
+        allowed=f"equal {100 * least:g} %",
+        ok=equal >= least,
+        note=note,
+    )
+
+
+def conflict_map(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    """O, H_gen, H_safe, S, C and buckets of every head."""
+    tables = [run.table("03_sensitivity/heads.parquet") for run in (one, other)]
+
+    def row(quantity: str, column: str, words: str, holds) -> Row:
+        values = tuple(table[column].to_numpy() for table in tables)
+        return _numbers(quantity, f"{len(values[0])} heads", values, words, holds)
+
+    def ranked(quantity: str, column: str) -> Row:
+        least = f"rank correlation {allowed.rank:g}"
+        return row(quantity, column, least, lambda _, rank: rank is None or rank >= allowed.rank)
+
+    def changed(quantity: str, column: str) -> Row:
+        most = f"mean {allowed.change:g}"
+        return row(quantity, column, most, lambda apart, _: apart.mean() <= allowed.change)
+
+    same_bucket = np.equal(*(table["bucket"].to_numpy() for table in tables))
+    return [
+        row(
+            "O",
+            "conflict",
+            f"largest {allowed.conflict:g}",
+            lambda apart, _: apart.max() <= allowed.conflict,
+        ),
+        changed("H_gen", "h_gen"),
+        changed("H_safe", "h_safe"),
+        ranked("S", "sensitivity"),
+        ranked("C", "score"),
+        _shares("buckets", len(same_bucket), float(same_bucket.mean()), allowed.equal),
+    ]
+
+
+def common_arms(one: Run, other: Run) -> list[Arm]:
+    """Arms that both runs tuned with the same heads."""
+
+    def heads(run: Run) -> dict[Arm, tuple]:
+        return {
+            (arm["arm"], arm["optimizer"], arm["seed"]): (tuple(arm["layers"]), tuple(arm["heads"]))
+            for arm in run.arms
+        }
+
+    left, right = heads(one), heads(other)
+    return [label for label in left if left[label] == right.get(label)]
+
+
+def training(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    labels = common_arms(one, other)
+    if not labels or not _same_alignment(one, other):
+        return [Row("training losses", "not compared", note="no arm with the same heads, seed and rows")]
+    losses = []
+    for run in (one, other):
+        rows = run.table("04_align/training.parquet").to_pylist()
+        losses.append(
+            np.array(
+                [row["loss"] for row in rows if (row["arm"], row["optimizer"], row["seed"]) in set(labels)]
+            )
+        )
+    if len(losses[0]) != len(losses[1]):
+        return [Row("training losses", "not compared", note="unequal numbers of steps")]
+    return [
+        _numbers(
+            "training losses",
+            f"{len(losses[0])} steps of {len(labels)} arms",
+            tuple(losses),
+            f"mean {allowed.loss:g}",
+            lambda apart, _: apart.mean() <= allowed.loss,
+        )
+    ]
+
+
+def _same_alignment(one: Run, other: Run) -> bool:
+    columns = ["example_id", "prompt_ids", "target_ids"]
+    left, right = (run.table("01_calibrate/alignment.parquet").select(columns) for run in (one, other))
+    return left.equals(right)
+
+
+def adapters(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    """Each common arm's update of W_q: the difference's length relative to the update's own."""
+    labels = common_arms(one, other)
+    if not labels or not _same_alignment(one, other):
+        return [Row("adapters' ΔW", "not compared", note="no arm with the same heads, seed and rows")]
+    relative, lengths = [], ([], [])
+    for label in labels:
+        left, right = (update(run, label) for run in (one, other))
+        square = sum(float((delta**2).sum()) for delta in left.values())
+        apart = sum(float(((left[layer] - right[layer]) ** 2).sum()) for layer in left)
+        relative.append((apart / square) ** 0.5 if square else float(bool(apart)))
+        for kept, deltas in zip(lengths, (left, right), strict=True):
+            kept += [float(np.linalg.norm(delta)) for delta in deltas.values()]
+    rank = metrics.correlation(*lengths).spearman if len(lengths[0]) > 2 else None
+    return [
+        Row(
+            "adapters' ΔW",
+            f"{len(labels)} arms, relative to ΔW",
+            max(relative),
+            float(np.mean(relative)),
+            rank,
+            None,
+            f"largest {allowed.update:g}",
+            max(relative) <= allowed.update,
+        )
+    ]
+
+
+def update(run: Run, label: Arm) -> dict[int, np.ndarray]:
+    """Layer -> alpha / r * B A of an arm's adapter, [H * D, E]."""
+    arm, optimizer, seed = label
+    file = run.folder / "04_align" / "adapters" / f"{arm}-{optimizer}-{seed}" / audit_weights.ADAPTER_FILES[1]
+    tensors, settings = audit_weights.read_lora(file), run.settings("04_align")
+    scale = settings["alpha"] / settings["rank"]
+    layers = sorted({layer for layer, _ in tensors})
+    return {layer: scale * (tensors[layer, "B"] @ tensors[layer, "A"]) for layer in layers}
+
+
+def responses(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    """Answers of the base model, and of arms tuned alike (whose weights differ by rounding already)."""
+    found = []
+    for quantity, labels in (("responses, base", [("base", "none", -1)]), ("responses, tuned", None)):
+        chosen = set(common_arms(one, other) if labels is None else labels)
+        answers = [
+            {
+                (row["arm"], row["seed"], row["example_id"]): (row["prediction"], row["output"])
+                for row in run.table("05_evaluate/responses.parquet").to_pylist()
+                if (row["arm"], row["optimizer"], row["seed"]) in chosen
+            }
+            for run in (one, other)
+        ]
+        shared = answers[0].keys() & answers[1].keys()
+        if not shared:
+            found.append(Row(quantity, "not compared", note="no common rows"))
+            continue
+        equal = float(np.mean([answers[0][key] == answers[1][key] for key in shared]))
+        if labels is None:
+            found.append(Row(quantity, f"{len(shared)}", equal=equal, note="the scores hold them"))
+        else:
+            found.append(_shares(quantity, len(shared), equal, allowed.equal))
+    return found
+
+
+def scores(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    """Benchmark scores by arm and optimizer, averaged over each run's seeds."""
+
+    def means(run: Run) -> dict[tuple, float]:
+        cells: dict[tuple, list[float]] = {}
+        for row in run.table("05_evaluate/scores.parquet").to_pylist():
+            cells.setdefault((row["arm"], row["optimizer"], row["benchmark"]), []).append(row["score"])
+        return {cell: float(np.mean(values)) for cell, values in cells.items()}
+
+    left, right = means(one), means(other)
+    shared = [cell for cell in left if cell in right]
+    if not shared:
+        return [Row("scores", "not compared", note="no common arm and benchmark")]
+    values = tuple(np.array([side[cell] for cell in shared]) for side in (left, right))
+    return [
+        _numbers(
+            "scores",
+            f"{len(shared)} arms x benchmarks",
+            values,
+            f"largest {allowed.score:g}",
+            lambda apart, _: apart.max() <= allowed.score,
+        )
+    ]
