@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as backends does, and before torch is imported here
 
+import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from backends.base import Backend  # noqa: E402
 from data.examples import Example  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +30,7 @@ pytest_plugins = ["tests.public_sets"]
 SHARED = ROOT.parent / "shared"
 """Real public data, present where this project is developed; tests that need it skip elsewhere."""
 
+BACKENDS = ["torch", "flax"]
 KINDS = [f"{family}-{heads}" for family in ("llama", "qwen2", "mistral") for heads in ("mha", "gqa", "mqa")]
 VOCABULARY, LAYERS, HEADS, HEAD_DIM = 97, 3, 4, 8
 
@@ -74,19 +79,41 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {kind: write_model(root / kind, kind) for kind in KINDS}
 
 
-@pytest.fixture(scope="session", params=KINDS)
-def backend(request, models):
+class Pair(NamedTuple):
+    """A backend, and the model that transformers loads from the same folder."""
+
+    backend: Backend
+    plain: transformers.PreTrainedModel
+
+
+def load_pair(name: str, folder: Path, dtype: str = "float32") -> Pair:
     import backends
 
-    return backends.load("torch", models[request.param], device="cpu")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return Pair(backends.load(name, folder, device="cpu", dtype=dtype), plain)
 
 
-@pytest.fixture(scope="session")
-def gqa(models):
-    """One backend, where every kind would say nothing new."""
-    import backends
+@pytest.fixture(scope="session", params=[(name, kind) for name in BACKENDS for kind in KINDS], ids="-".join)
+def pair(request, models) -> Pair:
+    """Both backends, every kind of model."""
+    name, kind = request.param
+    return load_pair(name, models[kind])
 
-    return backends.load("torch", models["llama-gqa"], device="cpu")
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def gqa(request, models) -> Pair:
+    """Both backends on one model, where every kind would say nothing new."""
+    return load_pair(request.param, models["llama-gqa"])
+
+
+def edited(models, scratch: Path, **config) -> Path:
+    """A copy of the llama-gqa folder with other values in its config.json and generation_config.json."""
+    folder = scratch / "edited"
+    shutil.copytree(models["llama-gqa"], folder)
+    for file in ("config.json", "generation_config.json"):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
 
 
 def make_examples(

@@ -1,0 +1,162 @@
+"""The sweep, choices and generation of both backends against the hook-and-loop reference: token for token,
+float32."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from backends import flax_sweep, torch_decoder, torch_sweep
+from tests import reference
+from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, edited, load_pair, make_examples
+
+ALL_HEADS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+
+
+def slow_choices(plain, examples):
+    return np.array([reference.choice(plain, example) for example in examples], np.int32)
+
+
+def slow_generations(plain, examples, tokens):
+    return [reference.generate(plain, example, tokens) for example in examples]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == np.int32
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("choices", [0, 4])
+def test_choices_are_the_plain_models(pair, choices):
+    examples = make_examples(7, choices=choices)
+    prediction, probability = pair.backend.choices(examples)
+    np.testing.assert_array_equal(prediction, slow_choices(pair.plain, examples))
+    for example, predicted, total in zip(examples, prediction, probability, strict=True):
+        likely = reference.last_logits(pair.plain, example).softmax(-1).numpy()
+        asked = example.choice_ids if choices else [predicted]
+        assert total == pytest.approx(likely[asked].sum(), abs=1e-5)
+
+
+def test_generate_is_transformers_generate(pair):
+    examples = make_examples(7)
+    found = pair.backend.generate(examples, 12)
+    assert_same(found, slow_generations(pair.plain, examples, 12))
+    assert len({tuple(tokens) for tokens in found}) > 2, "all prompts alike would show nothing"
+
+
+@pytest.mark.parametrize("mask", ["output", "query"])
+@pytest.mark.parametrize("choices", [0, 4])
+def test_sweep_choices_every_head(pair, mask, choices):
+    examples = make_examples(6, seed=1, choices=choices)
+    clean, changed = slow_choices(pair.plain, examples), 0
+    for (layer, head), found in pair.backend.sweep_choices(examples, ALL_HEADS, mask):
+        with reference.silenced(pair.plain, layer, head, mask):
+            np.testing.assert_array_equal(
+                found, slow_choices(pair.plain, examples), err_msg=f"head {layer}, {head}"
+            )
+        changed += (found != clean).sum()
+    assert changed > 0, "no head changed a prediction: the test would show nothing"
+
+
+@pytest.mark.parametrize("mask", ["output", "query"])
+def test_sweep_generations_every_head(pair, mask):
+    examples = make_examples(5, seed=2)
+    clean = pair.backend.generate(examples, 10)
+    left_at_once = left_later = 0
+    for (layer, head), found in pair.backend.sweep_generations(examples, ALL_HEADS, 10, mask):
+        with reference.silenced(pair.plain, layer, head, mask):
+            assert_same(found, slow_generations(pair.plain, examples, 10))
+        for one, draft in zip(found, clean, strict=True):
+            left_at_once += one[0] != draft[0]
+            left_later += one[0] == draft[0] and not np.array_equal(one, draft)
+    assert left_at_once and left_later, "drafts that are wrong at once and later must both occur"
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_prefixes_and_counts(gqa, shared, count):
+    """One prompt, no common prefix, duplicates."""
+    examples = make_examples(count, seed=3, shared=shared)
+    heads = [(0, 1), (1, 3), (2, 0)]
+    for (layer, head), found in gqa.backend.sweep_generations(examples, heads, 6):
+        with reference.silenced(gqa.plain, layer, head):
+            assert_same(found, slow_generations(gqa.plain, examples, 6))
+
+
+def test_eos_inside_the_draft(gqa, models, scratch):
+    """Every token that the clean model likes is made an end, so that drafts end early and silenced rows go
+    on."""
+    examples = make_examples(6, seed=4)
+    ends = sorted({int(tokens[3]) for tokens in gqa.backend.generate(examples, 10)})
+    own, plain = load_pair(gqa.backend.name, edited(models, scratch, eos_token_id=ends))
+    clean = own.generate(examples, 10)
+    assert any(len(tokens) < 10 for tokens in clean) and all(
+        tokens[-1] in ends or len(tokens) == 10 for tokens in clean
+    )
+    assert_same(clean, slow_generations(plain, examples, 10))
+    for (layer, head), found in own.sweep_generations(examples, ALL_HEADS, 10):
+        with reference.silenced(plain, layer, head):
+            assert_same(found, slow_generations(plain, examples, 10))
+
+
+def test_heads_in_any_order_and_small_batches(gqa, monkeypatch):
+    examples = make_examples(6, seed=5)
+    expected = dict(gqa.backend.sweep_choices(examples, ALL_HEADS))
+    for module in (torch_sweep, flax_sweep):
+        monkeypatch.setattr(module, "TOKENS_CPU", 40)
+        monkeypatch.setattr(module, "BATCH_CPU", 20)
+    shuffled = [ALL_HEADS[index] for index in np.random.default_rng(0).permutation(len(ALL_HEADS))]
+    found = list(gqa.backend.sweep_choices(examples, shuffled))
+    assert [head for head, _ in found] == shuffled
+    for head, prediction in found:
+        np.testing.assert_array_equal(prediction, expected[head])
+    assert_same(gqa.backend.generate(examples, 8), slow_generations(gqa.plain, examples, 8))
+
+
+def test_shared_prefix_leaves_one_suffix_token():
+    same = [np.arange(5), np.arange(5)]
+    ((rows, batch),) = torch_decoder.make_batches(same, torch.device("cpu"), 100, 5)
+    assert len(batch.prefix) == 4 and batch.suffix.shape == (2, 1)
+    assert sorted(rows) == [0, 1]
+
+
+def test_nothing_asked_nothing_answered(gqa):
+    assert gqa.backend.generate([], 4) == [] and [len(part) for part in gqa.backend.choices([])] == [0, 0]
+    assert list(gqa.backend.sweep_generations([], [(0, 1)], 4)) == [((0, 1), [])]
+    ((head, prediction),) = gqa.backend.sweep_choices([], np.array([[0, 1]]))
+    assert head == (0, 1) and prediction.shape == (0,)
+    assert list(gqa.backend.sweep_choices(make_examples(2), [])) == []
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_model_without_an_end_never_stops(models, scratch, name):
+    own, _ = load_pair(name, edited(models, scratch, eos_token_id=None))
+    assert [len(tokens) for tokens in own.generate(make_examples(3), 20)] == [20, 20, 20]
+
+
+def test_wrong_arguments_are_named(gqa):
+    examples = make_examples(2)
+    with pytest.raises(ValueError, match="mask"):
+        gqa.backend.sweep_choices(examples, [(0, 0)], "key")
+    with pytest.raises(ValueError, match=r"no head \(0, 4\)"):
+        gqa.backend.sweep_choices(examples, [(0, HEADS)])
+    with pytest.raises(ValueError, match="twice"):
+        gqa.backend.sweep_generations(examples, [(0, 0), (0, 0)], 4)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_half_precision_shows_no_effect_where_there_is_none(models, scratch, name):
+    """A head whose W_o columns are zero must change nothing, also in bfloat16 where batch shapes matter."""
+    folder = edited(models, scratch)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"][:, 2 * HEAD_DIM : 3 * HEAD_DIM] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    own, _ = load_pair(name, folder, dtype="bfloat16")
+    examples = make_examples(6, seed=6)
+    clean = own.generate(examples, 12)
+    ((_, found),) = own.sweep_generations(examples, [(1, 2)], 12)
+    assert_same(found, clean)
+    ((_, predicted),) = own.sweep_choices(examples, [(1, 2)])
+    np.testing.assert_array_equal(predicted, own.choices(examples)[0])
