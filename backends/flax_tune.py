@@ -147,7 +147,7 @@ def _update(optimizer, trained, state, gradients, free):
     """One step of the optimizer, and the norm of the gradient before clipping."""
     updates, state = optimizer.update(gradients, state, trained)
     updates = jax.tree.map(jnp.multiply, updates, free)
-    return optax.apply_updates(trained, updates), state, optax.global_norm(gradients)
+    return optax.apply_updates(trained, updates), state, optax.tree.norm(gradients)
 
 
 def project(gradients: Trained, against: Trained) -> tuple[Trained, float, bool]:

@@ -1,8 +1,10 @@
-"""Gradients and tuning: against plain autograd, PEFT's own loading and merging, and by their invariants."""
+"""Gradients and tuning of both backends: against plain autograd, PEFT's own loading and merging, and by their
+invariants."""
 
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -11,11 +13,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import backends
-from backends import torch_loss, torch_tune
+from backends import flax_tune, torch_loss, torch_tune
 from backends.base import Recipe, batch_order, learning_rate, lora_a
 from backends.errors import InputError
-from backends.torch_tune import project
-from tests.conftest import HEAD_DIM, HEADS, LAYERS, make_examples
+from tests import reference
+from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, make_examples
 
 RECIPE = Recipe(rank=4, alpha=8.0, lr=2e-2, batch=2, accumulation=2, max_length=64, seed=3)
 CHOSEN = [(0, 1), (2, 0), (2, 3)]
@@ -29,24 +31,31 @@ def plain_loss(model, example) -> torch.Tensor:
     return model(input_ids=ids, labels=labels).loss
 
 
-def fresh(models, kind="llama-gqa"):
-    return backends.load("torch", models[kind], device="cpu")
+@pytest.fixture(params=BACKENDS)
+def own(request, models):
+    """A backend of the test's own."""
+    return backends.load(request.param, models["llama-gqa"], device="cpu")
+
+
+@pytest.fixture()
+def torch_own(models):
+    return backends.load("torch", models["llama-gqa"], device="cpu")
 
 
 # Gradients
 
 
-def test_gram_is_that_of_plain_gradients(backend):
+def test_gram_is_that_of_plain_gradients(pair):
     safe, util = make_examples(4, seed=1), make_examples(6, seed=2)
-    gram = backend.gradient_gram(safe, util, folds=2)
+    gram = pair.backend.gradient_gram(safe, util, folds=2)
     assert gram.shape == (LAYERS, HEADS, 4, 4) and gram.dtype == np.float64
-    weights = [layer.self_attn.q_proj.weight.requires_grad_(True) for layer in backend.model.model.layers]
+    weights = [layer.self_attn.q_proj.weight.requires_grad_(True) for layer in pair.plain.model.layers]
     means = []
     for examples in (safe, util):
         for fold in range(2):
-            losses = [plain_loss(backend.model, example) for example in examples[fold::2]]
+            losses = [plain_loss(pair.plain, example) for example in examples[fold::2]]
             means.append(torch.autograd.grad(torch.stack(losses).mean(), weights))
-    backend.model.requires_grad_(False)
+    pair.plain.requires_grad_(False)
     for layer in range(LAYERS):
         for head in range(HEADS):
             rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
@@ -56,19 +65,25 @@ def test_gram_is_that_of_plain_gradients(backend):
     assert np.ptp(gram[:, :, 0, 0]) > 0
 
 
-def test_gradients_need_equal_folds_and_leave_nothing_behind(gqa):
+def test_gradients_need_equal_folds(gqa):
     with pytest.raises(ValueError, match="safe: 5 examples"):
-        gqa.gradient_gram(make_examples(5), make_examples(4), folds=2)
-    gqa.gradient_gram(make_examples(2), make_examples(2), folds=2)
-    assert not any(weight.requires_grad or weight.grad is not None for weight in gqa.model.parameters())
+        gqa.backend.gradient_gram(make_examples(5), make_examples(4), folds=2)
+
+
+def test_gradients_leave_nothing_behind(torch_own):
+    before = {name: weight.clone() for name, weight in torch_own.model.named_parameters()}
+    torch_own.gradient_gram(make_examples(2), make_examples(2), folds=2)
+    for name, weight in torch_own.model.named_parameters():
+        assert torch.equal(weight, before[name]) and weight.dtype == torch.float32
+        assert not weight.requires_grad and weight.grad is None
 
 
 # Tuning
 
 
-def test_rows_outside_the_chosen_heads_never_move(models):
-    own = fresh(models)
-    before = {name: weight.clone() for name, weight in own.model.named_parameters()}
+def test_rows_outside_the_chosen_heads_never_move(own):
+    examples = make_examples(3)
+    before = own.logits(examples)
     tuning = own.tune(make_examples(8, seed=4), CHOSEN, dataclasses.replace(RECIPE, epochs=12))
     with pytest.raises(RuntimeError):
         _ = tuning.adapter
@@ -90,8 +105,8 @@ def test_rows_outside_the_chosen_heads_never_move(models):
                 assert (by_head[head] != 0).all(), "a chosen head has a row that did not move"
             else:
                 assert (by_head[head] == 0).all(), "a frozen row moved"
-    for name, weight in own.model.named_parameters():
-        assert torch.equal(weight, before[name]) and not weight.requires_grad
+    np.testing.assert_array_equal(own.logits(examples), before)
+    assert np.abs(own.logits(examples, tuning.adapter) - before).max() > 0.1
 
 
 def random_adapter(tuning, seed=0):
@@ -106,9 +121,10 @@ def random_adapter(tuning, seed=0):
     return tuning.adapter
 
 
-@pytest.fixture(scope="module")
-def adapter(models):
-    own = fresh(models)
+@pytest.fixture(scope="module", params=BACKENDS)
+def adapter(request, models):
+    """Tuned by either backend."""
+    own = backends.load(request.param, models["llama-gqa"], device="cpu")
     tuning = own.tune(make_examples(8, seed=4), CHOSEN, RECIPE)
     list(tuning)
     return random_adapter(tuning)
@@ -135,18 +151,15 @@ def test_adapter_loads_in_peft_and_merges_only_into_the_chosen_rows(models, adap
     assert changed == len(CHOSEN)
 
 
-def test_adapter_answers_as_merged_and_leaves_the_base_alone(models, adapter):
-    own = fresh(models)
+def test_adapter_answers_as_merged_and_leaves_the_base_alone(own, models, adapter):
+    """Each backend with the adapters of both, against PEFT's merge."""
     examples = make_examples(6, seed=7)
     clean = own.generate(examples, 8)
     base = transformers.AutoModelForCausalLM.from_pretrained(models["llama-gqa"])
     merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    with torch.no_grad():
-        for example in examples:
-            ids = torch.from_numpy(example.prompt_ids.astype(np.int64))[None]
-            with own._adapted(adapter):
-                found = own.model(input_ids=ids).logits
-            torch.testing.assert_close(found, merged(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    for found, example in zip(own.logits(examples, adapter), examples, strict=True):
+        expected = reference.last_logits(merged, example).numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     tuned = own.generate(examples, 8, adapter)
     assert any(not np.array_equal(one, other) for one, other in zip(tuned, clean, strict=True))
     for one, other in zip(own.generate(examples, 8), clean, strict=True):
@@ -154,9 +167,9 @@ def test_adapter_answers_as_merged_and_leaves_the_base_alone(models, adapter):
     assert not np.array_equal(own.choices(examples, adapter)[1], own.choices(examples)[1])
 
 
-def test_same_seed_same_adapter_other_seed_other(models):
+def test_same_seed_same_adapter_other_seed_other(own):
     def tuned(seed):
-        tuning = fresh(models).tune(make_examples(8, seed=4), CHOSEN, dataclasses.replace(RECIPE, seed=seed))
+        tuning = own.tune(make_examples(8, seed=4), CHOSEN, dataclasses.replace(RECIPE, seed=seed))
         losses = [record["loss"] for record in tuning]
         return losses, (tuning.adapter / "adapter_model.safetensors").read_bytes()
 
@@ -164,11 +177,11 @@ def test_same_seed_same_adapter_other_seed_other(models):
     assert tuned(3)[0] != tuned(4)[0]
 
 
-def test_a_step_is_adam_on_the_mean_of_example_losses(models):
+def test_a_step_is_adam_on_the_mean_of_example_losses(own, models):
     """One full-batch step of all heads equals AdamW on PEFT's model, written out plainly."""
     examples = make_examples(4, seed=5)
     heads = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
-    tuning = fresh(models).tune(examples, heads, RECIPE)
+    tuning = own.tune(examples, heads, RECIPE)
     (record,) = list(tuning)
     found = load_file(tuning.adapter / "adapter_model.safetensors")
 
@@ -192,8 +205,7 @@ def test_a_step_is_adam_on_the_mean_of_example_losses(models):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_rows_are_cut_at_their_end_and_need_a_target(models):
-    own = fresh(models)
+def test_rows_are_cut_at_their_end_and_need_a_target(own):
     (example,) = make_examples(1, seed=8)
     long = dataclasses.replace(example, target_ids=np.arange(3, 63, dtype=np.int32))
     cut = dataclasses.replace(example, target_ids=np.arange(3, 8, dtype=np.int32))
@@ -205,67 +217,71 @@ def test_rows_are_cut_at_their_end_and_need_a_target(models):
         list(own.tune([example], CHOSEN, dataclasses.replace(RECIPE, max_length=len(example.prompt_ids))))
 
 
-def test_a_stopped_tuning_leaves_the_model_bare(models):
-    own = fresh(models)
-    for number, _ in enumerate(own.tune(make_examples(8), CHOSEN, RECIPE)):
+def test_a_stopped_tuning_leaves_the_model_bare(torch_own):
+    for number, _ in enumerate(torch_own.tune(make_examples(8), CHOSEN, RECIPE)):
         if number == 0:
             break
     import gc
 
     gc.collect()
-    assert not any("lora" in name for name, _ in own.model.named_modules())
+    assert not any("lora" in name for name, _ in torch_own.model.named_modules())
 
 
 def test_wrong_arguments_are_named(gqa):
+    own = gqa.backend
     with pytest.raises(ValueError, match="no head"):
-        gqa.tune(make_examples(2), [(9, 0)], RECIPE)
+        own.tune(make_examples(2), [(9, 0)], RECIPE)
     with pytest.raises(ValueError, match="no heads"):
-        gqa.tune(make_examples(2), [], RECIPE)
+        own.tune(make_examples(2), [], RECIPE)
     with pytest.raises(ValueError, match="reference"):
-        gqa.tune(make_examples(2), CHOSEN, dataclasses.replace(RECIPE, optimizer="pcgrad"))
+        own.tune(make_examples(2), CHOSEN, dataclasses.replace(RECIPE, optimizer="pcgrad"))
     with pytest.raises(InputError, match="cannot be loaded"):
-        gqa.choices(make_examples(2), "/nowhere/at/all")
+        own.choices(make_examples(2), "/nowhere/at/all")
+    with pytest.raises(ValueError, match="silenced"):
+        own.logits(make_examples(2), adapter="/any", silenced=(0, 0))
 
 
-def test_gradients_that_are_not_finite_end_with_a_line(models, monkeypatch):
-    own = fresh(models)
-
+def test_gradients_that_are_not_finite_end_with_a_line(torch_own, monkeypatch):
     def infinite(model, examples, *_):
         return sum(weight.sum() for weight in model.parameters() if weight.requires_grad) * float("inf")
 
     monkeypatch.setattr(torch_loss, "example_losses", infinite)
     with pytest.raises(InputError, match=r"the gradient of head \(0, 0\) is not finite"):
-        own.gradient_gram(make_examples(2), make_examples(2), folds=1)
+        torch_own.gradient_gram(make_examples(2), make_examples(2), folds=1)
     monkeypatch.setattr(torch_tune, "example_losses", infinite)
     with pytest.raises(InputError, match="step 0: the gradient is not finite"):
-        list(own.tune(make_examples(2), CHOSEN, RECIPE))
+        list(torch_own.tune(make_examples(2), CHOSEN, RECIPE))
 
 
 # PCGrad
 
 
-def test_projection_leaves_no_conflict():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("project", [torch_tune.project, flax_tune.project])
+def test_projection_leaves_no_conflict(project):
+    as_tensors = torch.from_numpy if project is torch_tune.project else jnp.asarray
+    generator = np.random.default_rng(0)
     projections = 0
     for _ in range(50):
-        one = [torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)]
-        other = [torch.randn(3, 4, generator=generator), torch.randn(5, generator=generator)]
-        dot = sum((a * b).sum() for a, b in zip(one, other, strict=True))
+        one, other = (
+            flax_tune.Trained(*(as_tensors(generator.normal(size=size).astype("f4")) for size in ((3, 4), 5)))
+            for _ in range(2)
+        )
+        dot = sum(float((a * b).sum()) for a, b in zip(one, other, strict=True))
         found, cos, projected = project(one, other)
-        after = sum((a.double() * b.double()).sum() for a, b in zip(found, other, strict=True))
-        assert projected == bool(dot < 0) and (cos < 0) == projected
+        after = sum(float((a * b).sum()) for a, b in zip(found, other, strict=True))
+        assert projected == (dot < 0) and (cos < 0) == projected
         assert after > -1e-5
         if projected:
             assert abs(after) < 1e-5
             projections += 1
         else:
-            assert all(torch.equal(a, b) for a, b in zip(found, one, strict=True))
+            assert all(np.array_equal(a, b) for a, b in zip(found, one, strict=True))
     assert 10 < projections < 40
 
 
-def test_pcgrad_tunes_and_records_the_conflict(models):
+def test_pcgrad_tunes_and_records_the_conflict(own):
     recipe = dataclasses.replace(RECIPE, optimizer="pcgrad")
-    records = list(fresh(models).tune(make_examples(16, seed=4), CHOSEN, recipe, make_examples(6, seed=9)))
+    records = list(own.tune(make_examples(16, seed=4), CHOSEN, recipe, make_examples(6, seed=9)))
     assert all(-1 <= record["cos"] <= 1 and record["util_loss"] > 0 for record in records)
     assert all(record["projected"] == (record["cos"] < 0) for record in records)
 
