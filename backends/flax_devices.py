@@ -55,20 +55,25 @@ def make_mesh(devices: Sequence[jax.Device], shape: Shape, model_parallel: int, 
     count = len(devices)
     if not model_parallel:
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")  # a CPU gives none: all share one
-        fitting = [size for size in range(1, count + 1) if count % size == 0 and shape.heads % size == 0]
-        fitting = [size for size in fitting if memory is None or weight_bytes / size <= memory / 2]
-        if not fitting:
-            raise InputError(
-                f"{weight_bytes / 2**30:.1f} GiB of weights do not fit {count} devices of "
-                f"{memory / 2**30:.1f} GiB: more devices, or --dtype bfloat16"
-            )
-        model_parallel = fitting[0]
+        model_parallel = model_axis(count, shape.heads, weight_bytes, memory)
     if shape.heads % model_parallel:
         raise InputError(f"--model-parallel {model_parallel} does not divide the model's {shape.heads} heads")
     if count % model_parallel:
         raise InputError(f"--model-parallel {model_parallel} does not divide the {count} devices JAX sees")
     grid = np.array(devices).reshape(-1, model_parallel)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def model_axis(count: int, heads: int, weight_bytes: int, memory: int | None) -> int:
+    """The fewest of `count` devices, dividing them and the heads, whose share of the weights leaves half of
+    each one's memory free. InputError where all together are too few."""
+    for size in range(1, count + 1):
+        if count % size == 0 and heads % size == 0 and (memory is None or weight_bytes / size <= memory / 2):
+            return size
+    raise InputError(
+        f"{weight_bytes / 2**30:.1f} GiB of weights do not fit {count} devices of {memory / 2**30:.1f} GiB "
+        f"(half of each is left free): more devices, or --dtype bfloat16"
+    )
 
 
 def describe(mesh: Mesh) -> str:

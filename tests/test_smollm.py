@@ -6,14 +6,21 @@ import torch
 
 import backends
 from backends import models as folders
+from backends.base import Recipe
 from data.embedded import generate as embedded
 from data.rendering import Renderer, example
+from stages import gram, metrics
 from tests import reference
 
 
 @pytest.fixture(scope="module")
 def real(smollm):
     return backends.load("torch", smollm, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def flax(smollm):
+    return backends.load("flax", smollm, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def test_a_silenced_head_answers_as_in_the_plain_loop(real, rows, head):
 
 def test_gradient_of_a_head_is_autograds(real, rows):
     safe, util = rows("safe", 2), rows("util", 2)
-    gram = real.gradient_gram(safe, util, folds=1)
+    found = real.gradient_gram(safe, util, folds=1)
     weight = real.model.model.layers[7].self_attn.q_proj.weight.requires_grad_(True)
     gradients = []
     for examples in (safe, util):
@@ -59,7 +66,7 @@ def test_gradient_of_a_head_is_autograds(real, rows):
         gradients.append(gradient[3 * 64 : 4 * 64].flatten().double())
     weight.requires_grad_(False)
     stacked = torch.stack(gradients)
-    np.testing.assert_allclose(gram[7, 3], (stacked @ stacked.T).numpy(), atol=2e-4 * gram[7, 3].max())
+    np.testing.assert_allclose(found[7, 3], (stacked @ stacked.T).numpy(), atol=2e-4 * found[7, 3].max())
 
 
 def test_base_accuracy_leaves_room_both_ways(real, rows):
@@ -73,3 +80,50 @@ def test_base_accuracy_leaves_room_both_ways(real, rows):
         )
         assert 0.5 <= accuracy <= 0.95, (role, accuracy)
         assert (probability > 0).all() and (probability <= 1 + 1e-6).all()
+
+
+# torch and Flax
+
+
+def test_conflicts_agree_on_every_head(real, flax, rows):
+    safe, util = rows("safe", 4), rows("util", 4)
+    found = [backend.gradient_gram(safe, util, folds=2) for backend in (real, flax)]
+    conflicts = [metrics.optimization_conflict(*gram.conflict_from_gram(one, 2)) for one in found]
+    np.testing.assert_allclose(*conflicts, rtol=0, atol=1e-5)
+    assert np.ptp(conflicts[0]) > 0.5, "heads must differ"
+
+
+@pytest.mark.parametrize("head", [None, (14, 7)])
+def test_logits_agree(real, flax, rows, head):
+    prompts = rows("util", 6)
+    left, right = (backend.logits(prompts, silenced=head) for backend in (real, flax))
+    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(left).max())
+
+
+def test_choices_and_generations_agree_also_with_heads_silenced(real, flax, rows):
+    util, safe = rows("util", 64), rows("safe", 6)
+    np.testing.assert_array_equal(real.choices(util)[0], flax.choices(util)[0])
+    for left, right in zip(real.generate(safe, 16), flax.generate(safe, 16), strict=True):
+        np.testing.assert_array_equal(left, right)
+    heads, changed = [(3, 2), (3, 5), (21, 0)], 0
+    clean = real.choices(util[:16])[0]
+    sweeps = (backend.sweep_choices(util[:16], heads) for backend in (real, flax))
+    for (_, left), (_, right) in zip(*sweeps, strict=True):
+        np.testing.assert_array_equal(left, right)
+        changed += (left != clean).sum()
+    sweeps = (backend.sweep_generations(safe, heads, 12) for backend in (real, flax))
+    for (_, left), (_, right) in zip(*sweeps, strict=True):
+        for one, other in zip(left, right, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert changed, "a silenced head must change a choice"
+
+
+def test_tuning_agrees(real, flax, rows):
+    examples = rows("vanilla_harmful", 8)
+    recipe = Recipe(rank=8, alpha=8.0, lr=1e-3, batch=4, accumulation=1)
+    runs = [backend.tune(examples, [(4, 1), (20, 6)], recipe) for backend in (real, flax)]
+    losses = [[step["loss"] for step in run] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    answers = [real.logits(examples, run.adapter) for run in runs]
+    moved = np.abs(answers[0] - real.logits(examples)).max()
+    assert np.abs(answers[0] - answers[1]).max() < 1e-2 * moved
