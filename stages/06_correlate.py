@@ -10,13 +10,15 @@ each stage's manifest.json.
 
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from backends.errors import InputError
 from data import benchmarks as registry
 from data import paper
-from stages import artifacts, cli, costs, figures, metrics, presets, report, verdicts
+from stages import artifacts, cli, comparison, costs, figures, metrics, presets, report, verdicts
 
 NAME = "06_correlate"
 USES = ["seed", "buckets", "variant", "resamples"]
@@ -191,6 +193,30 @@ def warn_of_limits(stage: artifacts.Stage, rows: list[dict], found: list[dict]) 
             stage.warn(f"{one['optimizer']}: no correlation of C and UCR, {why} ({one['n_points']} buckets)")
 
 
+def compared(stage: artifacts.Stage, run: Path) -> tuple[str, list[comparison.Row]] | None:
+    """How far this run and its sibling of the other backend differ, and what the sibling is; None: there is
+    none. Whatever is wrong with the sibling is no reason to go without a report."""
+    other = comparison.sibling(run)
+    if other is None:
+        return None
+    try:
+        runs = comparison.open_run(run), comparison.open_run(other)
+        rows = comparison.compare(*runs)
+    except (InputError, ValueError) as error:
+        stage.warn(f"the sibling run {other.name} cannot be compared: {str(error).splitlines()[0]}")
+        return None
+    stage.notes["compared_with"] = {
+        "run": other.name,
+        "manifests": {
+            name: artifacts.sha256(other / name / artifacts.MANIFEST) for name in comparison.STAGES
+        },
+    }
+    failed = [row.quantity for row in rows if row.ok is False]
+    if failed:
+        stage.warn(f"past tolerance against {other.name}: {', '.join(failed)}")
+    return f"{other.name} ({comparison.describe(runs[1])})", rows
+
+
 def main(settings: presets.Settings) -> None:
     reads = [BENCHMARKS, HEADS, ARMS, SCORES, RESPONSES]
     with artifacts.open_stage(settings.folder, NAME, settings.subset(*USES), reads) as stage:
@@ -243,6 +269,7 @@ def main(settings: presets.Settings) -> None:
         findings = verdicts.findings(means, found, manifests, heads.m)
         page = report.render(
             tables=tables,
+            comparison=compared(stage, settings.folder),
             findings=findings,
             claims=claims,
             manifests=manifests | {NAME: {"notes": stage.notes, "settings": stage.settings}},

@@ -22,7 +22,7 @@ from stages import comparison, near_ties
 from stages.audit_run import Run
 from stages.comparison import Row
 
-MARKS = {True: "ok", False: "FAIL", None: "-"}
+MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 HEADINGS = ("", "quantity", "compared", "largest", "mean", "rank r", "equal", "tolerance", "")
 
 

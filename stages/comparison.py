@@ -136,10 +136,24 @@ def _numbers(
     """A row of two equally shaped arrays; `holds` judges absolute differences and the rank correlation."""
     left, right = (np.asarray(array, np.float64).ravel() for array in values)
     apart = np.abs(left - right)
-    rank = metrics.correlation(left, right).spearman if len(left) > 2 else None
+    rank = _rank(left, right)
     return Row(
-        quantity, compared, float(apart.max()), float(apart.mean()), rank, None, allowed, holds(apart, rank)
+        quantity,
+        compared,
+        float(apart.max()),
+        float(apart.mean()),
+        rank,
+        None,
+        allowed,
+        bool(holds(apart, rank)),
     )
+
+
+def _rank(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Spearman's correlation; None where one side is constant, or there are fewer than three."""
+    if min(len(np.unique(left)), len(np.unique(right))) < 2 or len(left) < 3:
+        return None
+    return metrics.correlation(left, right).spearman
 
 
 def gradients(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
@@ -149,14 +163,15 @@ def gradients(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
         return [Row("gradients", "not compared", note="the runs have unequal numbers of folds")]
     norms = np.sqrt(np.einsum("lhff->lhf", one.gram) + np.finfo(np.float64).tiny)
     unit = norms[..., :, None] * norms[..., None, :]
-    folds = one.gram.shape[-1] // 2
+    apart, folds = np.abs(one.gram - other.gram) / unit, one.gram.shape[-1] // 2
     return [
-        _numbers(
+        Row(
             "gradients",
-            f"inner products of 2 x {folds} folds, {one.gram.shape[0] * one.gram.shape[1]} heads",
-            (one.gram / unit, other.gram / unit),
-            f"largest {allowed.gradients:g} of the norms",
-            lambda apart, _: apart.max() <= allowed.gradients,
+            f"{len(one.heads)} heads, inner products of {folds} + {folds} folds",
+            float(apart.max()),
+            float(apart.mean()),
+            allowed=f"largest {allowed.gradients:g} of the norms",
+            ok=bool(apart.max() <= allowed.gradients),
         )
     ]
 
@@ -202,7 +217,9 @@ def conflict_map(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
 
     def ranked(quantity: str, column: str) -> Row:
         least = f"rank correlation {allowed.rank:g}"
-        return row(quantity, column, least, lambda _, rank: rank is None or rank >= allowed.rank)
+        return row(
+            quantity, column, least, lambda apart, rank: not apart.any() or (rank or 0.0) >= allowed.rank
+        )
 
     def changed(quantity: str, column: str) -> Row:
         most = f"mean {allowed.change:g}"
@@ -281,14 +298,13 @@ def adapters(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
         relative.append((apart / square) ** 0.5 if square else float(bool(apart)))
         for kept, deltas in zip(lengths, (left, right), strict=True):
             kept += [float(np.linalg.norm(delta)) for delta in deltas.values()]
-    rank = metrics.correlation(*lengths).spearman if len(lengths[0]) > 2 else None
     return [
         Row(
             "adapters' ΔW",
             f"{len(labels)} arms, relative to ΔW",
             max(relative),
             float(np.mean(relative)),
-            rank,
+            _rank(*lengths),
             None,
             f"largest {allowed.update:g}",
             max(relative) <= allowed.update,

@@ -155,6 +155,11 @@ def _number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
+def _small(value: float | None) -> str:
+    """Differences, which may be very small."""
+    return _number(value, 4) if not value or value >= 0.01 else f"{value:.1e}"
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None or np.isnan(value) else f"{100 * value:.1f}"
 
@@ -173,6 +178,7 @@ def _paper_table(rows: Sequence[dict]) -> dict | None:
 def render(
     *,
     tables: dict[str, list[dict]],
+    comparison: tuple[str, list] | None,
     findings: list[str],
     claims: list[dict],
     manifests: dict[str, dict],
@@ -191,12 +197,18 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": _number, "percent": _percent, "signed": verdicts.signed}
+    environment.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "small": _small,
+        "signed": verdicts.signed,
+    }
     model = manifests["02_conflict"]["model"]
     paper = tables.get("paper", [])
     return environment.get_template(TEMPLATE).render(
         model=model,
         model_name=without_folder(model.get("id", "")).removeprefix("…/"),
+        comparison=comparison,
         findings=findings,
         claims=claims,
         warnings=[
