@@ -172,6 +172,33 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.lr * (1.0 - step / steps)
 
 
+def reference_rows(step: int, reference: int, batch: int, recipe: Recipe) -> np.ndarray:
+    """Indices of the rows of D_util that a pcgrad step looks at: as many as the step's own, drawn anew."""
+    generator = np.random.default_rng([recipe.seed, 3, step])
+    return generator.choice(reference, min(batch, reference), replace=False)
+
+
+def step_tokens(batch: Sequence[Example], recipe: Recipe) -> int:
+    """Tokens that a step reads, padding not counted."""
+    return sum(min(len(row.prompt_ids) + len(row.target_ids), recipe.max_length) for row in batch)
+
+
+def check_tuning(
+    examples: Sequence[Example],
+    heads: Sequence[Head],
+    recipe: Recipe,
+    reference: Sequence[Example] | None,
+    shape: Shape,
+) -> list[Head]:
+    """The heads, sorted. ValueError where there is nothing to tune, or nothing to project against."""
+    pairs = sorted(check_heads(heads, shape))
+    if not pairs or not examples:
+        raise ValueError("tune: no heads or no examples")
+    if recipe.optimizer == "pcgrad" and not reference:
+        raise ValueError("reference: pcgrad needs examples to project against")
+    return pairs
+
+
 def check_heads(heads: Sequence[Head], shape: Shape) -> list[Head]:
     """The heads as pairs of int. ValueError names one that the model does not have, or one given twice."""
     pairs = [(int(layer), int(head)) for layer, head in heads]

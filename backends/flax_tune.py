@@ -13,7 +13,16 @@ import optax
 from flax import nnx
 
 from backends import flax_adapter
-from backends.base import Head, Recipe, batch_order, check_heads, learning_rate, lora_a
+from backends.base import (
+    Head,
+    Recipe,
+    batch_order,
+    check_tuning,
+    learning_rate,
+    lora_a,
+    reference_rows,
+    step_tokens,
+)
 from backends.errors import InputError
 from backends.flax_decoder import Lora
 from backends.flax_loss import loss_of, make_rows, recomputes
@@ -44,11 +53,7 @@ class FlaxTuning:
         recipe: Recipe,
         reference: Sequence[Example] | None,
     ):
-        self.heads = sorted(check_heads(heads, model.config.shape))
-        if not self.heads or not examples:
-            raise ValueError("tune: no heads or no examples")
-        if recipe.optimizer == "pcgrad" and not reference:
-            raise ValueError("reference: pcgrad needs examples to project against")
+        self.heads = check_tuning(examples, heads, recipe, reference, model.config.shape)
         self.model, self.examples, self.recipe = model, examples, recipe
         self.reference = list(reference or ())
         self._adapter: Path | None = None
@@ -86,10 +91,7 @@ class FlaxTuning:
             loss, gradients = self._gradients(batch, trained, free)
             util_loss, cos, projected = float("nan"), float("nan"), False
             if recipe.optimizer == "pcgrad":
-                generator = np.random.default_rng([recipe.seed, 3, step])
-                drawn = generator.choice(
-                    len(self.reference), min(len(batch), len(self.reference)), replace=False
-                )
+                drawn = reference_rows(step, len(self.reference), len(batch), recipe)
                 util_loss, against = self._gradients([self.reference[row] for row in drawn], trained, free)
                 gradients, cos, projected = project(gradients, against)
             trained, state, norm = update(trained, state, gradients, free)
@@ -104,9 +106,7 @@ class FlaxTuning:
                 "cos": cos,
                 "projected": projected,
                 "lr": learning_rate(step, len(order), recipe),
-                "tokens": sum(
-                    min(len(row.prompt_ids) + len(row.target_ids), recipe.max_length) for row in batch
-                ),
+                "tokens": step_tokens(batch, recipe),
             }
         folder = recipe.folder or Path(tempfile.mkdtemp(prefix="cast-adapter-"))
         layers = sorted({layer for layer, _ in self.heads})

@@ -6,11 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import peft
 import torch
 
-from backends.base import Head, Recipe, Shape, batch_order, check_heads, learning_rate, lora_a
+from backends.base import (
+    Head,
+    Recipe,
+    Shape,
+    batch_order,
+    check_tuning,
+    learning_rate,
+    lora_a,
+    reference_rows,
+    step_tokens,
+)
 from backends.errors import InputError
 from backends.torch_loss import example_losses
 from data.examples import Example
@@ -42,11 +51,7 @@ class TorchTuning:
         recipe: Recipe,
         reference: Sequence[Example] | None,
     ):
-        self.heads = sorted(check_heads(heads, shape))
-        if not self.heads or not examples:
-            raise ValueError("tune: no heads or no examples")
-        if recipe.optimizer == "pcgrad" and not reference:
-            raise ValueError("reference: pcgrad needs examples to project against")
+        self.heads = check_tuning(examples, heads, recipe, reference, shape)
         self.model, self.shape, self.examples, self.recipe = model, shape, examples, recipe
         self.reference = list(reference or ())
         self._adapter: Path | None = None
@@ -103,10 +108,7 @@ class TorchTuning:
             loss, gradients = self._gradients(batch, parameters)
             util_loss, cos, projected = float("nan"), float("nan"), False
             if recipe.optimizer == "pcgrad":
-                generator = np.random.default_rng([recipe.seed, 3, step])
-                drawn = generator.choice(
-                    len(self.reference), min(len(batch), len(self.reference)), replace=False
-                )
+                drawn = reference_rows(step, len(self.reference), len(batch), recipe)
                 util_loss, against = self._gradients([self.reference[row] for row in drawn], parameters)
                 gradients, cos, projected = project(gradients, against)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -127,9 +129,7 @@ class TorchTuning:
                 "cos": cos,
                 "projected": projected,
                 "lr": lr,
-                "tokens": sum(
-                    min(len(row.prompt_ids) + len(row.target_ids), recipe.max_length) for row in batch
-                ),
+                "tokens": step_tokens(batch, recipe),
             }
 
     def _gradients(
