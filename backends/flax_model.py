@@ -73,10 +73,19 @@ class Batch(NamedTuple):
         return len(self.lengths)
 
 
-def make_batches(model: Model, sequences: Sequence[np.ndarray], tokens: int, shared: int) -> list[Batch]:
-    batches = []
-    for packed in batching.pack(sequences, tokens, shared, WIDTH):
-        extra = model.rows(len(packed.rows)) - len(packed.rows)
+def make_batches(
+    model: Model, sequences: Sequence[np.ndarray], tokens: int, shared: int, exact: bool
+) -> list[Batch]:
+    """`batching.pack` on the mesh.
+
+    Args:
+        exact: no larger than the rows need, for a sweep, which runs the same few shapes for every head; else
+            rounded up to shapes that other prompts share.
+    """
+    batches, parts = [], model.mesh.shape["data"]
+    for packed in batching.pack(sequences, tokens, shared, 1 if exact else WIDTH):
+        count = len(packed.rows)
+        extra = (batching.round_up(count, parts) if exact else model.rows(count)) - count
         suffix = np.pad(packed.suffix, ((0, extra), (0, 0))).astype(np.int32)
         lengths = np.pad(packed.lengths, (0, extra), constant_values=1).astype(np.int32)
         batches.append(
@@ -90,9 +99,9 @@ def make_batches(model: Model, sequences: Sequence[np.ndarray], tokens: int, sha
     return batches
 
 
-def prompt_batches(model: Model, prompts: Sequence[Example], tokens: int) -> list[Batch]:
+def prompt_batches(model: Model, prompts: Sequence[Example], tokens: int, exact: bool = False) -> list[Batch]:
     sequences = [prompt.prompt_ids for prompt in prompts]
-    return make_batches(model, sequences, tokens, min(map(len, sequences), default=0))
+    return make_batches(model, sequences, tokens, min(map(len, sequences), default=0), exact)
 
 
 class Streams(NamedTuple):

@@ -34,7 +34,7 @@ from data.examples import Example
 TOKENS_CPU, TOKENS_DEVICE = 4096, 32768
 BATCH_CPU, BATCH_DEVICE = 1024, 16384
 COLUMNS = 64
-"""columns of a decoding cache are multiples of it"""
+"""columns of a decoding cache are multiples of it, but in a sweep, which has one shape"""
 PLACES = 256
 """rows of the output matrix's product at once: [PLACES, V] floats are kept"""
 
@@ -195,7 +195,7 @@ def sweep_choices(
     candidates = batching.candidates(examples)
     vocabulary = None if candidates is None else model.put(candidates.astype(np.int32))
     parts = []
-    for batch in prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE)):
+    for batch in prompt_batches(model, examples, model.limit(BATCH_CPU, BATCH_DEVICE), exact=True):
         asked = _asked([examples[row] for row in batch.indices], batch.filled, candidates)
         parts.append((_Frontier(model, batch, False), model.put(asked, 0)))
     for layer, group in batching.by_layer(heads):
@@ -221,8 +221,8 @@ def sweep_choices(
             yield (layer, head), prediction[index]
 
 
-def _columns(batch: Batch, new_tokens: int) -> int:
-    return batching.round_up(len(batch.prefix) + batch.suffix.shape[1] + new_tokens, COLUMNS)
+def _columns(batch: Batch, new_tokens: int, multiple: int) -> int:
+    return batching.round_up(len(batch.prefix) + batch.suffix.shape[1] + new_tokens, multiple)
 
 
 def generate(
@@ -235,7 +235,7 @@ def generate(
         tokens = last_logits(model.graph, model.weights, streams.suffix, batch.lengths).argmax(axis=-1)
         lines = model.put(np.arange(batch.filled, dtype=np.int32), 0)
         lengths = batch.lengths + len(batch.prefix)
-        columns = _columns(batch, max_new_tokens)
+        columns = _columns(batch, max_new_tokens, COLUMNS)
         cache, key_position = gather_cache(streams, None, np.int32(0), lines, lengths, columns)
         left = np.where(np.arange(batch.filled) < len(batch.indices), max_new_tokens - 1, 0)
         state = Decoding(
@@ -267,7 +267,7 @@ def sweep_generations(
     ]
     shared = min(len(prompt.prompt_ids) for prompt in prompts) - 1
     checks = []
-    for batch in make_batches(model, sequences, model.limit(TOKENS_CPU, TOKENS_DEVICE), shared):
+    for batch in make_batches(model, sequences, model.limit(TOKENS_CPU, TOKENS_DEVICE), shared, True):
         check = _DraftCheck(
             batch, [prompts[row] for row in batch.indices], [drafts[row] for row in batch.indices]
         )
@@ -299,7 +299,7 @@ def sweep_generations(
                     first,
                     check.prompt_lengths[lines] + agreed,
                     max_new_tokens - agreed,
-                    _columns(batch, max_new_tokens),
+                    _columns(batch, max_new_tokens, 1),
                 )
                 tails = decode(model, state, len(lines), None, mask)
                 for copy, line, count, tokens in zip(copies, lines, agreed, tails, strict=True):

@@ -137,12 +137,12 @@ def test_hub_errors_say_how_to_get_access(monkeypatch):
 
 
 def _make(folder, queue):
-    queue.put(str(folders._made_once("thing", lambda target: (target / "made").write_text("x"))))
+    queue.put(str(folders._made_once("thing", "x/y", lambda target: (target / "made").write_text("x"))))
 
 
 def test_made_once_by_two_processes(scratch, monkeypatch):
     monkeypatch.setenv("CAST_CACHE", str(scratch))
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     both = [context.Process(target=_make, args=(scratch, queue)) for _ in range(2)]
     for one in both:
@@ -158,7 +158,7 @@ def test_made_once_by_two_processes(scratch, monkeypatch):
         raise OSError("the network went away")
 
     with pytest.raises(OSError, match="went away"):
-        folders._made_once("other", broken)
+        folders._made_once("other", "x/y", broken)
     assert sorted(path.name for path in (scratch / "models").iterdir() if path.is_dir()) == ["thing"]
 
 
