@@ -1,5 +1,6 @@
 """Backends: torch and flax implementations of `backends.base.Backend`."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -32,26 +33,31 @@ def load(
     """
     from backends import models
 
+    check(name, model_parallel)
     models.check_folder(Path(model_dir))
     if name == "torch":
-        if model_parallel > 1:
-            raise InputError(
-                "--model-parallel: backend torch holds a model on one device; use --backend flax"
-            )
         from backends.torch_backend import TorchBackend
 
         return TorchBackend(Path(model_dir), dtype=dtype, device=device)
-    if name == "flax":
-        try:
-            import flax  # noqa: F401
-            import jax  # noqa: F401
-            import optax  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                f"backend flax needs {error.name}, which is not installed: `pip install -r requirements.txt` "
-                f"(on GPU or TPU also jax's plugin for it, e.g. jax[cuda12]), or use --backend torch"
-            ) from None
-        from backends.flax_backend import FlaxBackend
+    from backends.flax_backend import FlaxBackend
 
-        return FlaxBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
-    raise InputError(f'unknown backend {name!r}: "torch" or "flax"')
+    return FlaxBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
+
+
+NEEDS = {"torch": ("torch", "peft"), "flax": ("jax", "flax", "optax")}
+
+
+def check(name: str, model_parallel: int = 0) -> None:
+    """InputError, one line, if a backend cannot work here; nothing is loaded."""
+    if name not in NEEDS:
+        raise InputError(f'unknown backend {name!r}: "torch" or "flax"')
+    if model_parallel > 1 and name == "torch":
+        raise InputError("--model-parallel: backend torch holds a model on one device; use --backend flax")
+    missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        plugin = " (on GPU or TPU also JAX's plugin for it, e.g. jax[cuda12])" if name == "flax" else ""
+        other = "flax" if name == "torch" else "torch"
+        raise InputError(
+            f"backend {name} needs {missing[0]}, which is not installed: "
+            f"`pip install -r requirements.txt`{plugin}, or use --backend {other}"
+        )

@@ -16,6 +16,7 @@ from typing import Literal
 
 import tyro
 
+import backends
 from backends.errors import InputError
 from stages import artifacts
 
@@ -282,6 +283,7 @@ def check(settings: Settings) -> None:
     for name in positive.split():
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
+    backends.check(settings.backend, settings.model_parallel)
     if settings.model_parallel < 0:
         raise InputError(f"--model-parallel must not be negative, not {settings.model_parallel}")
     if settings.align_rows % 4:
