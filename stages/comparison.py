@@ -81,9 +81,9 @@ FLOAT32 = Tolerances(
     change=0.005,
     rank=0.99,
     buckets=0.99,
-    loss=0.02,
-    update=0.1,
-    score=0.05,
+    loss=1e-3,
+    update=0.01,
+    score=0.03,
 )
 HALF = Tolerances(
     gradients=None,
