@@ -25,7 +25,7 @@ def load(
 
     Args:
         name: "torch" or "flax".
-        dtype: "float32", "bfloat16", or "auto" (bfloat16 where the hardware has it).
+        dtype: "float32", "bfloat16", or "auto" (bfloat16 where the hardware multiplies faster in it).
         device: "auto", "cpu", "cuda", "cuda:1", …; torch uses one device, flax all of the kind named.
         model_parallel: devices that share one copy of the weights, cut by heads (flax); 0: as few as hold it.
 
