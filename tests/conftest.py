@@ -93,6 +93,16 @@ def load_pair(name: str, folder: Path, dtype: str = "float32") -> Pair:
     return Pair(backends.load(name, folder, device="cpu", dtype=dtype), plain)
 
 
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forgets JAX's compiled programs after a test that leaves many: each takes 20 memory maps or more, and a
+    process that reaches vm.max_map_count (65,530 by default) dies."""
+    yield
+    maps = Path("/proc/self/maps")  # Linux only, as is the limit
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture(scope="session", params=[(name, kind) for name in BACKENDS for kind in KINDS], ids="-".join)
 def pair(request, models) -> Pair:
     """Both backends, every kind of model."""
