@@ -34,6 +34,94 @@ def common_prefix(sequences: Sequence[np.ndarray], at_most: int) -> int:
     return int(differing[0]) if len(differing) else shortest
 
 
+@dataclass(frozen=True)
+class Line:
+    """Sequences as one line of T tokens without padding, each beginning that some of them share once."""
+
+    rows: np.ndarray
+    """indices of the sequences, int [R]"""
+    ids: np.ndarray
+    """token ids, int64 [T]"""
+    positions: np.ndarray
+    """of the tokens in their sequences, int64 [T]"""
+    prefix: int
+    """P: the first tokens of the line, which all sequences share"""
+    columns: np.ndarray
+    """where the token at each position of a sequence stands in the line, int64 [R, C]; its last one beyond
+    its end"""
+    lengths: np.ndarray
+    """tokens of each sequence, int64 [R]"""
+    holders: np.ndarray
+    """for each token a sequence that has it, as a row of `columns`; int64 [T]"""
+
+    @property
+    def picks(self) -> np.ndarray:
+        """Of each token after the prefix, one place in `columns[:, P:]`, flattened: int64 [T - P]."""
+        at = self.holders * (self.columns.shape[1] - self.prefix) + self.positions - self.prefix
+        return at[self.prefix :]
+
+
+def lines(sequences: Sequence[np.ndarray], tokens: int, shared: int, most: int = 0) -> list[Line]:
+    """Joins sequences into lines of at most `tokens` tokens (one sequence at the least), neighbours in
+    alphabetical order together, since they share most.
+
+    Args:
+        sequences: int32 [T_i] each.
+        shared: the longest prefix that may be shared by all; each keeps at least one token after it.
+        most: sequences of a line; 0: any number.
+    """
+    order = sorted(range(len(sequences)), key=lambda row: sequences[row].astype(">i4").tobytes())
+    groups: list[list[tuple[int, int]]] = []  # sequence, and how much of it the one before shares
+    filled = width = common = 0
+    for row in order:
+        length = len(sequences[row])
+        same = _same(sequences[groups[-1][-1][0]], sequences[row]) if groups else 0
+        size = len(groups[-1]) + 1 if groups else 1
+        # Attention works on a padded grid, which is kept from growing far beyond the line.
+        grid = size * (max(width, length) - min(common, same))
+        if not groups or filled + length - same > tokens or grid > 2 * tokens or size - 1 == most > 0:
+            groups.append([(row, 0)])
+            filled, width, common = length, length, min(shared, length - 1)
+        else:
+            groups[-1].append((row, same))
+            filled, width, common = filled + length - same, max(width, length), min(common, same, length - 1)
+    return [_line(sequences, group, shared) for group in groups]
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> int:
+    """Number of leading tokens that two sequences share."""
+    shortest = min(len(one), len(other))
+    differing = np.flatnonzero(one[:shortest] != other[:shortest])
+    return int(differing[0]) if len(differing) else shortest
+
+
+def _line(sequences: Sequence[np.ndarray], group: list[tuple[int, int]], shared: int) -> Line:
+    lengths = np.array([len(sequences[row]) for row, _ in group], np.int64)
+    prefix = min([shared, int(lengths.min()) - 1, *(same for _, same in group[1:])])
+    columns = np.zeros((len(group), int(lengths.max())), np.int64)
+    ids, positions, holders, count = [], [], [], 0
+    for line, (row, same) in enumerate(group):
+        own = np.arange(same, lengths[line])
+        if line:
+            columns[line, :same] = columns[line - 1, :same]
+        columns[line, own] = count + own - same
+        columns[line, lengths[line] :] = columns[line, lengths[line] - 1]
+        ids.append(sequences[row][own].astype(np.int64))
+        positions.append(own)
+        holders.append(np.full(len(own), line))
+        count += len(own)
+    rows = np.array([row for row, _ in group])
+    return Line(
+        rows,
+        np.concatenate(ids),
+        np.concatenate(positions),
+        prefix,
+        columns,
+        lengths,
+        np.concatenate(holders),
+    )
+
+
 def pack(sequences: Sequence[np.ndarray], tokens: int, shared: int, multiple: int = 1) -> list[Packed]:
     """Sorts rows by length and packs them into batches of at most `tokens` padded suffix tokens.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from backends import models, torch_loss, torch_sweep
+from backends import models, torch_generate, torch_loss, torch_sweep
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
 from backends.torch_decoder import Decoder
@@ -86,8 +86,7 @@ class TorchBackend:
             if not torch.isfinite(weight).all():
                 raise InputError(f"{model_dir}: weight {name} holds values that are not finite")
         self.shape = models.read_shape(self.model.config)
-        ends = models.eos_ids(model_dir)
-        self.eos = torch.tensor(ends, dtype=torch.long, device=place)
+        self.eos = set(models.eos_ids(model_dir))
         self.decoder = Decoder(self.model)
 
     @contextmanager
@@ -137,20 +136,23 @@ class TorchBackend:
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
         with self._adapted(adapter):
-            return torch_sweep.generate(self.decoder, prompts, max_new_tokens, self.eos)
+            return torch_generate.generate(self.decoder, self.shape, prompts, max_new_tokens, self.eos)
 
     def sweep_choices(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
         check_mask(mask)
-        return torch_sweep.sweep_choices(self.decoder, examples, check_heads(heads, self.shape), mask)
+        heads = check_heads(heads, self.shape)
+        return torch_sweep.sweep_choices(self.decoder, self.shape, examples, heads, mask)
 
     def sweep_generations(
         self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
     ) -> Iterator[tuple[Head, list[np.ndarray]]]:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
-        return torch_sweep.sweep_generations(self.decoder, prompts, heads, max_new_tokens, self.eos, mask)
+        return torch_generate.sweep_generations(
+            self.decoder, self.shape, prompts, heads, max_new_tokens, self.eos, mask
+        )
 
     def tune(
         self,

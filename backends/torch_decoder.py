@@ -1,40 +1,64 @@
-"""The transformers decoder, run layer by layer: shared prefixes, silenced heads, greedy decoding.
+"""The transformers decoder, taken apart: prompts without padding, silenced heads, decoding from caches.
 
-The modules are transformers' own, called one layer at a time, so that a pass can start at any layer from a
-kept residual stream, compute a prefix that rows share once, and silence another head in every row.
-`choices`, `generate` and both sweeps run on this one code path: a silenced head is compared with a clean
-model that was computed alike.
+The weights and small modules (projections, norms, MLP, rotary tables) are transformers' own and are called
+one layer at a time; what is here is the order of a Llama, Qwen2 or Mistral layer, so that a pass can start at
+any layer from a kept residual stream, compute a prefix that rows share once, leave out tokens whose
+outcome nobody reads, and silence another head in every row. `choices`, `generate` and both sweeps run on this
+one code path: a silenced head is compared with a clean model that was computed alike.
 
-Axes as in `backends.base`; R rows of one batch, P tokens of the shared prefix, S of the (right-padded)
-suffix.
+Axes as in `backends.base`; n copies or rows of a pass, R prompts of a batch, T tokens of its line, P of the
+prefix that all share, C of the longest prompt, or columns of a cache.
 """
 
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers.models.llama.modeling_llama import rotate_half
 
-from backends import batching, models
+from backends import batching, memory, models
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Rows that share a prefix: prefix ids [P], suffix ids [R, S] right-padded, true suffix lengths [R]."""
+    """A `batching.Line` on the device: prompts without padding, and what they share once."""
 
-    prefix: torch.Tensor
-    suffix: torch.Tensor
+    rows: np.ndarray
+    ids: torch.Tensor
+    positions: torch.Tensor
+    prefix: int
+    columns: torch.Tensor
     lengths: torch.Tensor
+    picks: torch.Tensor
 
     @property
-    def rows(self) -> int:
-        return len(self.lengths)
+    def last(self) -> torch.Tensor:
+        """Each prompt's last token in the line, [R]."""
+        return self.columns[:, -1]
+
+
+def make_batch(line: batching.Line, device: torch.device) -> Batch:
+    ids, positions, columns, lengths, picks = (
+        torch.from_numpy(part).to(device)
+        for part in (line.ids, line.positions, line.columns, line.lengths, line.picks)
+    )
+    return Batch(line.rows, ids, positions, line.prefix, columns, lengths, picks)
+
+
+def make_batches(
+    sequences: Sequence[np.ndarray], device: torch.device, tokens: int, shared: int, most: int = 0
+) -> list[Batch]:
+    """`batching.lines` on the device."""
+    return [make_batch(line, device) for line in batching.lines(sequences, tokens, shared, most)]
 
 
 @dataclass(frozen=True)
 class Silence:
-    """Which head is silenced in each row: one layer, heads [R], and what is zeroed."""
+    """Which head is silenced in each copy or row: one layer, heads [n] (-1: none), and what is zeroed."""
 
     layer: int
     heads: torch.Tensor
@@ -43,78 +67,38 @@ class Silence:
     def take(self, rows: torch.Tensor) -> "Silence":
         return Silence(self.layer, self.heads[rows], self.mask)
 
-    def repeat(self, times: int) -> "Silence":
-        return Silence(self.layer, self.heads.repeat_interleave(times), self.mask)
+    def zeroed(self, what: str, index: int, per_head: torch.Tensor) -> torch.Tensor:
+        """[n, M, H, D] of layer `index` without the silenced heads, if `what` is to be zeroed.
+
+        output: what W_o reads of a head (zeroing W_o's output would hit channels, not heads). query: its
+        query, after the bias; rotary embedding leaves zero at zero, so the head attends uniformly.
+        """
+        if what != self.mask or index != self.layer:
+            return per_head
+        every = torch.arange(per_head.shape[2], device=per_head.device)
+        return per_head * (every != self.heads[:, None])[:, None, :, None]
 
 
-class _Past:
-    """One layer's keys and values, in the form that transformers' attention asks for (`update`)."""
+class Cache:
+    """Keys and values of some layers, [n, C, K, D] each; a token's column is its position. `like`: [K, D]."""
 
-    def __init__(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None):
-        self.keys, self.values = keys, values
+    def __init__(self, layers: range, rows: int, columns: int, like: torch.Tensor):
+        shape = (rows, columns, *like.shape)
+        self.layers, self.columns, self.like = layers, columns, like
+        # Zeros: a column that nobody sees yet is multiplied by 0, and must be a number.
+        self.keys = {index: like.new_zeros(shape) for index in layers}
+        self.values = {index: like.new_zeros(shape) for index in layers}
 
-    def update(self, keys, values, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.keys is None:
-            self.keys, self.values = keys, values
-        else:
-            self.keys = torch.cat([self.keys, keys], dim=2)  # (R, K, P + S, D)
-            self.values = torch.cat([self.values, values], dim=2)
-        return self.keys, self.values
+    def fill(self, index: int, rows: slice | torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The first columns of some rows."""
+        self.keys[index][rows, : keys.shape[1]] = keys
+        self.values[index][rows, : values.shape[1]] = values
 
-
-class _Slots:
-    """One layer's keys and values in buffers of fixed size [R, K, columns, D], written column by column."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, columns: int):
-        rows, kv_heads, filled, dim = keys.shape
-        self.keys, self.values = (keys.new_empty(rows, kv_heads, columns, dim) for _ in range(2))
-        self.keys[:, :, :filled], self.values[:, :, :filled] = keys, values
-        self.filled = filled
-
-    def update(self, keys, values, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.filled + keys.shape[2]
-        self.keys[:, :, self.filled : end], self.values[:, :, self.filled : end] = keys, values
-        self.filled = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def take(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def make_batches(
-    sequences: Sequence[np.ndarray], device: torch.device, tokens: int, shared: int
-) -> list[tuple[np.ndarray, Batch]]:
-    """`batching.pack` with the token ids on the device: the rows' indices and the batch, for each batch."""
-    return [
-        (
-            packed.rows,
-            Batch(
-                *(torch.from_numpy(ids).to(device) for ids in (packed.prefix, packed.suffix, packed.lengths))
-            ),
-        )
-        for packed in batching.pack(sequences, tokens, shared)
-    ]
-
-
-@contextmanager
-def _silenced(attention: torch.nn.Module, silence: Silence, kept_heads: int):
-    """Zeroes the named head of each row inside one attention module.
-
-    output: its slice of what W_o reads (zeroing W_o's output would hit channels, not heads). query: its
-    slice of the query, after the bias; rotary embedding leaves zero at zero, so the head attends uniformly.
-    """
-    width = attention.head_dim
-    keep = torch.ones(len(silence.heads), kept_heads, device=silence.heads.device)
-    keep[torch.arange(len(silence.heads), device=keep.device), silence.heads] = 0
-    keep = keep.repeat_interleave(width, dim=1)[:, None].to(attention.o_proj.weight.dtype)  # (R, 1, H * D)
-    if silence.mask == "output":
-        hook = attention.o_proj.register_forward_pre_hook(lambda _, inputs: (inputs[0] * keep,))
-    else:
-        hook = attention.q_proj.register_forward_hook(lambda _, inputs, output: output * keep)
-    try:
-        yield
-    finally:
-        hook.remove()
+    def take(self, rows: Sequence[int]) -> None:
+        rows = torch.tensor(rows, dtype=torch.long, device=self.like.device)
+        for kept in (self.keys, self.values):
+            for index in self.layers:
+                kept[index] = kept[index][rows]
 
 
 class Decoder:
@@ -125,153 +109,166 @@ class Decoder:
         config = model.config
         self.layers = config.num_hidden_layers
         self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
         self.windows = models.sliding_windows(config)
+
+        head_dim = self.model.model.layers[0].self_attn.head_dim
+        self.like = torch.empty(self.kv_heads, head_dim, dtype=model.dtype, device=model.device)
+        self.itemsize = model.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def _modules(self):
-        return self.model.model.layers
+    @property
+    def room(self) -> int:
+        """Bytes that a sweep may use beside the weights."""
+        weights = sum(weight.nbytes for weight in self.model.parameters())
+        if self.device.type == "cuda":
+            return int(0.9 * torch.cuda.get_device_properties(self.device).total_memory) - weights
+        return memory.machine_bytes() // 2 - weights
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.model.embed_tokens(ids)
 
     def logits(self, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 [..., V] from the last layer's residual stream, or [..., n] for the n tokens of
+        """float32 [..., V] from the last layer's residual stream, or [..., m] for the m tokens of
         `vocabulary`."""
         hidden = self.model.model.norm(hidden)
         if vocabulary is None:
             return self.model.lm_head(hidden).float()
         return torch.nn.functional.linear(hidden, self.model.lm_head.weight[vocabulary]).float()
 
-    def _layer(self, index, hidden, positions, visible, distance, past, silence):
-        """One decoder layer. visible: bool [R, T, columns]; distance: query minus key position, same
-        shape."""
-        window = self.windows[index]
-        mask = visible if window is None else visible & (distance < window)
-        module = self._modules()[index]
-        rotary = self.model.model.rotary_emb(hidden, position_ids=positions)
-        arguments = {
-            "attention_mask": mask[:, None],
-            "position_ids": positions,
-            "past_key_values": past,
-            "use_cache": True,
-            "position_embeddings": rotary,
-        }
-        if silence is None or silence.layer != index:
-            return module(hidden, **arguments)
-        with _silenced(module.self_attn, silence, self.heads):
-            return module(hidden, **arguments)
-
     def run(
         self,
         batch: Batch,
-        prefix: torch.Tensor,
-        suffix: torch.Tensor,
+        hidden: torch.Tensor,
         start: int,
         stop: int,
         silence: Silence | None = None,
-        keep: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[_Past]]:
-        """Layers start..stop-1 for a batch, or for `copies` of it, each copy with another head silenced.
+        keep: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Layers start..stop-1 for copies of a batch, each with another head silenced.
 
         Args:
-            prefix: residual stream of the shared prefix before layer `start`, [copies, P, E].
-            suffix: that of the rows, [copies * R, S, E], copy by copy.
-            silence: one head a copy.
-            keep: return every layer's keys and values.
+            hidden: residual stream before layer `start`, [n, T, E].
+            keep: told each layer's index, keys and values, [n, T, K, D].
 
-        Returns the residual streams after layer stop-1, and one `_Past` ([copies * R, K, P + S, D]) a layer.
+        Returns the residual stream after layer stop-1: [n, T, E], or after the model's last layer of the
+        prompts' last tokens only, [n, R, E].
         """
-        copies, width, length = len(suffix) // batch.rows, len(batch.prefix), batch.suffix.shape[1]
-        device = suffix.device
-        columns = torch.arange(width + length, device=device)
-        apart = columns[:, None] - columns[None, :]  # query minus key position
-        causal = apart >= 0
-        rows_silence = None if silence is None else silence.repeat(batch.rows)
-        pasts = []
+        rotary = self._rotary(hidden, batch.positions[None])
         for index in range(start, stop):
-            past = _Past()
-            if width:
-                prefix = self._layer(
-                    index,
-                    prefix,
-                    columns[None, :width],
-                    causal[None, :width, :width],
-                    apart[None, :width, :width],
-                    past,
-                    silence,
-                )
-                past.keys, past.values = (
-                    kept.repeat_interleave(batch.rows, dim=0) for kept in (past.keys, past.values)
-                )
-            # Padding stands after a row's own tokens, so causality alone hides it from them.
-            suffix = self._layer(
-                index,
-                suffix,
-                columns[None, width:],
-                causal[None, width:].expand(copies * batch.rows, -1, -1),
-                apart[None, width:],
-                past,
-                rows_silence,
-            )
-            if keep:
-                pasts.append(past)
-        return prefix, suffix, pasts
+            last = batch.last if index == self.layers - 1 else None
 
-    def start(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residual streams before layer 0: [1, P, E] and [R, S, E]."""
-        return self.embed(batch.prefix[None]), self.embed(batch.suffix)
+            def attend(index, queries, keys, values, last=last):
+                if keep is not None:
+                    keep(index, keys, values)
+                if last is None:
+                    return self._attend_all(batch, index, queries, keys, values)
+                return self._attend_last(batch, index, queries, keys, values)
 
-    def decode(
+            hidden = self._layer(index, hidden, rotary, attend, silence, last)
+        return hidden
+
+    def extend(
+        self, cache: Cache, hidden: torch.Tensor, positions: torch.Tensor, silence: Silence | None = None
+    ) -> torch.Tensor:
+        """The cache's layers for w further tokens of each row, [n, w, E] at positions [n, w], which it then
+        holds."""
+        rotary = self._rotary(hidden, positions)
+        lines = torch.arange(len(hidden), device=hidden.device)[:, None]
+        columns = torch.arange(int(positions.max()) + 1, device=hidden.device)
+        distance = positions[:, :, None] - columns  # query minus key position, (n, w, C)
+
+        def attend(index, queries, keys, values):
+            cache.keys[index][lines, positions] = keys
+            cache.values[index][lines, positions] = values
+            known, held = (kept[index][: len(lines), : len(columns)] for kept in (cache.keys, cache.values))
+            return self._attention(index, queries, known, held, distance)
+
+        for index in cache.layers:
+            hidden = self._layer(index, hidden, rotary, attend, silence)
+        return hidden
+
+    def _rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
+        """Cosines and sines, [n, T, 1, D] each."""
+        cos, sin = self.model.model.rotary_emb(hidden, position_ids=positions)
+        return cos[:, :, None], sin[:, :, None]
+
+    def _layer(
         self,
-        pasts: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        lengths: torch.Tensor,
-        tokens: torch.Tensor,
-        budget: torch.Tensor,
-        eos: torch.Tensor,
-        silence: Silence | None = None,
-    ) -> list[list[int]]:
-        """Greedy continuation of rows whose keys and values are known, one token a step for all rows.
+        index: int,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        silence: Silence | None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One decoder layer on [n, T, E]; its outcome for all tokens or for those of `wanted` [M]."""
+        module = self.model.model.layers[index]
+        attention, normed = module.self_attn, module.input_layernorm(hidden)
+        keys = attention.k_proj(normed).unflatten(-1, (self.kv_heads, -1))  # (n, T, K, D)
+        values = attention.v_proj(normed).unflatten(-1, (self.kv_heads, -1))
+        keys = _rotated(keys, rotary)
+        if wanted is not None:
+            hidden, normed = hidden[:, wanted], normed[:, wanted]
+            rotary = rotary[0][:, wanted], rotary[1][:, wanted]
+        queries = attention.q_proj(normed).unflatten(-1, (self.heads, -1))  # (n, M, H, D)
+        if silence is not None:
+            queries = silence.zeroed("query", index, queries)
+        mixed = attend(index, _rotated(queries, rotary), keys, values)
+        if silence is not None:
+            mixed = silence.zeroed("output", index, mixed)
+        hidden = hidden + attention.o_proj(mixed.flatten(-2))
+        return hidden + module.mlp(module.post_attention_layernorm(hidden))
 
-        Args:
-            pasts: keys and values of every layer, [R, K, columns, D]; columns from lengths[r] on are ignored
-            in row r.
-            lengths: tokens of each row that `pasts` holds validly, [R].
-            tokens: the next token of each row, already decided, [R].
-            budget: tokens that each row may have in all, `tokens` included, [R].
-            eos: ids that end a row.
+    def _attention(self, index, queries, keys, values, distance) -> torch.Tensor:
+        """Queries [n, M, H, D] on keys and values [n, C, K, D]; distance: query minus key position,
+        [n or 1, M, C].
 
-        Returns each row's tokens, beginning with `tokens`, EOS included.
+        Heads that share a key are queries of one head here, so that no key is copied.
         """
-        rows = torch.arange(len(tokens), device=tokens.device)
-        written = [[int(token)] for token in tokens]
-        filled = pasts[0][0].shape[2]
-        columns = filled + int(budget.max())
-        slots = [_Slots(keys, values, columns) for keys, values in pasts]
-        key_position = torch.arange(filled, device=tokens.device).repeat(len(rows), 1)  # (R, columns so far)
-        valid = key_position < lengths[:, None]
-        position, left = lengths.clone(), budget - 1
-        while True:
-            going = (left > 0) & ~torch.isin(tokens, eos)
-            if not going.any():
-                return written
-            if going.sum() <= len(going) // 2:  # drop finished rows where it saves real work
-                kept = going.nonzero()[:, 0]
-                rows, tokens, position, left = rows[kept], tokens[kept], position[kept], left[kept]
-                key_position, valid, going = key_position[kept], valid[kept], going[kept]
-                silence = None if silence is None else silence.take(kept)
-                for slot in slots:
-                    slot.take(kept)
-            key_position = torch.cat([key_position, position[:, None]], dim=1)
-            valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
-            visible, distance = valid[:, None], (position[:, None] - key_position)[:, None]
-            hidden = self.embed(tokens[:, None])
-            for index, slot in enumerate(slots):
-                hidden = self._layer(index, hidden, position[:, None], visible, distance, slot, silence)
-            tokens = self.logits(hidden[:, 0]).argmax(dim=-1)
-            for row, token, alive in zip(rows.tolist(), tokens.tolist(), going.tolist(), strict=True):
-                if alive:
-                    written[row].append(token)
-            position, left = position + 1, torch.where(going, left - 1, 0)
+        window, group = self.windows[index], self.heads // self.kv_heads
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        grouped = queries.unflatten(2, (self.kv_heads, group)).permute(0, 2, 3, 1, 4)  # (n, K, G, M, D)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            grouped.flatten(2, 3),  # (n, K, G * M, D)
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=visible.repeat(1, group, 1)[:, None],
+            scale=self.model.model.layers[index].self_attn.scaling,
+        )
+        return mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, M, H, D)
+
+    def _attend_all(self, batch: Batch, index, queries, keys, values) -> torch.Tensor:
+        """Every token of a line on what stands before it in its own prompt, [n, T, H, D]."""
+        prefix, copies = batch.prefix, len(queries)
+        at = torch.arange(batch.columns.shape[1], device=queries.device)
+        distance = (at[:, None] - at)[None]
+        # Each prompt's own, (n * R, C, K, D) and (n * R, C - P, H, D); shared tokens are answered more than
+        # once and picked once.
+        known, held = (part[:, batch.columns].flatten(0, 1) for part in (keys, values))
+        asking = queries[:, batch.columns[:, prefix:]].flatten(0, 1)
+        own = self._attention(index, asking, known, held, distance[:, prefix:])
+        own = own.unflatten(0, (copies, -1)).flatten(1, 2)[:, batch.picks]  # (n, T - P, H, D)
+        if not prefix:
+            return own
+        before = distance[:, :prefix, :prefix]
+        first = self._attention(index, *(part[:, :prefix] for part in (queries, keys, values)), before)
+        return torch.cat([first, own], dim=1)
+
+    def _attend_last(self, batch: Batch, index, queries, keys, values) -> torch.Tensor:
+        """The prompts' last tokens on their prompts, [n, R, H, D]."""
+        at = torch.arange(batch.columns.shape[1], device=queries.device)
+        distance = (batch.lengths - 1)[:, None, None] - at  # (R, 1, C)
+        known, held = (part[:, batch.columns].flatten(0, 1) for part in (keys, values))
+        mixed = self._attention(
+            index, queries.flatten(0, 1)[:, None], known, held, distance.repeat(len(queries), 1, 1)
+        )
+        return mixed[:, 0].unflatten(0, (len(queries), -1))
+
+
+def _rotated(per_head: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    cos, sin = rotary
+    return per_head * cos + rotate_half(per_head) * sin
