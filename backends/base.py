@@ -55,16 +55,22 @@ class Recipe:
     """global gradient norm"""
     folder: Path | None = None
     """where the PEFT folder goes; None: a new temporary folder"""
+    checkpoint: Path | None = None
+    """file that keeps the run's state, about once a minute; one that is there is gone on from"""
 
 
 class Tuning(Protocol):
-    """A tuning run: iterate it for a record a step, then read `adapter`.
+    """A tuning run: iterate it for a record a step, then read `adapter`. One that goes on from a checkpoint
+    repeats the records of the steps before.
 
     A record has step, loss, util_loss, cos, projected, lr, tokens (util_loss and cos are NaN without a
     reference).
     """
 
     def __iter__(self) -> Iterator[dict]: ...
+
+    repeated: int
+    """how many steps were taken before, by a process that was stopped; known once the iteration has begun"""
 
     @property
     def adapter(self) -> Path:
@@ -82,10 +88,17 @@ class Backend(Protocol):
     """as resolved, e.g. "cpu" or "cuda:0" """
     shape: Shape
 
-    def gradient_gram(self, safe: Sequence[Example], util: Sequence[Example], folds: int = 4) -> np.ndarray:
+    def gradient_gram(
+        self,
+        safe: Sequence[Example],
+        util: Sequence[Example],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+    ) -> np.ndarray:
         """float64 [L, H, 2F, 2F]: inner products of the fold-mean gradients of W_q's head rows (θ_h, [D, E]).
 
-        Safe folds first. Fold f holds examples f, f + F, f + 2F, …; an example's loss is the mean over its
+        `layers`: only those, in their order; 2F gradients of their W_q are held in memory, in float32. Safe
+        folds first. Fold f holds examples f, f + F, f + 2F, …; an example's loss is the mean over its
         target tokens. A float32 model is differentiated in float64: where fold gradients nearly cancel, O
         magnifies rounding. ValueError unless both lists divide into equal folds; InputError on a gradient
         that is not finite.

@@ -1,6 +1,6 @@
 """How rows are put together for a pass: what both backends do alike, in numpy.
 
-Axes as in `backends.base`; R rows of one batch, P tokens of the shared prefix, S of the right-padded suffix.
+Axes as in `backends.base`; R rows of one batch, P tokens of the prefix that all share, C of the longest.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,20 +10,6 @@ import numpy as np
 
 from backends.base import Head
 from data.examples import Example
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Rows that share a prefix, and where they come from."""
-
-    rows: np.ndarray
-    """indices of the sequences, int [R]"""
-    prefix: np.ndarray
-    """token ids, int64 [P]"""
-    suffix: np.ndarray
-    """token ids, int64 [R, S], zeros after a row's own"""
-    lengths: np.ndarray
-    """tokens of each row's suffix, int64 [R]"""
 
 
 def common_prefix(sequences: Sequence[np.ndarray], at_most: int) -> int:
@@ -61,7 +47,9 @@ class Line:
         return at[self.prefix :]
 
 
-def lines(sequences: Sequence[np.ndarray], tokens: int, shared: int, most: int = 0) -> list[Line]:
+def lines(
+    sequences: Sequence[np.ndarray], tokens: int, shared: int, most: int = 0, multiple: int = 1
+) -> list[Line]:
     """Joins sequences into lines of at most `tokens` tokens (one sequence at the least), neighbours in
     alphabetical order together, since they share most.
 
@@ -69,6 +57,7 @@ def lines(sequences: Sequence[np.ndarray], tokens: int, shared: int, most: int =
         sequences: int32 [T_i] each.
         shared: the longest prefix that may be shared by all; each keeps at least one token after it.
         most: sequences of a line; 0: any number.
+        multiple: of which P is a multiple, where few shapes are wanted.
     """
     order = sorted(range(len(sequences)), key=lambda row: sequences[row].astype(">i4").tobytes())
     groups: list[list[tuple[int, int]]] = []  # sequence, and how much of it the one before shares
@@ -85,7 +74,13 @@ def lines(sequences: Sequence[np.ndarray], tokens: int, shared: int, most: int =
         else:
             groups[-1].append((row, same))
             filled, width, common = filled + length - same, max(width, length), min(common, same, length - 1)
-    return [_line(sequences, group, shared) for group in groups]
+    return [_line(sequences, group, shared, multiple) for group in groups]
+
+
+def join(sequences: Sequence[np.ndarray], shared: int) -> Line:
+    """All sequences as one line, however long (see `lines`)."""
+    (line,) = lines(sequences, 2 * sum(map(len, sequences)) * len(sequences), shared)
+    return line
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> int:
@@ -95,9 +90,10 @@ def _same(one: np.ndarray, other: np.ndarray) -> int:
     return int(differing[0]) if len(differing) else shortest
 
 
-def _line(sequences: Sequence[np.ndarray], group: list[tuple[int, int]], shared: int) -> Line:
+def _line(sequences: Sequence[np.ndarray], group: list[tuple[int, int]], shared: int, multiple: int) -> Line:
     lengths = np.array([len(sequences[row]) for row, _ in group], np.int64)
     prefix = min([shared, int(lengths.min()) - 1, *(same for _, same in group[1:])])
+    prefix -= prefix % multiple
     columns = np.zeros((len(group), int(lengths.max())), np.int64)
     ids, positions, holders, count = [], [], [], 0
     for line, (row, same) in enumerate(group):
@@ -120,32 +116,6 @@ def _line(sequences: Sequence[np.ndarray], group: list[tuple[int, int]], shared:
         lengths,
         np.concatenate(holders),
     )
-
-
-def pack(sequences: Sequence[np.ndarray], tokens: int, shared: int, multiple: int = 1) -> list[Packed]:
-    """Sorts rows by length and packs them into batches of at most `tokens` padded suffix tokens.
-
-    Args:
-        sequences: int32 [T_i] each.
-        shared: the longest prefix that may be shared; every row keeps at least one suffix token.
-        multiple: of which P and S are multiples, where few shapes are wanted.
-    """
-    if not sequences:
-        return []
-    prefix = common_prefix(sequences, min(shared, min(len(sequence) for sequence in sequences) - 1))
-    prefix -= prefix % multiple
-    lengths = np.array([len(sequence) - prefix for sequence in sequences], dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        width = round_up(int(lengths[order[start]]), multiple)
-        rows = order[start : start + max(1, tokens // width)]
-        suffix = np.zeros((len(rows), width), dtype=np.int64)
-        for line, row in enumerate(rows):
-            suffix[line, : lengths[row]] = sequences[row][prefix:]
-        batches.append(Packed(rows, sequences[rows[0]][:prefix].astype(np.int64), suffix, lengths[rows]))
-        start += len(rows)
-    return batches
 
 
 def round_up(number: int, multiple: int) -> int:

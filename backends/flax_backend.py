@@ -6,7 +6,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from backends import flax_adapter, flax_devices, flax_loss, flax_model, flax_sweep, flax_weights, models
+from backends import (
+    flax_adapter,
+    flax_devices,
+    flax_generate,
+    flax_loss,
+    flax_model,
+    flax_sweep,
+    flax_weights,
+    models,
+)
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.flax_decoder import Lora
 from backends.flax_tune import FlaxTuning
@@ -39,8 +48,15 @@ class FlaxBackend:
         a, b, scale = flax_adapter.read(Path(adapter), self.shape)
         return Lora(self.model.put(a), self.model.put(b), np.float32(scale))
 
-    def gradient_gram(self, safe: Sequence[Example], util: Sequence[Example], folds: int = 4) -> np.ndarray:
-        return flax_loss.gradient_gram(self.model, safe, util, folds)
+    def gradient_gram(
+        self,
+        safe: Sequence[Example],
+        util: Sequence[Example],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        layers = range(self.shape.layers) if layers is None else layers
+        return flax_loss.gradient_gram(self.model, safe, util, folds, layers)
 
     def logits(
         self,
@@ -61,7 +77,7 @@ class FlaxBackend:
     def generate(
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
-        return flax_sweep.generate(self.model, prompts, max_new_tokens, self._lora(adapter))
+        return flax_generate.generate(self.model, prompts, max_new_tokens, self._lora(adapter))
 
     def sweep_choices(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
@@ -74,7 +90,7 @@ class FlaxBackend:
     ) -> Iterator[tuple[Head, list[np.ndarray]]]:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
-        return flax_sweep.sweep_generations(self.model, prompts, heads, max_new_tokens, mask)
+        return flax_generate.sweep_generations(self.model, prompts, heads, max_new_tokens, mask)
 
     def tune(
         self,

@@ -5,8 +5,8 @@ Every layer's weights stand in one array with a leading axis L, and a loop over 
 argument: which heads speak (`keep`), LoRA, keys and values. Arithmetic follows transformers' modules step by
 step (norms, softmax and logits in float32).
 
-Axes as in `backends.base`; c copies of a batch (each with another head silenced), R rows, P tokens of the
-shared prefix, S of the (right-padded) suffix, C columns of a decoding cache, G = H / K.
+Axes as in `backends.base`; n copies of a line (each with another head silenced) or rows, R prompts, P tokens
+of the prefix that all share, C of the longest prompt, or columns of a cache, G = H / K.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from flax import nnx
 from backends.base import Shape
 
 EVERY = 2**30
-"""the window of a layer that attends to all tokens; the position of a column that holds none"""
+"""the window of a layer that attends to all tokens"""
 
 # Exact products for float32 on GPU and TPU, which would otherwise round to TF32 or bfloat16.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -55,10 +55,29 @@ class Lora(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """Keys and values, [..., K, T, D] each."""
+    """Keys and values."""
 
     keys: jax.Array
     values: jax.Array
+
+
+class Line(NamedTuple):
+    """A `batching.Line` on the mesh: T tokens, R prompts of at most C."""
+
+    ids: jax.Array
+    """[T]"""
+    positions: jax.Array
+    """[T]"""
+    columns: jax.Array
+    """[R, C]"""
+    lengths: jax.Array
+    """[R]"""
+    picks: jax.Array
+    """[T - P]"""
+
+    @property
+    def prefix(self) -> int:
+        return len(self.ids) - len(self.picks)
 
 
 class At(NamedTuple):
@@ -67,7 +86,7 @@ class At(NamedTuple):
     weights: nnx.State
     window: jax.Array
     keep: jax.Array | None
-    """[c, H]: 0 silences a head of a copy, 1 does not"""
+    """[n, H]: 0 silences a head of a copy or row, 1 does not"""
     a: jax.Array | None
     b: jax.Array | None
 
@@ -141,8 +160,8 @@ class Layer(nnx.Module):
         self.before_attention = RMSNorm(config, config.shape.layers)
         self.before_mlp = RMSNorm(config, config.shape.layers)
 
-    def project(self, x, turn, at: At, mask: str, scale) -> tuple[jax.Array, KeyValue]:
-        """x [c, R, T, E] -> queries [c, R, T, H, D] and keys and values [c, R, K, T, D]."""
+    def queries(self, x, turn, at: At, mask: str, scale) -> jax.Array:
+        """[n, T, E] -> [n, T, H, D]."""
         x = self.before_attention(x)
         query = self.attention.query(x)
         if at.a is not None:
@@ -150,15 +169,18 @@ class Layer(nnx.Module):
             added = jnp.einsum("...r,hdr->...hd", low, at.b, precision=PRECISION) * scale
             query = (query + added).astype(query.dtype)
         if at.keep is not None and mask == "query":
-            query = query * at.keep[:, None, None, :, None].astype(query.dtype)
-        key, value = rotate(self.attention.key(x), turn), self.attention.value(x)
-        return rotate(query, turn), KeyValue(jnp.moveaxis(key, -2, -3), jnp.moveaxis(value, -2, -3))
+            query = query * at.keep[:, None, :, None].astype(query.dtype)
+        return rotate(query, turn)
 
-    def finish(self, x, query, own, visible, at: At, mask: str, shared=None, shared_visible=None):
-        """The layer's output [c, R, T, E] from its input, its queries and what they may see."""
-        heads = attend(query, own, visible, shared, shared_visible)
+    def key_values(self, x, turn) -> KeyValue:
+        """[n, T, E] -> [n, T, K, D] each."""
+        x = self.before_attention(x)
+        return KeyValue(rotate(self.attention.key(x), turn), self.attention.value(x))
+
+    def finish(self, x, heads, at: At, mask: str) -> jax.Array:
+        """The layer's output [n, T, E] from its input and what its heads read, [n, T, H, D]."""
         if at.keep is not None and mask == "output":
-            heads = heads * at.keep[:, None, None, :, None].astype(heads.dtype)
+            heads = heads * at.keep[:, None, :, None].astype(heads.dtype)
         x = x + self.attention.output(heads)
         return x + self.mlp(self.before_mlp(x))
 
@@ -176,40 +198,64 @@ def rotate(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(query, own: KeyValue, visible, shared: KeyValue | None, shared_visible) -> jax.Array:
-    """Attention of [c, R, T, H, D] over a row's own keys and those that all rows of a copy share.
+def by_head(own: KeyValue) -> KeyValue:
+    """[..., T, K, D] -> [..., K, T, D]."""
+    return KeyValue(*(jnp.moveaxis(part, -2, -3) for part in own))
 
-    Args:
-        own: [c, R, K, S, D]; visible: bool, broadcastable to [c, R, T, S].
-        shared: [c, K, P, D]; shared_visible: bool [T, P].
-    """
-    copies, rows, length, heads, dim = query.shape
-    kv_heads = own.keys.shape[2]
-    grouped = query.reshape(copies, rows, length, kv_heads, heads // kv_heads, dim)  # (c, R, T, K, G, D)
+
+def attend(query: jax.Array, known: KeyValue, visible: jax.Array) -> jax.Array:
+    """Attention of [..., M, H, D] over keys and values [..., K, C, D]; visible: bool, broadcastable to
+    [..., M, C]."""
+    kv_heads, dim = known.keys.shape[-3], query.shape[-1]
+    grouped = query.reshape(*query.shape[:-2], kv_heads, -1, dim)  # (..., M, K, G, D)
     at_least = jnp.promote_types(query.dtype, jnp.float32)
-    lowest = jnp.finfo(at_least).min
-
-    def scores(equation: str, keys: jax.Array, seen: jax.Array) -> jax.Array:
-        products = jnp.einsum(equation, grouped, keys, precision=PRECISION, preferred_element_type=at_least)
-        return jnp.where(seen, products * dim**-0.5, lowest)
-
-    found = scores("crtkgd,crksd->crktgs", own.keys, visible[:, :, None, :, None])
-    if shared is None:
-        weights = jax.nn.softmax(found, axis=-1).astype(query.dtype)
-        mixed = jnp.einsum("crktgs,crksd->crtkgd", weights, own.values, precision=PRECISION)
-        return mixed.reshape(query.shape)
-    before = scores("crtkgd,ckpd->crktgp", shared.keys, shared_visible[:, None])
-    together = jnp.concatenate([before, found], axis=-1)  # (c, R, K, T, G, P + S)
-    weights = jax.nn.softmax(together, axis=-1).astype(query.dtype)
-    width = before.shape[-1]
-    mixed = sum(
-        jnp.einsum(equation, part, values, precision=PRECISION, preferred_element_type=at_least)
-        for equation, part, values in (
-            ("crktgp,ckpd->crtkgd", weights[..., :width], shared.values),
-            ("crktgs,crksd->crtkgd", weights[..., width:], own.values),
+    seen = visible[..., None, :, None, :]  # (..., 1, M, 1, C)
+    # A single query reads each key once. XLA fuses these sums; its products of matrices so thin took a
+    # quarter of a decoding step on a CPU.
+    alone = query.shape[-3] == 1
+    if alone:
+        each = jnp.moveaxis(grouped, -4, -3).astype(at_least)[..., None, :]  # (..., K, 1, G, 1, D)
+        products = (each * known.keys[..., None, None, :, :]).sum(axis=-1)  # (..., K, 1, G, C)
+    else:
+        products = jnp.einsum(
+            "...mkgd,...kcd->...kmgc",
+            grouped,
+            known.keys,
+            precision=PRECISION,
+            preferred_element_type=at_least,
         )
-    )
-    return mixed.astype(query.dtype).reshape(query.shape)
+    weights = jax.nn.softmax(jnp.where(seen, products * dim**-0.5, jnp.finfo(at_least).min), axis=-1)
+    weights = weights.astype(query.dtype)
+    if alone:
+        values = known.values[..., None, None, :, :].astype(at_least)
+        mixed = (weights[..., None] * values).sum(axis=-2)  # (..., K, 1, G, D)
+        return jnp.moveaxis(mixed, -3, -4).astype(query.dtype).reshape(query.shape)
+    mixed = jnp.einsum("...kmgc,...kcd->...mkgd", weights, known.values, precision=PRECISION)
+    return mixed.reshape(query.shape)
+
+
+def attend_line(query: jax.Array, own: KeyValue, line: Line, window: jax.Array) -> jax.Array:
+    """Every token of a line on what stands before it in its own prompt: [n, T, H, D] on [n, T, K, D]."""
+    prefix = line.prefix
+    at = jnp.arange(line.columns.shape[1])
+    apart = at[:, None] - at  # query minus key position
+    seen = (apart >= 0) & (apart < window)
+    # Each prompt's own, [n, R, C, …]; shared tokens are answered more than once and picked once.
+    known = by_head(KeyValue(*(part[:, line.columns] for part in own)))
+    found = attend(query[:, line.columns[:, prefix:]], known, seen[prefix:])
+    found = found.reshape(len(query), -1, *query.shape[2:])[:, line.picks]  # (n, T - P, H, D)
+    if not prefix:
+        return found
+    before = by_head(KeyValue(*(part[:, :prefix] for part in own)))
+    first = attend(query[:, :prefix], before, seen[:prefix, :prefix])
+    return jnp.concatenate([first, found], axis=1)
+
+
+def attend_last(query: jax.Array, own: KeyValue, line: Line, window: jax.Array) -> jax.Array:
+    """The prompts' last tokens on their prompts: [n, R, H, D] on [n, T, K, D]."""
+    apart = (line.lengths - 1)[:, None] - jnp.arange(line.columns.shape[1])  # (R, C)
+    known = by_head(KeyValue(*(part[:, line.columns] for part in own)))
+    return attend(query[:, :, None], known, ((apart >= 0) & (apart < window))[:, None])[:, :, 0]
 
 
 class Decoder(nnx.Module):
@@ -235,64 +281,110 @@ class Decoder(nnx.Module):
 
     def _stacked(self, keep: jax.Array | None, lora: Lora | None) -> tuple[nnx.GraphDef, At]:
         graph, weights = nnx.split(self.layers)
-        each = None if keep is None else jnp.moveaxis(keep, 1, 0)  # (L, c, H)
+        each = None if keep is None else jnp.moveaxis(keep, 1, 0)  # (L, n, H)
         a, b = (None, None) if lora is None else (lora.a, lora.b)
         return graph, At(weights, jnp.array(self.config.windows), each, a, b)
 
+    def _at(self, stacked: At, index) -> At:
+        return jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
+
     def run(
         self,
-        prefix: jax.Array,
-        suffix: jax.Array,
+        hidden: jax.Array,
+        line: Line,
         start: jax.Array,
         stop: jax.Array,
         keep: jax.Array | None = None,
         mask: str = "output",
         lora: Lora | None = None,
-        caches: tuple[KeyValue, KeyValue] | None = None,
-    ):
-        """Layers start..stop-1 (traced) for copies of a batch, each copy with its own heads silenced.
+        caches: KeyValue | None = None,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """Layers start..stop-1 (traced) for copies of a line, each with its own heads silenced.
 
         Args:
-            prefix: residual stream of the shared prefix before layer `start`, [c, 1, P, E].
-            suffix: that of the rows, [c, R, S, E].
-            keep: [c, L, H], 0 where a head is silenced; None: none is.
-            caches: keys and values of prefix [L, c, K, P, D] and suffix [L, c, R, K, S, D], filled in from
-                `start` on.
+            hidden: residual stream before layer `start`, [n, T, E].
+            keep: [n, L, H], 0 where a head is silenced; None: none is.
+            caches: keys and values, [L, n, T, K, D], filled in from `start` on.
 
-        Returns the residual streams after layer stop-1, and the caches.
+        Returns the residual stream after layer stop-1, and the caches.
         """
-        width, length = prefix.shape[2], suffix.shape[2]
-        columns = jnp.arange(width + length)
-        apart = columns[:, None] - columns[None, :]  # query minus key position
-        turn = turns(columns, self.config.frequencies)
-        turn_prefix, turn_suffix = ([part[at] for part in turn] for at in (slice(width), slice(width, None)))
+        turn = turns(line.positions, self.config.frequencies)
         scale = None if lora is None else lora.scale
         graph, stacked = self._stacked(keep, lora)
 
         def body(index, carry):
-            prefix, suffix, caches = carry
-            at = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
+            hidden, caches = carry
+            at = self._at(stacked, index)
             layer: Layer = nnx.merge(graph, at.weights)
-            # Padding stands after a row's own tokens, so causality alone hides it from them.
-            seen = (apart >= 0) & (apart < at.window)
-            shared = None
-            if width:
-                query, own = layer.project(prefix, turn_prefix, at, mask, scale)
-                prefix = layer.finish(prefix, query, own, seen[None, None, :width, :width], at, mask)
-                shared = KeyValue(own.keys[:, 0], own.values[:, 0])
-            query, own = layer.project(suffix, turn_suffix, at, mask, scale)
-            visible = seen[None, None, width:, width:]
-            suffix = layer.finish(suffix, query, own, visible, at, mask, shared, seen[width:, :width])
+            own = layer.key_values(hidden, turn)
             if caches is not None:
-                kept = [own] if shared is None else [shared, own]
-                written = [
-                    jax.tree.map(lambda all_, new: all_.at[index].set(new), cache, new)
-                    for cache, new in zip(caches[-len(kept) :], kept, strict=True)
-                ]
-                caches = (*caches[: -len(kept)], *written)
-            return prefix, suffix, caches
+                caches = jax.tree.map(lambda whole, new: whole.at[index].set(new), caches, own)
+            heads = attend_line(layer.queries(hidden, turn, at, mask, scale), own, line, at.window)
+            return layer.finish(hidden, heads, at, mask), caches
 
-        return jax.lax.fori_loop(start, stop, body, (prefix, suffix, caches))
+        return jax.lax.fori_loop(start, stop, body, (hidden, caches))
+
+    def end(
+        self,
+        hidden: jax.Array,
+        line: Line,
+        start: jax.Array,
+        keep: jax.Array | None = None,
+        mask: str = "output",
+        lora: Lora | None = None,
+        caches: KeyValue | None = None,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """As `run` to the model's end: the last layer's residual stream of the prompts' last tokens only,
+        [n, R, E]."""
+        final = self.config.shape.layers - 1
+        hidden, caches = self.run(hidden, line, start, final, keep, mask, lora, caches)
+        turn = turns(line.positions, self.config.frequencies)
+        graph, stacked = self._stacked(keep, lora)
+        at = jax.tree.map(lambda whole: whole[final], stacked)
+        layer: Layer = nnx.merge(graph, at.weights)
+        own = layer.key_values(hidden, turn)
+        if caches is not None:
+            caches = jax.tree.map(lambda whole, new: whole.at[final].set(new), caches, own)
+        last = line.columns[:, -1]
+        hidden, turn = hidden[:, last], tuple(part[last] for part in turn)
+        query = layer.queries(hidden, turn, at, mask, None if lora is None else lora.scale)
+        return layer.finish(hidden, attend_last(query, own, line, at.window), at, mask), caches
+
+    def extend(
+        self,
+        hidden: jax.Array,
+        cache: KeyValue,
+        positions: jax.Array,
+        start: jax.Array,
+        stop: jax.Array,
+        keep: jax.Array | None = None,
+        mask: str = "output",
+        lora: Lora | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
+        """Layers start..stop-1 (traced) for w further tokens of each row, [n, w, E] at positions [n, w].
+
+        Args:
+            cache: [L, n, K, C, D], a token's column being its position; returned with these tokens in it.
+            keep: [n, L, H].
+        """
+        turn = turns(positions, self.config.frequencies)
+        rows = jnp.arange(len(hidden))[:, None]
+        apart = positions[..., None] - jnp.arange(cache.keys.shape[-2])  # (n, w, C)
+        scale = None if lora is None else lora.scale
+        graph, stacked = self._stacked(keep, lora)
+
+        def body(index, carry):
+            hidden, cache = carry
+            at = self._at(stacked, index)
+            layer: Layer = nnx.merge(graph, at.weights)
+            new = layer.key_values(hidden, turn)  # (n, w, K, D)
+            cache = jax.tree.map(lambda whole, one: whole.at[index, rows, :, positions].set(one), cache, new)
+            known = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), cache)
+            query = layer.queries(hidden, turn, at, mask, scale)
+            heads = attend(query, known, (apart >= 0) & (apart < at.window))
+            return layer.finish(hidden, heads, at, mask), cache
+
+        return jax.lax.fori_loop(start, stop, body, (hidden, cache))
 
     def forward(self, ids: jax.Array, lora: Lora | None = None, recompute: bool = False) -> jax.Array:
         """Last layer's residual stream [B, T, E] of right-padded ids [B, T]; can be differentiated.
@@ -308,55 +400,9 @@ class Decoder(nnx.Module):
 
         def body(x, at: At):
             layer: Layer = nnx.merge(graph, at.weights)
-            visible = ((apart >= 0) & (apart < at.window))[None, None]
-            query, own = layer.project(x, turn, at, "output", scale)
-            return layer.finish(x, query, own, visible, at, "output"), None
+            query, own = layer.queries(x, turn, at, "output", scale), by_head(layer.key_values(x, turn))
+            heads = attend(query, own, (apart >= 0) & (apart < at.window))
+            return layer.finish(x, heads, at, "output"), None
 
         step = jax.checkpoint(body) if recompute else body
-        return jax.lax.scan(step, self.embed(ids)[None], stacked)[0][0]
-
-    def step(
-        self,
-        cache: KeyValue,
-        column: jax.Array,
-        key_position: jax.Array,
-        tokens: jax.Array,
-        position: jax.Array,
-        keep: jax.Array | None,
-        mask: str,
-        lora: Lora | None,
-    ) -> tuple[jax.Array, KeyValue]:
-        """One token for each row: the last layer's residual stream [R, E], and the cache with it written.
-
-        Args:
-            cache: [L, R, K, C, D], written at `column`.
-            key_position: position of the token in each column, [R, C], `column`'s included; EVERY: none.
-            tokens: [R], at `position` [R].
-            keep: [R, L, H].
-        """
-        turn = turns(position[:, None, None], self.config.frequencies)  # (R, 1, 1, 1, D / 2)
-        apart = (position[:, None] - key_position)[:, None, None]  # (R, 1, 1, C)
-        scale = None if lora is None else lora.scale
-        graph, stacked = self._stacked(keep, lora)
-
-        def body(index, carry):
-            x, cache = carry
-            at = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
-            layer: Layer = nnx.merge(graph, at.weights)
-            query, new = layer.project(x, turn, at, mask, scale)
-            place = (index, 0, 0, column, 0)
-            cache = KeyValue(
-                # new [R, 1, K, 1, D] into [L, R, K, C, D]
-                *(
-                    jax.lax.dynamic_update_slice(old, one[None, :, 0], place)
-                    for old, one in zip(cache, new, strict=True)
-                )
-            )
-            own = KeyValue(*(jax.lax.dynamic_index_in_dim(old, index, 0, False)[:, None] for old in cache))
-            visible = (apart >= 0) & (apart < at.window)
-            return layer.finish(x, query, own, visible, at, mask), cache
-
-        hidden, cache = jax.lax.fori_loop(
-            0, self.config.shape.layers, body, (self.embed(tokens)[:, None, None], cache)
-        )
-        return hidden[:, 0, 0], cache
+        return jax.lax.scan(step, self.embed(ids), stacked)[0]

@@ -73,8 +73,8 @@ def recomputes(model: Model, rows: int, tokens: int) -> bool:
 
 
 @partial(jax.jit, static_argnames=("graph", "recompute"))
-def query_gradients(graph, weights, rows: Rows, recompute: bool) -> jax.Array:
-    """Gradient of the loss in W_q, float32 [L, E, H, D]."""
+def query_gradients(graph, weights, rows: Rows, layers, recompute: bool) -> jax.Array:
+    """Gradient of the loss in W_q of some layers, float32 [l, E, H, D]."""
 
     if weights["embedding"][...].dtype == jnp.float32:
         weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
@@ -85,15 +85,18 @@ def query_gradients(graph, weights, rows: Rows, recompute: bool) -> jax.Array:
         return loss_of(decoder, rows, None, recompute)
 
     kernel = nnx.merge(graph, weights).layers.attention.query.kernel[...]
-    return jax.grad(loss)(kernel).astype(jnp.float32)
+    return jax.grad(loss)(kernel)[layers].astype(jnp.float32)
 
 
-def gradient_gram(model: Model, safe: Sequence[Example], util: Sequence[Example], folds: int) -> np.ndarray:
-    """See Backend.gradient_gram. Holds 2F gradients of every W_q in float32: 2F * L * H * D * E * 4 bytes."""
+def gradient_gram(
+    model: Model, safe: Sequence[Example], util: Sequence[Example], folds: int, layers: Sequence[int]
+) -> np.ndarray:
+    """See Backend.gradient_gram. A float32 model is differentiated in float64."""
     check_folds(folds, safe=safe, util=util)
     size: Config = model.config
     shape = size.shape
-    gradients = np.zeros((2 * folds, shape.layers, shape.model_dim, shape.heads, shape.head_dim), np.float32)
+    asked = np.array(layers, np.int32)
+    gradients = np.zeros((2 * folds, len(asked), shape.model_dim, shape.heads, shape.head_dim), np.float32)
     budget = model.limit(TOKENS_CPU, TOKENS_DEVICE)
     with progress(total=len(safe) + len(util), desc="gradients", unit="row") as bar:
         for kind, examples in enumerate((safe, util)):
@@ -103,15 +106,15 @@ def gradient_gram(model: Model, safe: Sequence[Example], util: Sequence[Example]
                     rows = make_rows(model, batch, model.rows(len(batch)), len(members))
                     recompute = recomputes(model, *rows.ids.shape)
                     with jax.enable_x64(model.config.dtype == "float32"):
-                        new = query_gradients(model.graph, model.weights, rows, recompute)
+                        new = query_gradients(model.graph, model.weights, rows, asked, recompute)
                     gradients[kind * folds + fold] += np.asarray(new)
                     bar.update(len(batch))
-    gram = np.empty((shape.layers, shape.heads, 2 * folds, 2 * folds))
-    for layer in range(shape.layers):
-        each = gradients[:, layer].transpose(2, 0, 1, 3).reshape(shape.heads, 2 * folds, -1)  # (H, 2F, E * D)
+    gram = np.empty((len(asked), shape.heads, 2 * folds, 2 * folds))
+    for at in range(len(asked)):
+        each = gradients[:, at].transpose(2, 0, 1, 3).reshape(shape.heads, 2 * folds, -1)  # (H, 2F, E * D)
         each = each.astype(np.float64)
-        gram[layer] = each @ each.transpose(0, 2, 1)
+        gram[at] = each @ each.transpose(0, 2, 1)
     if not np.isfinite(gram).all():
-        layer, head = np.argwhere(~np.isfinite(gram).all(axis=(2, 3)))[0]
-        raise InputError(f"the gradient of head ({layer}, {head}) is not finite: try --dtype float32")
+        at, head = np.argwhere(~np.isfinite(gram).all(axis=(2, 3)))[0]
+        raise InputError(f"the gradient of head ({asked[at]}, {head}) is not finite: try --dtype float32")
     return gram

@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from backends import batching
-from backends.flax_decoder import Config, Decoder, KeyValue, Lora
+from backends import batching, memory
+from backends.flax_decoder import Config, Decoder, KeyValue, Line, Lora
 from backends.flax_devices import place
 from data.examples import Example
 
-WIDTH = 8
-"""prompt widths are multiples of it"""
+WIDTH, TOKENS = 8, 128
+"""widths of prompts and tokens of lines are multiples of these where other prompts share a program"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,20 @@ class Model:
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         return cpu if on_cpu else device * self.mesh.shape["data"]
 
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.config.dtype).itemsize
+
+    @property
+    def room(self) -> int:
+        """Bytes that a sweep may use beside the weights, on all devices together."""
+        weights = sum(weight.nbytes for weight in jax.tree.leaves(self.weights))
+        devices = self.mesh.devices.ravel()
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+        whole = memory.machine_bytes() // 2 if limit is None else int(0.9 * limit * len(devices))
+        copies = self.mesh.shape["data"] if limit is not None else 1
+        return whole - weights * copies
+
     def rows(self, count: int) -> int:
         """The number of rows that `count` are filled up to: 1, 2, 3, 4, 6, 8, 12, 16, …, by device."""
         parts = self.mesh.shape["data"]
@@ -57,46 +71,57 @@ class Model:
 
 
 class Batch(NamedTuple):
-    """A batch on the mesh: rows that share a prefix, filled up to a shape that has a program."""
+    """Prompts that go through the model together, filled up to a shape that has a program."""
 
-    indices: np.ndarray
-    """of the prompts, int [n], n <= R"""
-    prefix: jax.Array
-    """[P]"""
-    suffix: jax.Array
-    """[R, S]"""
-    lengths: jax.Array
-    """[R]; 1 in a row that only fills"""
+    rows: np.ndarray
+    """indices of the prompts, int [n], n <= R"""
+    line: Line
 
     @property
     def filled(self) -> int:
-        return len(self.lengths)
+        """R."""
+        return len(self.line.lengths)
+
+
+def make_batch(model: Model, packed: batching.Line, exact: bool) -> Batch:
+    """A line on the mesh.
+
+    Args:
+        exact: no larger than the prompts need, for a sweep, which runs the same few shapes for every head;
+            else rounded up to shapes that other prompts share.
+    """
+    parts = model.mesh.shape["data"]
+    tokens, rows, width = len(packed.ids), *packed.columns.shape
+    more_tokens = batching.round_up(tokens, parts if exact else TOKENS * parts) - tokens
+    more_rows = (batching.round_up(rows, parts) if exact else model.rows(rows)) - rows
+    more_columns = 0 if exact else batching.round_up(width, WIDTH) - width
+    columns = np.pad(packed.columns, ((0, 0), (0, more_columns)), mode="edge")
+    # Tokens and prompts that only fill the shape are nobody's; picks count in the wider grid.
+    picks = (packed.holders * (width + more_columns - packed.prefix) + packed.positions - packed.prefix)[
+        packed.prefix :
+    ]
+    line = Line(
+        model.put(np.pad(packed.ids, (0, more_tokens)).astype(np.int32), 0),
+        *(
+            model.put(array.astype(np.int32))
+            for array in (
+                np.pad(packed.positions, (0, more_tokens)),
+                np.pad(columns, ((0, more_rows), (0, 0))),
+                np.pad(packed.lengths, (0, more_rows), constant_values=1),
+                np.pad(picks, (0, more_tokens)),
+            )
+        ),
+    )
+    return Batch(packed.rows, line)
 
 
 def make_batches(
-    model: Model, sequences: Sequence[np.ndarray], tokens: int, shared: int, exact: bool
+    model: Model, sequences: Sequence[np.ndarray], tokens: int, shared: int, exact: bool, most: int = 0
 ) -> list[Batch]:
-    """`batching.pack` on the mesh.
-
-    Args:
-        exact: no larger than the rows need, for a sweep, which runs the same few shapes for every head; else
-            rounded up to shapes that other prompts share.
-    """
-    batches, parts = [], model.mesh.shape["data"]
-    for packed in batching.pack(sequences, tokens, shared, 1 if exact else WIDTH):
-        count = len(packed.rows)
-        extra = (batching.round_up(count, parts) if exact else model.rows(count)) - count
-        suffix = np.pad(packed.suffix, ((0, extra), (0, 0))).astype(np.int32)
-        lengths = np.pad(packed.lengths, (0, extra), constant_values=1).astype(np.int32)
-        batches.append(
-            Batch(
-                packed.rows,
-                model.put(packed.prefix.astype(np.int32)),
-                model.put(suffix, 0),
-                model.put(lengths, 0),
-            )
-        )
-    return batches
+    """`batching.lines` on the mesh."""
+    multiple = 1 if exact else WIDTH
+    lines = batching.lines(sequences, tokens, shared, most, multiple)
+    return [make_batch(model, line, exact) for line in lines]
 
 
 def prompt_batches(model: Model, prompts: Sequence[Example], tokens: int, exact: bool = False) -> list[Batch]:
@@ -104,58 +129,64 @@ def prompt_batches(model: Model, prompts: Sequence[Example], tokens: int, exact:
     return make_batches(model, sequences, tokens, min(map(len, sequences), default=0), exact)
 
 
-class Streams(NamedTuple):
-    """Residual streams [1, 1, P, E] and [1, R, S, E], and keys and values of both where they are kept."""
-
-    prefix: jax.Array
-    suffix: jax.Array
-    caches: tuple[KeyValue, KeyValue] | None
-
-
-def empty_caches(
-    config: Config, copies: int, prefix: jax.Array, suffix: jax.Array
-) -> tuple[KeyValue, KeyValue]:
-    """Empty keys and values for every layer: [L, c, K, P, D] and [L, c, R, K, S, D]."""
-    size = config.shape
-    kept, tail = (size.layers, copies), (size.kv_heads,)
-
-    def empty(*middle: int, length: int) -> KeyValue:
-        shape = (*kept, *middle, *tail, length, size.head_dim)
-        return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-    return empty(length=prefix.shape[-2]), empty(suffix.shape[1], length=suffix.shape[-2])
-
-
-@partial(jax.jit, static_argnames=("graph", "caching"))
-def embed(graph, weights, prefix, suffix, caching: bool) -> Streams:
-    """Streams before layer 0 of prefix ids [P] and suffix ids [R, S]."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    streams = decoder.embed(prefix)[None, None], decoder.embed(suffix)[None]
-    return Streams(*streams, empty_caches(decoder.config, 1, *streams) if caching else None)
-
-
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("streams",))
-def advance(graph, weights, streams: Streams, start, stop, lora: Lora | None) -> Streams:
-    """Layers start..stop-1 of the clean model."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    return Streams(
-        *decoder.run(streams.prefix, streams.suffix, start, stop, lora=lora, caches=streams.caches)
-    )
-
-
-def last_of(suffix: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Residual stream at each row's last token, [c, R, E]."""
-    return jnp.take_along_axis(suffix, (lengths - 1)[None, :, None, None], axis=2)[:, :, 0]
+# Programs of the clean model
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def last_logits(graph, weights, suffix, lengths) -> jax.Array:
-    """float32 [R, V] after each row's last token."""
+def embed(graph, weights, ids) -> jax.Array:
+    """Residual stream before layer 0, [1, T, E]."""
     decoder: Decoder = nnx.merge(graph, weights)
-    return decoder.logits(last_of(suffix, lengths)[0])
+    return decoder.embed(ids)[None]
 
 
-def clean(model: Model, batch: Batch, lora: Lora | None, caching: bool) -> Streams:
-    streams = embed(model.graph, model.weights, batch.prefix, batch.suffix, caching)
-    layers = np.int32(model.config.shape.layers)
-    return advance(model.graph, model.weights, streams, np.int32(0), layers, lora)
+@partial(jax.jit, static_argnames=("graph",), donate_argnames=("hidden", "caches"))
+def advance(graph, weights, hidden, line: Line, start, stop, caches: KeyValue | None):
+    """Layers start..stop-1, none of them the last: the stream [1, T, E] and the caches."""
+    decoder: Decoder = nnx.merge(graph, weights)
+    return decoder.run(hidden, line, start, stop, caches=caches)
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def clean_logits(graph, weights, line: Line, lora: Lora | None) -> jax.Array:
+    """float32 [R, V] after each prompt."""
+    decoder: Decoder = nnx.merge(graph, weights)
+    hidden, _ = decoder.end(decoder.embed(line.ids)[None], line, 0, lora=lora)
+    return decoder.logits(hidden[0])
+
+
+def empty_caches(config: Config, copies: int, tokens: int) -> KeyValue:
+    """[L, n, T, K, D]."""
+    size = config.shape
+    shape = (size.layers, copies, tokens, size.kv_heads, size.head_dim)
+    return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+class Frontier:
+    """The clean residual stream of a batch before layer `layer`, [1, T, E], moved up as a sweep goes.
+
+    Args:
+        key_values: also keep the keys and values of the layers below, in `caches`, [L, 1, T, K, D].
+    """
+
+    def __init__(self, model: Model, batch: Batch, key_values: bool = False):
+        self.model, self.batch, self.key_values = model, batch, key_values
+        self.release()
+
+    def release(self) -> None:
+        """Frees the stream; the next move computes it again."""
+        self.layer, self.hidden, self.caches = 0, None, None
+
+    def move(self, layer: int) -> None:
+        if layer < self.layer:
+            self.release()
+        model, line = self.model, self.batch.line
+        if self.hidden is None:
+            self.hidden = embed(model.graph, model.weights, line.ids)
+            if self.key_values:
+                self.caches = empty_caches(model.config, 1, len(line.ids))
+        if layer > self.layer:
+            bounds = np.int32(self.layer), np.int32(layer)
+            self.hidden, self.caches = advance(
+                model.graph, model.weights, self.hidden, line, *bounds, self.caches
+            )
+            self.layer = layer

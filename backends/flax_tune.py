@@ -23,6 +23,7 @@ from backends.base import (
     reference_rows,
     step_tokens,
 )
+from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
 from backends.flax_decoder import Lora
 from backends.flax_loss import loss_of, make_rows, recomputes
@@ -57,6 +58,7 @@ class FlaxTuning:
         self.model, self.examples, self.recipe = model, examples, recipe
         self.reference = list(reference or ())
         self._adapter: Path | None = None
+        self.repeated = 0
 
     @property
     def adapter(self) -> Path:
@@ -86,7 +88,15 @@ class FlaxTuning:
         )
         state = optimizer.init(trained)
         update = jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
-        for step, rows in enumerate(order):
+        of = identity("flax", self.examples, self.heads, recipe, self.reference)
+        checkpoint = Checkpoint(recipe.checkpoint, of)
+        if checkpoint.arrays:
+            leaves, tree = jax.tree.flatten((trained, state))
+            kept = [checkpoint.arrays[str(number)] for number in range(len(leaves))]
+            trained, state = jax.tree.unflatten(tree, [model.put(array) for array in kept])
+        self.repeated = len(checkpoint.records)
+        yield from (records := checkpoint.records)
+        for step, rows in enumerate(order[len(records) :], len(records)):
             batch = [self.examples[row] for row in rows]
             loss, gradients = self._gradients(batch, trained, free)
             util_loss, cos, projected = float("nan"), float("nan"), False
@@ -99,7 +109,7 @@ class FlaxTuning:
                 raise InputError(
                     f"step {step}: the gradient is not finite: lower --lr or use --dtype float32"
                 )
-            yield {
+            record = {
                 "step": step,
                 "loss": loss,
                 "util_loss": util_loss,
@@ -108,6 +118,11 @@ class FlaxTuning:
                 "lr": learning_rate(step, len(order), recipe),
                 "tokens": step_tokens(batch, recipe),
             }
+            records.append(record)
+            if checkpoint.due:
+                leaves = jax.tree.leaves((trained, state))
+                checkpoint.save(records, {str(at): np.asarray(leaf) for at, leaf in enumerate(leaves)})
+            yield record
         folder = recipe.folder or Path(tempfile.mkdtemp(prefix="cast-adapter-"))
         layers = sorted({layer for layer, _ in self.heads})
         flax_adapter.write(folder, np.asarray(trained.a), np.asarray(trained.b), layers, recipe)

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
+TIME_LEFT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+"""a bar whose steps weigh unequally, so that their count would say nothing"""
+
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
     """A tqdm bar (count, rate, ETA) whose pace fits where its output goes; `options` are tqdm's."""

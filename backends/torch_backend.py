@@ -111,8 +111,15 @@ class TorchBackend:
         finally:
             wrapped.unload()
 
-    def gradient_gram(self, safe: Sequence[Example], util: Sequence[Example], folds: int = 4) -> np.ndarray:
-        return torch_loss.gradient_gram(self.model, self.shape.heads, safe, util, folds)
+    def gradient_gram(
+        self,
+        safe: Sequence[Example],
+        util: Sequence[Example],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        layers = range(self.shape.layers) if layers is None else layers
+        return torch_loss.gradient_gram(self.model, self.shape.heads, safe, util, folds, layers)
 
     def logits(
         self,

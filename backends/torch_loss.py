@@ -64,14 +64,16 @@ def _float64(model: torch.nn.Module) -> Iterator[None]:
 
 
 def gradient_gram(
-    model: torch.nn.Module, heads: int, safe: Sequence[Example], util: Sequence[Example], folds: int
+    model: torch.nn.Module,
+    heads: int,
+    safe: Sequence[Example],
+    util: Sequence[Example],
+    folds: int,
+    layers: Sequence[int],
 ) -> np.ndarray:
-    """See Backend.gradient_gram. A float32 model is differentiated in float64.
-
-    Holds 2F gradients of every W_q in float32: 2F * L * H * D * E * 4 bytes.
-    """
+    """See Backend.gradient_gram. A float32 model is differentiated in float64."""
     check_folds(folds, safe=safe, util=util)
-    weights = [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    weights = [model.model.layers[layer].self_attn.q_proj.weight for layer in layers]
     budget = TOKENS_CUDA if model.device.type == "cuda" else TOKENS_CPU
     gradients = torch.zeros(len(weights), 2 * folds, *weights[0].shape)  # (L, 2F, H * D, E)
     bar = progress(total=len(safe) + len(util), desc="gradients", unit="row")
@@ -96,6 +98,7 @@ def gradient_gram(
         rows = gradient.reshape(2 * folds, heads, -1).transpose(0, 1).double()  # (H, 2F, D * E)
         gram[layer] = (rows @ rows.transpose(1, 2)).numpy()
     if not np.isfinite(gram).all():
-        layer, head = np.argwhere(~np.isfinite(gram).all(axis=(2, 3)))[0]
+        at, head = np.argwhere(~np.isfinite(gram).all(axis=(2, 3)))[0]
+        layer = layers[at]
         raise InputError(f"the gradient of head ({layer}, {head}) is not finite: try --dtype float32")
     return gram

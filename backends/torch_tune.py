@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 
@@ -20,6 +21,7 @@ from backends.base import (
     reference_rows,
     step_tokens,
 )
+from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
 from backends.torch_loss import example_losses
 from data.examples import Example
@@ -55,6 +57,7 @@ class TorchTuning:
         self.model, self.shape, self.examples, self.recipe = model, shape, examples, recipe
         self.reference = list(reference or ())
         self._adapter: Path | None = None
+        self.repeated = 0
 
     @property
     def adapter(self) -> Path:
@@ -103,7 +106,12 @@ class TorchTuning:
             parameters, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
         )
         order = batch_order(len(self.examples), recipe)
-        for step, rows in enumerate(order):
+        of = identity("torch", self.examples, self.heads, recipe, self.reference)
+        checkpoint = Checkpoint(recipe.checkpoint, of)
+        _restore(checkpoint.arrays, parameters, optimizer)
+        self.repeated = len(checkpoint.records)
+        yield from (records := checkpoint.records)
+        for step, rows in enumerate(order[len(records) :], len(records)):
             batch = [self.examples[row] for row in rows]
             loss, gradients = self._gradients(batch, parameters)
             util_loss, cos, projected = float("nan"), float("nan"), False
@@ -122,7 +130,7 @@ class TorchTuning:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-            yield {
+            record = {
                 "step": step,
                 "loss": loss,
                 "util_loss": util_loss,
@@ -131,6 +139,10 @@ class TorchTuning:
                 "lr": lr,
                 "tokens": step_tokens(batch, recipe),
             }
+            records.append(record)
+            if checkpoint.due:
+                checkpoint.save(records, _state(parameters, optimizer))
+            yield record
 
     def _gradients(
         self, batch: Sequence[Example], parameters: list[torch.nn.Parameter]
@@ -151,6 +163,28 @@ class TorchTuning:
         wrapped.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         return folder
+
+
+def _state(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """All that later steps follow from: parameters and Adam's moments."""
+    arrays = {}
+    for number, parameter in enumerate(parameters):
+        arrays[f"{number}"] = parameter.detach().cpu().numpy()
+        for name, value in optimizer.state[parameter].items():
+            arrays[f"{number}.{name}"] = value.cpu().numpy()
+    return arrays
+
+
+def _restore(
+    arrays: dict[str, np.ndarray], parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    for name, array in arrays.items():
+        number, _, what = name.partition(".")
+        parameter, value = parameters[int(number)], torch.from_numpy(array)
+        if what:  # Adam counts its steps on the CPU
+            optimizer.state[parameter][what] = value if what == "step" else value.to(parameter.device)
+        else:
+            parameter.data.copy_(value)
 
 
 def project(

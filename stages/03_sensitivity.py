@@ -15,14 +15,15 @@ import numpy as np
 import pyarrow as pa
 
 from backends import models
-from backends.base import Backend, Head
+from backends.base import Head, Shape
 from backends.errors import InputError
-from backends.progress import progress
+from backends.progress import TIME_LEFT, progress
 from data.judges import KEYWORD_JUDGE_VERSION, keyword_refusal
 from data.rendering import example
 from stages import artifacts, bootstrap, cli, metrics, presets
 from stages import gram as gram_formulas
 from stages.loading import load_backend
+from stages.locks import parse_shard
 
 NAME = "03_sensitivity"
 USES = ["backend", "dtype", "device", "seed", "mask", "sweep_tokens", "variant", "buckets", "resamples"]
@@ -35,32 +36,39 @@ def unit(part: str, layer: int) -> str:
     return f"{part}-{'clean' if layer < 0 else f'layer{layer:03d}'}"
 
 
+def units(part: str, shape: Shape) -> list[str]:
+    return [unit(part, layer) for layer in range(-1, shape.layers)]
+
+
 def sweep(
     stage: artifacts.Stage,
     part: str,
     schema: pa.Schema,
-    backend: Backend,
+    shape: Shape,
+    weigh: Callable[[int], int],
     clean: Callable[[], object],
     silenced: Callable[[list[Head]], Iterable[tuple[Head, object]]],
     as_rows: Callable[[Head, object], list[dict]],
-) -> pa.Table:
-    """Runs one part of the sweep over all layers that have no finished unit yet, and gathers it."""
-    if not stage.has_part(unit(part, -1)):
-        stage.write_part(unit(part, -1), as_rows(CLEAN, clean()), schema)
-    layers = range(backend.shape.layers)
-    left = [layer for layer in layers if not stage.has_part(unit(part, layer))]
-    heads = [(layer, head) for layer in left for head in range(backend.shape.heads)]
+) -> None:
+    """Runs one part of the sweep over the layers that are still this process's to do.
+
+    Args:
+        weigh: what silencing a head of a layer costs, beside other layers (for the time still to go).
+    """
+    left = stage.left(units(part, shape))
+    if unit(part, CLEAN[0]) in left:
+        stage.write_part(unit(part, CLEAN[0]), as_rows(CLEAN, clean()), schema)
+    layers = [layer for layer in range(shape.layers) if unit(part, layer) in left]
+    heads = [(layer, head) for layer in layers for head in range(shape.heads)]
     rows: list[dict] = []
-    done = len(layers) - len(left)
-    total = len(layers) * backend.shape.heads
-    with progress(total=total, initial=done * backend.shape.heads, desc=part, unit="head") as bar:
-        for head, outcome in silenced(heads) if heads else ():
+    with progress(total=sum(weigh(layer) for layer, _ in heads), desc=part, bar_format=TIME_LEFT) as bar:
+        for number, (head, outcome) in enumerate(silenced(heads) if heads else (), 1):
             rows += as_rows(head, outcome)
-            bar.update()
-            if head[1] == backend.shape.heads - 1:
+            bar.set_postfix_str(f"head {number} of {len(heads)}", refresh=False)
+            bar.update(weigh(head[0]))
+            if head[1] == shape.heads - 1:
                 stage.write_part(unit(part, head[0]), rows, schema)
                 rows = []
-    return stage.gather(f"sweep_{part}.parquet", [unit(part, layer) for layer in (-1, *layers)], schema)
 
 
 def outcomes(table: pa.Table, column: str, layers: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +80,8 @@ def outcomes(table: pa.Table, column: str, layers: int, heads: int) -> tuple[np.
 
 def main(settings: presets.Settings) -> None:
     uses = settings.subset(*USES) | {"judge": KEYWORD_JUDGE_VERSION}
-    with artifacts.open_stage(settings.folder, NAME, uses, [CALIBRATION, GRADIENTS]) as stage:
+    shard = parse_shard(settings.shard)
+    with artifacts.open_stage(settings.folder, NAME, uses, [CALIBRATION, GRADIENTS], shard=shard) as stage:
         if stage.finished:
             return
         rows = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
@@ -122,23 +131,33 @@ def main(settings: presets.Settings) -> None:
             f"silencing each of {shape.layers * shape.heads} heads: {len(util)} choices, {len(safe)} "
             f"responses"
         )
-        choices = sweep(
+        sweep(
             stage,
             "choices",
             artifacts.SWEEP_CHOICES,
-            backend,
+            shape,
+            lambda layer: shape.layers - layer,  # the layers from the silenced one up
             lambda: backend.choices(util)[0],
             lambda heads: backend.sweep_choices(util, heads, settings.mask),
             choice_rows,
         )
-        generations = sweep(
+        sweep(
             stage,
             "generations",
             artifacts.SWEEP_GENERATIONS,
-            backend,
+            shape,
+            # Prompts and what follows the clean response cost as above, what departs from it all layers.
+            lambda layer: 2 * shape.layers - layer,
             lambda: backend.generate(safe, settings.sweep_tokens),
             lambda heads: backend.sweep_generations(safe, heads, settings.sweep_tokens, settings.mask),
             generation_rows,
+        )
+        both = {part: units(part, shape) for part in ("choices", "generations")}
+        if not stage.gathers(sum(both.values(), [])):
+            return
+        choices = stage.gather("sweep_choices.parquet", both["choices"], artifacts.SWEEP_CHOICES)
+        generations = stage.gather(
+            "sweep_generations.parquet", both["generations"], artifacts.SWEEP_GENERATIONS
         )
 
         correct, correct_silenced = outcomes(choices, "correct", shape.layers, shape.heads)
@@ -202,4 +221,4 @@ def main(settings: presets.Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, units=True)

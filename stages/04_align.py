@@ -8,6 +8,7 @@ LoRA's start do not. Reads alignment.parquet and heads.parquet; writes adapters/
 (PEFT's format), training.parquet (a row a step) and arms.parquet. Each arm x optimizer x seed is a unit.
 """
 
+import dataclasses
 import os
 import shutil
 import time
@@ -21,6 +22,7 @@ from data.examples import Example
 from data.rendering import example
 from stages import artifacts, cli, presets
 from stages.loading import load_backend
+from stages.locks import parse_shard
 
 NAME = "04_align"
 USES = [
@@ -83,8 +85,11 @@ def tune(
         shutil.rmtree(left_over, ignore_errors=True)
     records, began = [], time.monotonic()
     steps = -(-len(examples) // (recipe.batch * recipe.accumulation)) * recipe.epochs
-    tuning = backend.tune(examples, heads, Recipe(**{**vars(recipe), "folder": scratch}))
+    checkpoint = stage.part(unit).with_suffix(".checkpoint")
+    tuning = backend.tune(examples, heads, dataclasses.replace(recipe, folder=scratch, checkpoint=checkpoint))
     for record in progress(tuning, total=steps, desc=unit, unit="step"):
+        if tuning.repeated and not records:
+            stage.say(f"{unit} goes on after step {tuning.repeated} of {steps}")
         records.append(labels | record)
     seconds = time.monotonic() - began
     config = artifacts.read_json(scratch / "adapter_config.json")
@@ -92,7 +97,7 @@ def tune(
         scratch / "adapter_config.json", config | {"base_model_name_or_path": stage.model["id"]}
     )
     os.replace(scratch, final)
-    speed = sum(record["tokens"] for record in records) / seconds
+    speed = sum(record["tokens"] for record in records[tuning.repeated :]) / seconds
     few = max(1, min(5, len(records) // 2))
     first, last = (np.mean([record["loss"] for record in part]) for part in (records[:few], records[-few:]))
     stage.say(
@@ -101,64 +106,72 @@ def tune(
     stage.write_part(
         unit, records, artifacts.TRAINING, seconds=round(seconds, 2), tokens_per_second=round(speed, 1)
     )
+    checkpoint.unlink(missing_ok=True)
 
 
 def main(settings: presets.Settings) -> None:
     uses = settings.subset(*USES)
-    with artifacts.open_stage(settings.folder, NAME, uses, [ALIGNMENT, HEADS], needed_gib=0.5) as stage:
+    shard = parse_shard(settings.shard)
+    with artifacts.open_stage(settings.folder, NAME, uses, [ALIGNMENT, HEADS], 0.5, shard) as stage:
         if stage.finished:
             return
         rows = artifacts.read_input(settings.folder, ALIGNMENT, artifacts.EXAMPLES).to_pylist()
-        table = artifacts.read_input(settings.folder, HEADS, artifacts.HEADS)
+        map_ = artifacts.read_input(settings.folder, HEADS, artifacts.HEADS)
         presets.remember(settings)
         backend = load_backend(settings, stage)
         shape = backend.shape
         per_head = {
-            name: table[name].to_numpy().reshape(shape.layers, shape.heads)
+            name: map_[name].to_numpy().reshape(shape.layers, shape.heads)
             for name in ("conflict", "sensitivity", "score", "bucket")
         }
         examples = [example(row) for row in rows]
 
-        units, arms = [], []
-        for seed in settings.seeds:
-            for optimizer in settings.optimizers:
-                for arm in settings.arms:
-                    unit = f"{arm}-{optimizer}-{seed}"
-                    units.append(unit)
-                    labels = {"arm": arm, "optimizer": optimizer, "seed": seed}
-                    heads = arm_heads(arm, per_head["bucket"], seed)
-                    if not stage.has_part(unit):
-                        recipe = Recipe(
-                            rank=settings.rank,
-                            alpha=settings.alpha,
-                            lr=settings.lr,
-                            epochs=settings.epochs,
-                            batch=settings.batch,
-                            accumulation=settings.accumulation,
-                            max_length=settings.max_length,
-                            seed=seed,
-                            optimizer=optimizer,
-                        )
-                        tune(stage, backend, unit, labels, heads, examples, recipe)
-                    at = tuple(np.array(heads).T)
-                    arms.append(
-                        labels
-                        | {
-                            "adapter": f"adapters/{unit}",
-                            "layers": [layer for layer, _ in heads],
-                            "heads": [head for _, head in heads],
-                            "n_heads": len(heads),
-                            "n_layers": len({layer for layer, _ in heads}),
-                            "trainable_parameters": trainable_parameters(heads, shape, settings.rank),
-                            "mean_conflict": float(per_head["conflict"][at].mean()),
-                            "mean_sensitivity": float(per_head["sensitivity"][at].mean()),
-                            "mean_score": float(per_head["score"][at].mean()),
-                        }
-                    )
-        training: pa.Table = stage.gather("training.parquet", units, artifacts.TRAINING)
-        stage.write("arms.parquet", arms, artifacts.ARMS)
+        arms = {
+            f"{arm}-{optimizer}-{seed}": {"arm": arm, "optimizer": optimizer, "seed": seed}
+            for seed in settings.seeds
+            for optimizer in settings.optimizers
+            for arm in settings.arms
+        }
+        heads = {
+            unit: arm_heads(labels["arm"], per_head["bucket"], labels["seed"])
+            for unit, labels in arms.items()
+        }
+        for unit in stage.left(list(arms)):
+            recipe = Recipe(
+                rank=settings.rank,
+                alpha=settings.alpha,
+                lr=settings.lr,
+                epochs=settings.epochs,
+                batch=settings.batch,
+                accumulation=settings.accumulation,
+                max_length=settings.max_length,
+                seed=arms[unit]["seed"],
+                optimizer=arms[unit]["optimizer"],
+            )
+            tune(stage, backend, unit, arms[unit], heads[unit], examples, recipe)
+        if not stage.gathers(list(arms)):
+            return
+        table = []
+        for unit, labels in arms.items():
+            at = tuple(np.array(heads[unit]).T)
+            table.append(
+                labels
+                | {
+                    "adapter": f"adapters/{unit}",
+                    "layers": [layer for layer, _ in heads[unit]],
+                    "heads": [head for _, head in heads[unit]],
+                    "n_heads": len(heads[unit]),
+                    "n_layers": len({layer for layer, _ in heads[unit]}),
+                    "trainable_parameters": trainable_parameters(heads[unit], shape, settings.rank),
+                    "mean_conflict": float(per_head["conflict"][at].mean()),
+                    "mean_sensitivity": float(per_head["sensitivity"][at].mean()),
+                    "mean_score": float(per_head["score"][at].mean()),
+                }
+            )
+        training: pa.Table = stage.gather("training.parquet", list(arms), artifacts.TRAINING)
+        stage.write("arms.parquet", table, artifacts.ARMS)
         stage.finish(arms=len(arms), steps=training.num_rows, tokens=int(training["tokens"].to_numpy().sum()))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, units=True)

@@ -11,8 +11,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
 from backends import models
 from backends.base import Backend
 from backends.errors import InputError
@@ -23,6 +21,7 @@ from data.rendering import example
 from data.scoring import verdict
 from stages import artifacts, cli, metrics, presets
 from stages.loading import load_backend
+from stages.locks import parse_shard
 
 NAME = "05_evaluate"
 USES = ["backend", "dtype", "device", "benchmarks"]
@@ -71,7 +70,8 @@ def main(settings: presets.Settings) -> None:
     reads = [BENCHMARKS, ARMS]
     adapters = artifacts.stage_manifest(settings.folder, "04_align")["outputs"]
     reads += [f"04_align/{file}" for file in sorted(adapters) if file.startswith("adapters/")]
-    with artifacts.open_stage(settings.folder, NAME, uses, reads) as stage:
+    shard = parse_shard(settings.shard)
+    with artifacts.open_stage(settings.folder, NAME, uses, reads, shard=shard) as stage:
         if stage.finished:
             return
         benchmark_rows = artifacts.read_input(settings.folder, BENCHMARKS, artifacts.EXAMPLES).to_pylist()
@@ -96,46 +96,50 @@ def main(settings: presets.Settings) -> None:
         for arm in arms:
             labels = {name: arm[name] for name in ("arm", "optimizer", "seed")}
             labelled.append((labels, settings.folder / "04_align" / arm["adapter"]))
-        units, scores = [], []
-        with progress(total=len(labelled) * len(by_benchmark), desc=NAME, unit="unit") as bar:
-            for labels, adapter in labelled:
-                summary = []
-                for name, rows in by_benchmark.items():
-                    unit = f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}-{name}"
-                    units.append(unit)
-                    if not stage.has_part(unit):
-                        began = time.monotonic()
-                        answers = respond(backend, tokenizer, rows, asked[name].new_tokens, adapter)
-                        told = [
-                            labels
-                            | {"benchmark": name, "example_id": row["example_id"], "prompt": row["prompt"]}
-                            | answer
-                            for row, answer in zip(rows, answers, strict=True)
-                        ]
-                        stage.write_part(
-                            unit, told, artifacts.RESPONSES, seconds=round(time.monotonic() - began, 2)
-                        )
-                    part = artifacts.read_table(stage.part(unit), artifacts.RESPONSES)
-                    passed = int(np.sum(part["verdict"].to_numpy()))
-                    low, high = metrics.wilson_interval(passed, part.num_rows)
-                    scores.append(
-                        labels
-                        | {
-                            "benchmark": name,
-                            "side": asked[name].benchmark.side,
-                            "n": part.num_rows,
-                            "score": passed / part.num_rows,
-                            "score_low": low,
-                            "score_high": high,
-                        }
-                    )
-                    summary.append(f"{name} {passed / part.num_rows:.3f}")
-                    bar.update()
-                stage.say(f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}: {', '.join(summary)}")
-        responses = stage.gather("responses.parquet", units, artifacts.RESPONSES)
+        units = {
+            f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}-{name}": (labels, adapter, name)
+            for labels, adapter in labelled
+            for name in by_benchmark
+        }
+        for unit in progress(stage.left(list(units)), desc=NAME, unit="unit"):
+            labels, adapter, name = units[unit]
+            rows, began = by_benchmark[name], time.monotonic()
+            answers = respond(backend, tokenizer, rows, asked[name].new_tokens, adapter)
+            told = [
+                labels
+                | {"benchmark": name, "example_id": row["example_id"], "prompt": row["prompt"]}
+                | answer
+                for row, answer in zip(rows, answers, strict=True)
+            ]
+            stage.write_part(unit, told, artifacts.RESPONSES, seconds=round(time.monotonic() - began, 2))
+        if not stage.gathers(list(units)):
+            return
+        responses = stage.gather("responses.parquet", list(units), artifacts.RESPONSES)
+        verdicts = responses["verdict"].to_numpy()
+        scores, first = [], 0
+        for labels, _, name in units.values():
+            count = len(by_benchmark[name])
+            passed = int(verdicts[first : first + count].sum())
+            first += count
+            low, high = metrics.wilson_interval(passed, count)
+            scores.append(
+                labels
+                | {
+                    "benchmark": name,
+                    "side": asked[name].benchmark.side,
+                    "n": count,
+                    "score": passed / count,
+                    "score_low": low,
+                    "score_high": high,
+                }
+            )
+        for labels, _ in labelled:
+            own = [score for score in scores if all(score[key] == labels[key] for key in labels)]
+            summary = ", ".join(f"{score['benchmark']} {score['score']:.3f}" for score in own)
+            stage.say(f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}: {summary}")
         stage.write("scores.parquet", scores, artifacts.SCORES)
         stage.finish(judge=KEYWORD_JUDGE_VERSION, responses=responses.num_rows)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, units=True)

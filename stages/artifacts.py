@@ -8,18 +8,18 @@ when a process died is kept.
 
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from backends.errors import InputError
+from backends.files import write_atomic
+from stages.locks import Shard, run_lock
 from stages.provenance import git_state, package_versions, peak_memory_bytes
 
 MANIFEST = "manifest.json"
@@ -59,6 +59,7 @@ EXAMPLES = _schema(
     target_ids=_ids,
     choice_ids=_ids,
 )
+GRAM = _schema("gram", **_head, gram=pa.list_(pa.float64()))
 GRADIENTS = _schema(
     "gradients",
     **_head,
@@ -124,19 +125,6 @@ SCORES = _schema("scores", **_arm, benchmark=_text, side=_text, n=_int, **_inter
 
 
 # Files
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, syncs it, and renames it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -225,9 +213,11 @@ class Stage:
     """One stage's folder while it is made. Use `open_stage`; see `main` of any stage for the order of
     calls."""
 
-    def __init__(self, run: Path, name: str, settings: dict, inputs: dict[str, str]):
+    def __init__(
+        self, run: Path, name: str, settings: dict, inputs: dict[str, str], shard: Shard | None = None
+    ):
         self.run, self.name, self.folder = run, name, run / name
-        self.settings, self.inputs = settings, inputs
+        self.settings, self.inputs, self.shard = settings, inputs, shard
         self.model: dict = {}
         self.notes: dict = {}
         self.units: dict[str, dict] = {}
@@ -289,25 +279,64 @@ class Stage:
     def part(self, unit: str) -> Path:
         return self.folder / "parts" / f"{unit}.parquet"
 
+    def _made_from(self, unit: str) -> bytes:
+        """What a unit's rows follow from, as a digest that its part carries."""
+        origin = {"stage": self.name, "unit": unit, **self._head(), "model": self.model}
+        return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest().encode()
+
     def has_part(self, unit: str) -> bool:
-        return self.part(unit).is_file()
+        """Whether a unit is finished. InputError if what is there is damaged or was made from something
+        else."""
+        path = self.part(unit)
+        if not path.is_file():
+            return False
+        try:
+            origin = pq.read_schema(path).metadata[b"made_from"]
+        except (OSError, pa.ArrowException, KeyError, TypeError):
+            raise InputError(f"{path} is damaged: delete it, and its unit is computed again") from None
+        if origin != self._made_from(unit):
+            raise InputError(f"{path} was made from something else: delete it, or choose another --run")
+        return True
+
+    def left(self, units: Sequence[str]) -> list[str]:
+        """Of a stage's units, those that this process is to compute."""
+        if self.shard is not None:
+            number, count = self.shard
+            units = units[number - 1 :: count]
+        return [unit for unit in units if not self.has_part(unit)]
+
+    def gathers(self, units: Sequence[str]) -> bool:
+        """False in a shard, which says what is still to do and leaves the joining to a whole run."""
+        if self.shard is None:
+            return True
+        done = sum(self.has_part(unit) for unit in units)
+        self.say(
+            f"shard {self.shard[0]}/{self.shard[1]} is done; {done} of {len(units)} units of the stage are. "
+            f"When all are, `python -m stages.{self.name} --run {self.run}` joins them"
+        )
+        return False
 
     def write_part(
         self, unit: str, rows: Sequence[dict] | pa.Table, schema: pa.Schema, **times: float
     ) -> None:
         """Keeps a unit's rows; `times` (seconds, tokens a second) go to the manifest, never into a table."""
         write_json(self.folder / "parts" / f"{unit}.json", times)
-        write_table(self.part(unit), rows, schema)
+        bound = schema.with_metadata({**schema.metadata, b"made_from": self._made_from(unit)})
+        write_table(self.part(unit), rows, bound)
 
-    def gather(self, file: str, units: Iterable[str], schema: pa.Schema) -> pa.Table:
-        """Joins the parts in order of `units` into one table. InputError names a unit that is missing."""
+    def read_parts(self, units: Iterable[str], schema: pa.Schema) -> pa.Table:
+        """The parts in order of `units` as one table. InputError names a unit that is missing."""
         tables = []
         for unit in units:
             if not self.has_part(unit):
                 raise InputError(f"unit {unit} of {self.folder} is missing: run the stage again")
-            tables.append(read_table(self.part(unit), schema))
+            tables.append(read_table(self.part(unit), schema).replace_schema_metadata(schema.metadata))
             self.units[unit] = read_json(self.folder / "parts" / f"{unit}.json")
-        table = pa.concat_tables(tables)
+        return pa.concat_tables(tables)
+
+    def gather(self, file: str, units: Iterable[str], schema: pa.Schema) -> pa.Table:
+        """`read_parts`, written as the stage's table."""
+        table = self.read_parts(units, schema)
         write_table(self.folder / file, table, schema)
         return table
 
@@ -347,13 +376,21 @@ class Stage:
 
 
 @contextmanager
-def open_stage(run: Path, name: str, settings: dict, reads: Sequence[str] = (), needed_gib: float = 0.1):
+def open_stage(
+    run: Path,
+    name: str,
+    settings: dict,
+    reads: Sequence[str] = (),
+    needed_gib: float = 0.1,
+    shard: Shard | None = None,
+):
     """Locks the run folder, checks the inputs' chain and the disk, and yields a `Stage`.
 
     Args:
         settings: the resolved settings that this stage's result depends on.
         reads: inputs as "<stage>/<file>"; their sha256 must be what their own manifests say.
         needed_gib: free space that the stage wants on the disk of `run`.
+        shard: compute only this share of the stage's units.
     """
     inputs = {}
     for relative in reads:
@@ -364,25 +401,13 @@ def open_stage(run: Path, name: str, settings: dict, reads: Sequence[str] = (), 
                 f"{run / producer / MANIFEST} does not list {file}: delete {run / producer}, run it again"
             )
         inputs[relative] = outputs[file]
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"{run} is in use by another process: wait for it, or choose another --run"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{run} cannot be written ({error.strerror}): choose another --run") from None
-    try:
+    with run_lock(run, shard):
         free = shutil.disk_usage(run).free / 2**30
         if free < needed_gib:
             raise InputError(
                 f"{run} has {free:.2f} GiB free, stage {name} wants {needed_gib:.2f}: make space"
             )
-        stage = Stage(run, name, settings, inputs)
+        stage = Stage(run, name, settings, inputs, shard)
         if stage.finished:
             stage.say("is done and unchanged: skipped")
         yield stage
-    finally:
-        lock.release()

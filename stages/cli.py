@@ -9,10 +9,17 @@ from backends.errors import InputError
 from stages import presets
 
 
-def run(main: Callable[[presets.Settings], object]) -> None:
-    """Parses the command line and calls `main`. Only defects of ours end in a traceback."""
+def run(main: Callable[[presets.Settings], object], units: bool = False) -> None:
+    """Parses the command line and calls `main`. Only defects of ours end in a traceback.
+
+    Args:
+        units: the stage has units, which --shard can share out.
+    """
     try:
-        main(presets.parse())
+        settings = presets.parse()
+        if settings.shard and not units:
+            raise InputError("--shard is for stages 02 to 05: this one is a single piece of work")
+        main(settings)
     except InputError as error:
         _stop(2, f"error: {error}")
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ import tyro
 import backends
 from backends.errors import InputError
 from stages import artifacts
+from stages.locks import parse_shard
 
 RUN_FILE = "run.json"
 
@@ -112,6 +113,10 @@ class Settings:
     """forward passes a step"""
     max_length: int = 1024
     """tokens a training row is cut to"""
+
+    shard: str = ""
+    """i/n: compute only every n-th unit of stage 02, 03, 04 or 05, beside other shards; then run the stage
+    without it"""
 
     @property
     def folder(self) -> Path:
@@ -283,6 +288,7 @@ def check(settings: Settings) -> None:
     for name in positive.split():
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
+    parse_shard(settings.shard)
     backends.check(settings.backend, settings.model_parallel)
     if settings.model_parallel < 0:
         raise InputError(f"--model-parallel must not be negative, not {settings.model_parallel}")
@@ -311,6 +317,7 @@ def check(settings: Settings) -> None:
 def remember(settings: Settings) -> None:
     """Keeps the settings as the run's own, for later stages and for whoever looks at the folder."""
     values = dataclasses.asdict(settings)
+    del values["shard"]  # of one process, not of the run
     artifacts.write_json(settings.folder / RUN_FILE, values)
 
 

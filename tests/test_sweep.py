@@ -106,7 +106,6 @@ def test_heads_in_any_order_and_small_batches(gqa, monkeypatch):
     expected = dict(gqa.backend.sweep_choices(examples, ALL_HEADS))
     for module in (torch_sweep, flax_sweep):
         monkeypatch.setattr(module, "TOKENS_CPU", 40)
-    monkeypatch.setattr(flax_sweep, "BATCH_CPU", 20)
     shuffled = [ALL_HEADS[index] for index in np.random.default_rng(0).permutation(len(ALL_HEADS))]
     found = list(gqa.backend.sweep_choices(examples, shuffled))
     assert [head for head, _ in found] == shuffled

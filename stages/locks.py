@@ -1,0 +1,44 @@
+"""Who may write into a run folder: one process, or one for each shard of a stage."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from backends.errors import InputError
+
+Shard = tuple[int, int]
+"""i of n, from 1"""
+
+
+def parse_shard(text: str) -> Shard | None:
+    """ "2/8" -> (2, 8); "" -> None. InputError on anything else."""
+    if not text:
+        return None
+    number, slash, count = text.partition("/")
+    if slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise InputError(f"--shard {text}: i/n with i from 1 to n, for example 2/8")
+
+
+@contextmanager
+def run_lock(run: Path, shard: Shard | None) -> Iterator[None]:
+    """Holds a run folder: a whole stage alone, shards beside other shards but each only once.
+
+    Raises InputError where it is held already, or cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            whole = held.enter_context(open(run / ".lock", "a"))
+            fcntl.flock(whole, (fcntl.LOCK_SH if shard else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if shard:
+                own = held.enter_context(open(run / f".lock-{shard[0]}-of-{shard[1]}", "a"))
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{run} is in use by another process: wait for it, or choose another --run"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{run} cannot be written ({error.strerror}): choose another --run") from None
+        yield
