@@ -3,10 +3,9 @@ float32."""
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from backends import flax_sweep, torch_decoder, torch_sweep
+from backends import flax_generate, flax_sweep, memory, torch_generate, torch_sweep
 from tests import reference
 from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, edited, load_pair, make_examples
 
@@ -114,11 +113,41 @@ def test_heads_in_any_order_and_small_batches(gqa, monkeypatch):
     assert_same(gqa.backend.generate(examples, 8), slow_generations(gqa.plain, examples, 8))
 
 
-def test_shared_prefix_leaves_one_suffix_token():
-    same = [np.arange(5), np.arange(5)]
-    ((rows, batch),) = torch_decoder.make_batches(same, torch.device("cpu"), 100, 5)
-    assert len(batch.prefix) == 4 and batch.suffix.shape == (2, 1)
-    assert sorted(rows) == [0, 1]
+def generations(backend, examples, tokens):
+    """Of every head, as lists."""
+    swept = backend.sweep_generations(examples, ALL_HEADS, tokens)
+    return {head: [response.tolist() for response in responses] for head, responses in swept}
+
+
+def test_guesses_save_steps_and_change_nothing(gqa, monkeypatch):
+    """A head at a time, with a token a step for each row, or all that may be guessed."""
+    module = {"torch": torch_generate, "flax": flax_generate}[gqa.backend.name]
+    examples, taken, step = make_examples(3, seed=5), [], module._Engine.step
+
+    def counted(self, ids, *rest):
+        taken.append(ids.shape[1])
+        return step(self, ids, *rest)
+
+    monkeypatch.setattr(module._Engine, "step", counted)
+    monkeypatch.setattr(memory, "plan_responses", lambda *_, **__: memory.Plan(3, 3, True))
+    monkeypatch.setattr(module, "STEP_CPU", 1)
+    expected, plain = generations(gqa.backend, examples, 12), list(taken)
+    taken.clear()
+    monkeypatch.setattr(module, "STEP_CPU", 10**6)
+    assert generations(gqa.backend, examples, 12) == expected
+    assert set(plain) == {1} and max(taken) > 1 and len(taken) < len(plain)
+
+
+def test_little_memory_changes_nothing(gqa, monkeypatch):
+    """Rows, prompts and heads in small groups, and clean streams computed again for every layer."""
+    examples = make_examples(5, seed=6)
+    answers = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
+    expected = generations(gqa.backend, examples, 8)
+    monkeypatch.setattr(memory, "plan_responses", lambda *_, **__: memory.Plan(6, 2, False))
+    monkeypatch.setattr(memory, "keeps_choices", lambda *_: False)
+    assert generations(gqa.backend, examples, 8) == expected
+    found = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
+    assert found == answers
 
 
 def test_nothing_asked_nothing_answered(gqa):

@@ -2,6 +2,7 @@
 invariants."""
 
 import dataclasses
+import json
 import math
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import backends
-from backends import flax_tune, torch_loss, torch_tune
+from backends import checkpoint, flax_tune, torch_loss, torch_tune
 from backends.base import Recipe, batch_order, learning_rate, lora_a
 from backends.errors import InputError
 from tests import reference
@@ -63,6 +64,12 @@ def test_gram_is_that_of_plain_gradients(pair):
             expected = (stacked @ stacked.T).numpy()
             np.testing.assert_allclose(gram[layer, head], expected, rtol=2e-4, atol=1e-6 * expected.max())
     assert np.ptp(gram[:, :, 0, 0]) > 0
+
+
+def test_gradients_of_some_layers_are_those_of_all(own):
+    safe, util = make_examples(4, seed=1), make_examples(4, seed=2)
+    whole = own.gradient_gram(safe, util, 2)
+    np.testing.assert_allclose(own.gradient_gram(safe, util, 2, [2, 0]), whole[[2, 0]], rtol=1e-6)
 
 
 def test_gradients_need_equal_folds(gqa):
@@ -284,6 +291,34 @@ def test_pcgrad_tunes_and_records_the_conflict(own):
     records = list(own.tune(make_examples(16, seed=4), CHOSEN, recipe, make_examples(6, seed=9)))
     assert all(-1 <= record["cos"] <= 1 and record["util_loss"] > 0 for record in records)
     assert all(record["projected"] == (record["cos"] < 0) for record in records)
+
+
+@pytest.mark.parametrize("optimizer", ["sft", "pcgrad"])
+def test_a_run_that_was_stopped_goes_on_to_the_identical_adapter(own, scratch, monkeypatch, optimizer):
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    rows = make_examples(24, seed=4), CHOSEN
+    against = make_examples(6, seed=9)
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, folder=scratch / "whole")
+    expected = list(own.tune(*rows, recipe, against))
+    recipe = dataclasses.replace(recipe, folder=scratch / "stopped", checkpoint=scratch / "state")
+    steps = iter(own.tune(*rows, recipe, against))
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    again = own.tune(*rows, recipe, against)
+    records = list(again)
+    assert again.repeated == 3 and len(records) == 6
+    assert json.dumps(records) == json.dumps(expected)  # NaN is NaN here
+    for file in sorted((scratch / "whole").iterdir()):
+        assert (scratch / "stopped" / file.name).read_bytes() == file.read_bytes(), file.name
+
+    with pytest.raises(InputError, match="state is another tuning run's"):
+        list(own.tune(*rows, dataclasses.replace(recipe, lr=1e-3), against))
+    with pytest.raises(InputError, match="state is another tuning run's"):
+        list(own.tune(rows[0][:20], CHOSEN, recipe, against))
+    (scratch / "state").write_bytes((scratch / "state").read_bytes()[:100])
+    with pytest.raises(InputError, match="state is damaged"):
+        list(own.tune(*rows, recipe, against))
 
 
 # What both backends share
