@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from backends import files
 from backends.errors import InputError
 from data import benchmarks as registry
 from data import paper
@@ -153,11 +154,11 @@ def write_rows(stage: artifacts.Stage, name: str, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({column: _full(row[column]) for column in columns} for row in rows)
-    artifacts.write_text(stage.folder / "tables" / f"{name}.csv", text.getvalue())
+    files.write_text(stage.folder / "tables" / f"{name}.csv", text.getvalue())
     lines = [columns, ["---"] * len(columns)]
     lines += [[_short(row[column]) for column in columns] for row in rows]
     markdown = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-    artifacts.write_text(stage.folder / "tables" / f"{name}.md", markdown)
+    files.write_text(stage.folder / "tables" / f"{name}.md", markdown)
 
 
 def _full(value: object) -> str:
@@ -279,7 +280,7 @@ def main(settings: presets.Settings) -> None:
             source=source,
             m=heads.m,
         )
-        artifacts.write_text(stage.folder / "report.html", page)
+        files.write_text(stage.folder / "report.html", page)
         for sentence in findings:
             stage.say(sentence)
         stage.finish(findings=findings, source_benchmark=source)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from backends.errors import InputError
-from backends.files import write_atomic
+from backends.files import sha256, write_atomic, write_json
 from stages.locks import Shard, run_lock
 from stages.provenance import git_state, package_versions, peak_memory_bytes
 
@@ -127,14 +127,6 @@ SCORES = _schema("scores", **_arm, benchmark=_text, side=_text, n=_int, **_inter
 # Files
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
 def write_table(path: Path, rows: Sequence[dict] | pa.Table, schema: pa.Schema) -> None:
     """Writes rows under `schema`; a row with a missing or wrongly typed field is an error here, not at the
     reader."""
@@ -160,11 +152,6 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}): make its stage again") from None
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_below(folder: Path) -> list[Path]:

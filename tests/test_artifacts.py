@@ -7,6 +7,7 @@ import sys
 import pyarrow as pa
 import pytest
 
+from backends import files
 from backends.errors import InputError
 from stages import artifacts
 from tests.conftest import ROOT
@@ -200,5 +201,5 @@ def test_no_room_and_no_right_to_write_are_said_before_work(scratch, monkeypatch
         pass
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        artifacts.write_text(scratch / "full", "text")
+        files.write_text(scratch / "full", "text")
     assert not list(scratch.glob(".*tmp")) and not (scratch / "full").exists()
