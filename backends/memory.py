@@ -42,19 +42,19 @@ def plan_responses(shape: Shape, itemsize: int, room: int, prompts: int, tokens:
         tokens: of the longest prompt and its response.
         most: rows that decoding gains from.
 
-    Raises InputError where not even one response fits.
+    Raises InputError where not even two responses fit.
     """
     key_values = 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
     # A row decodes with its keys and values and its logits (in float32 beside the model's own type).
     row = key_values * tokens + shape.vocab * (4 + itemsize)
     clean = (key_values + shape.model_dim * itemsize) * tokens
     rows = min(most, int(0.6 * room) // row)
-    if rows < 1:
+    if rows < 2:  # in half precision a silenced response goes beside the clean one
         raise InputError(
-            f"one response of {tokens} tokens takes {row / 2**30:.2f} GiB to decode, and "
+            f"two responses of {tokens} tokens take {2 * row / 2**30:.2f} GiB to decode, and "
             f"{room / 2**30:.2f} GiB are left beside the weights: fewer --sweep-tokens, or a larger machine"
         )
-    block = min(prompts, rows, max(1, int(0.2 * room) // clean))
+    block = min(prompts, rows // 2, max(1, int(0.2 * room) // clean))
     return Plan(rows, block, prompts * clean <= 0.2 * room)
 
 

@@ -68,7 +68,7 @@ def test_memory_is_planned_before_it_is_used():
     assert plan == memory.Plan(rows=512, prompts=50, keep=True)
     plan = memory.plan_responses(SHAPE, 4, 10**7, prompts=50, tokens=100, most=512)
     assert plan.rows == int(0.6 * 10**7 / 128_800) == 46 and plan.prompts == 14 and not plan.keep
-    with pytest.raises(InputError, match="one response of 100 tokens takes 0.00 GiB"):
+    with pytest.raises(InputError, match="two responses of 100 tokens take 0.00 GiB"):
         memory.plan_responses(SHAPE, 4, 10**5, prompts=50, tokens=100, most=512)
     assert memory.keeps_choices(SHAPE, 4, 10**6, 3000) and not memory.keeps_choices(SHAPE, 4, 10**6, 4000)
 
