@@ -13,7 +13,8 @@ from flax import nnx
 
 from backends import batching, memory
 from backends.base import Head
-from backends.flax_decoder import Decoder, KeyValue, Line, Lora
+from backends.flax_attention import KeyValue, Line
+from backends.flax_decoder import Decoder, Lora
 from backends.flax_model import Batch, Frontier, Model, empty_caches, make_batch, make_batches
 from backends.flax_sweep import groups, keep_mask, token_limit
 from backends.responses import CLEAN, WIDTH, Decoding, Draft, Row

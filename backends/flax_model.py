@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from backends import batching, memory
-from backends.flax_decoder import Config, Decoder, KeyValue, Line, Lora
+from backends.flax_attention import KeyValue, Line
+from backends.flax_decoder import Config, Decoder, Lora
 from backends.flax_devices import place
 from data.examples import Example
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from backends import batching, memory
 from backends.base import Head
-from backends.flax_decoder import Config, Decoder, Line, Lora
+from backends.flax_attention import Line
+from backends.flax_decoder import Config, Decoder, Lora
 from backends.flax_model import Frontier, Model, clean_logits, prompt_batches
 from data.examples import Example
 

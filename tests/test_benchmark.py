@@ -7,7 +7,7 @@ from tests.conftest import ROOT
 
 
 def test_the_benchmark_of_a_random_shape():
-    options = "--shape small --prompts 4 --tokens 6 --layers 2 --plain 2".split()
+    options = ["--shape", "small", "--prompts", "4", "--tokens", "6", "--layers", "2", "--plain", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmark_sweep", *options], cwd=ROOT, capture_output=True, text=True
     )
