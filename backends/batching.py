@@ -12,14 +12,6 @@ from backends.base import Head
 from data.examples import Example
 
 
-def common_prefix(sequences: Sequence[np.ndarray], at_most: int) -> int:
-    """Number of leading tokens that all sequences share, at most `at_most`."""
-    shortest = min(at_most, min(len(sequence) for sequence in sequences))
-    stacked = np.stack([sequence[:shortest] for sequence in sequences])
-    differing = np.flatnonzero((stacked != stacked[0]).any(axis=0))
-    return int(differing[0]) if len(differing) else shortest
-
-
 @dataclass(frozen=True)
 class Line:
     """Sequences as one line of T tokens without padding, each beginning that some of them share once."""

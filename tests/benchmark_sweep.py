@@ -25,7 +25,7 @@ import transformers
 import tyro
 
 import backends
-from backends import batching, models
+from backends import models
 from backends.base import Backend, Head, Shape
 from data.examples import Example
 from data.rendering import example
@@ -195,7 +195,7 @@ def layer_tokens(model: torch.nn.Module, work: Callable[[], object]) -> int:
 def bound(examples: list[Example], heads: list[Head], shape: Shape, after: dict[Head, list] | None) -> int:
     """The least number of layer-tokens; `after`: for each head, tokens on and off the clean response."""
     prompts = [one.prompt_ids for one in examples]
-    prefix = batching.common_prefix(prompts, min(map(len, prompts)) - 1)
+    prefix = min(len(prompts[0]) - 1, *(common(prompts[0], prompt) for prompt in prompts))
     own = prefix + sum(len(prompt) - prefix for prompt in prompts)
     total = 0
     for layer, head in heads:
