@@ -191,7 +191,7 @@ class _Engine:
             self.sent = self.model.put(self.keep)
 
 
-def _most(model: Model, prompts: Sequence[Example], max_new_tokens: int) -> memory.Plan:
+def _plan(model: Model, prompts: Sequence[Example], max_new_tokens: int) -> memory.Plan:
     longest = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens + WIDTH
     most = model.limit(ROWS_CPU, ROWS_DEVICE)
     # Twice the rows: `lower` has all layers too.
@@ -212,7 +212,7 @@ def generate(
     if not prompts:
         return outputs
     sequences = [prompt.prompt_ids for prompt in prompts]
-    most = _most(model, prompts, max_new_tokens).rows
+    most = _plan(model, prompts, max_new_tokens).rows
     shared = min(map(len, sequences))
     for batch in make_batches(model, sequences, token_limit(model), shared, False, most):
         first, caches = begin(
@@ -308,7 +308,7 @@ def sweep_generations(
     if not prompts:
         yield from ((head, []) for head in heads)
         return
-    plan = _most(model, prompts, max_new_tokens)
+    plan = _plan(model, prompts, max_new_tokens)
     drafts = generate(model, prompts, max_new_tokens, None)
     # What the clean model reads: the prompt, then its response but for the last token.
     sequences = [

@@ -2,8 +2,8 @@
 
 What makes the sweep cheap, and leaves it exact (tests hold it against a hook-and-loop reference): a head of
 layer l changes nothing below l, so a pass starts at l from the clean residual stream, which moves up layer
-by layer; the prompts' shared prefix is computed once a head; nothing is padded; the last layer computes the
-last token only, and the output matrix the candidates only; heads of a layer go through together.
+by layer; a beginning that prompts share is computed once a head; nothing is padded; the last layer computes
+the last token only, and the output matrix the candidates only; heads of a layer go through together.
 """
 
 from collections.abc import Iterator, Sequence

@@ -6,9 +6,9 @@
 
 The plain loop is what one would write first: for each head a hook, one padded batch through the whole model,
 one `generate`. It is timed on one head of each sampled layer (its cost does not depend on the layer), the
-sweep on all heads of those layers. The bound counts what no exact method of this kind can leave out: the
-layers from the silenced one up, for the shared prefix once a head and for each prompt's own tokens, and
-every layer for tokens after a response has left the clean one.
+sweep on all heads of those layers. The bound that work is held against counts the layers from the silenced
+one up, for the prefix that all prompts share once a head and for each prompt's own tokens, and every layer
+for tokens after a response has left the clean one. Sharing more than that prefix goes below it.
 """
 
 import resource
@@ -193,7 +193,11 @@ def layer_tokens(model: torch.nn.Module, work: Callable[[], object]) -> int:
 
 
 def bound(examples: list[Example], heads: list[Head], shape: Shape, after: dict[Head, list] | None) -> int:
-    """The least number of layer-tokens; `after`: for each head, tokens on and off the clean response."""
+    """Layer-tokens without padding, the common prefix once.
+
+    Args:
+        after: for each head, tokens on and off the clean response.
+    """
     prompts = [one.prompt_ids for one in examples]
     prefix = min(len(prompts[0]) - 1, *(common(prompts[0], prompt) for prompt in prompts))
     own = prefix + sum(len(prompt) - prefix for prompt in prompts)
