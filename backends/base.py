@@ -15,6 +15,7 @@ from data.examples import Example
 
 Head = tuple[int, int]
 Mask = Literal["output", "query"]
+Optimizer = Literal["sft", "pcgrad", "pcgrad-symmetric"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Recipe:
     """tokens; a longer row is cut at its end"""
     seed: int = 21
     """LoRA's A and the order of rows"""
-    optimizer: Literal["sft", "pcgrad"] = "sft"
+    optimizer: Optimizer = "sft"
     clip: float = 1.0
     """global gradient norm"""
     folder: Path | None = None

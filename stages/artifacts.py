@@ -27,9 +27,9 @@ STARTED = "started.json"
 SCHEMA_VERSION = "cast-1"
 
 
-def _schema(name: str, **fields: pa.DataType) -> pa.Schema:
+def _schema(name: str, may_lack: Sequence[str] = (), **fields: pa.DataType) -> pa.Schema:
     return pa.schema(
-        [pa.field(column, kind, nullable=False) for column, kind in fields.items()],
+        [pa.field(column, kind, nullable=column in may_lack) for column, kind in fields.items()],
         metadata={"schema": f"{SCHEMA_VERSION}/{name}"},
     )
 
@@ -74,6 +74,8 @@ SWEEP_CHOICES = _schema("sweep_choices", **_head, example_id=_text, prediction=_
 SWEEP_GENERATIONS = _schema(
     "sweep_generations", **_head, example_id=_text, token_ids=_ids, text=_text, refused=_bool
 )
+# Calibration rows whose answer is written (a map from GSM8K).
+SWEEP_ANSWERS = _schema("sweep_answers", **_head, example_id=_text, token_ids=_ids, text=_text, correct=_bool)
 HEADS = _schema(
     "heads",
     **_head,
@@ -111,6 +113,7 @@ TRAINING = _schema(
 )
 RESPONSES = _schema(
     "responses",
+    may_lack=("harmful", "strict", "flexible"),
     **_arm,
     benchmark=_text,
     example_id=_text,
@@ -120,6 +123,11 @@ RESPONSES = _schema(
     prediction=_int,
     probability=_float,
     verdict=_bool,
+    refused=_bool,  # a refusal, of a utility question too; False for a choice
+    harmful=_bool,  # the classifier's word on a request's response; null where none was asked
+    steps=_int,  # reasoning steps before a worked answer; -1 for all other rows
+    strict=_bool,  # the two other ways to read a worked answer with a number for gold; null elsewhere
+    flexible=_bool,
 )
 SCORES = _schema("scores", **_arm, benchmark=_text, side=_text, n=_int, **_interval("score"))
 
