@@ -132,8 +132,8 @@ def check(settings: Settings) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(settings, name)} is fewer than --folds")
         if getattr(settings, name) % settings.folds:
             raise InputError(f"--{name.replace('_', '-')} must be a multiple of --folds {settings.folds}")
-    positive = "folds align_rows sweep_tokens util_tokens buckets resamples rank alpha lr epochs batch accumulation max_length"
-    for name in positive.split():
+    positive = "folds align_rows sweep_tokens util_tokens buckets resamples rank alpha lr epochs batch"
+    for name in (*positive.split(), "accumulation", "max_length"):
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
     parse_shard(settings.shard)
