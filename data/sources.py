@@ -124,6 +124,14 @@ def _gsm8k(row: _Row) -> dict[str, Any]:
     return _reasoning(row.text("question"), gold)
 
 
+def _gsm8k_worked(row: _Row) -> dict[str, Any]:
+    """GSM8K as calibration: the loss is taken on the worked solution, without its calculator marks, with the
+    answer boxed as the prompt asks (the paper is silent)."""
+    fields = _gsm8k(row)
+    solution = re.sub(r"<<.*?>>", "", row.text("answer").rpartition("####")[0]).strip()
+    return fields | {"target": f"{solution}\nThe final answer is \\boxed{{{fields['target']}}}."}
+
+
 def _math(row: _Row) -> dict[str, Any]:
     return _reasoning(row.text("problem"), row.text("answer").strip())
 
@@ -207,7 +215,7 @@ POOLS: dict[str, Pool] = {
     "dan": Pool(*_DAN, (("train", "dan_jailbreak"),), ("prompt",), _prompt, keep=("jailbreak", True)),
     # calibration
     "mmlu_calibration": Pool(*_MMLU, _CALIBRATION, _MC, _mmlu, role="util"),
-    "gsm8k_calibration": Pool(*_GSM8K, (("train", "gsm8k_train"),), _QA, _gsm8k, role="util"),
+    "gsm8k_calibration": Pool(*_GSM8K, (("train", "gsm8k_train"),), _QA, _gsm8k_worked, role="util"),
     "wildjailbreak_safe": _train("vanilla_harmful", role="safe"),
     **{data_type: _train(data_type) for data_type in DATA_TYPES},  # alignment
 }
@@ -317,7 +325,7 @@ def _local_parts(pool: str, spec: Pool, folder: Path) -> list[_Part]:
             raise ValueError(f"{path.name}: not a readable parquet file ({type(error).__name__})") from error
         parts.append(_Part(stem, path.name, table, sha256=sha256, standin=standin))
     if not parts:
-        raise FileNotFoundError(_missing_file(pool, spec, folder))
+        raise FileNotFoundError(f"{pool}: {_missing_file(spec, folder)}")
     return parts
 
 
@@ -344,31 +352,60 @@ def _hub_parts(spec: Pool) -> list[_Part]:
     return parts
 
 
-def missing(pools: Iterable[str]) -> list[str]:
-    """One line for each pool that cannot be reached, saying how to get it. Downloads nothing."""
+@dataclass(frozen=True)
+class Reach:
+    """Whether a pool can be had."""
+
+    pool: str
+    state: str  # "there", "stand-in" or "missing"
+    where: str
+    how: str = ""  # to get it, where it is missing
+
+
+def survey(pools: Iterable[str]) -> list[Reach]:
+    """Where each pool would come from. Downloads nothing."""
     specs = {pool: _spec(pool) for pool in pools}
     try:
         folder = _folder()
     except FileNotFoundError as error:
-        return [f"{pool}: {error}" for pool in specs]
+        return [Reach(pool, "missing", spec.repository, str(error)) for pool, spec in specs.items()]
     if folder:
-        have = {
-            pool: any(_local_file(folder, part[1])[0] for part in spec.parts) for pool, spec in specs.items()
-        }
-        return [_missing_file(pool, specs[pool], folder) for pool in specs if not have[pool]]
+        return [_reach_file(pool, spec, folder) for pool, spec in specs.items()]
     repositories = {spec.repository: spec for spec in specs.values()}
     reasons = {repository: _hub_reason(spec) for repository, spec in repositories.items()}
-    return [
-        f"{pool}: {reasons[spec.repository]}, or set CAST_DATA to a folder with {spec.files}"
-        for pool, spec in specs.items()
-        if reasons[spec.repository] and not _cached(spec)
+    found = []
+    for pool, spec in specs.items():
+        where, reason = f"{spec.url} at {spec.revision[:10]}", reasons[spec.repository]
+        if not reason:
+            found.append(Reach(pool, "there", where))
+        elif _cached(spec):
+            found.append(Reach(pool, "there", f"the cache of datasets, {spec.revision[:10]}"))
+        else:
+            how = f"{reason}, or set CAST_DATA to a folder with {spec.files}"
+            found.append(Reach(pool, "missing", where, how))
+    return found
+
+
+def missing(pools: Iterable[str]) -> list[str]:
+    """One line for each pool that cannot be reached, saying how to get it. Downloads nothing."""
+    return [f"{one.pool}: {one.how}" for one in survey(pools) if one.how]
+
+
+def _reach_file(pool: str, spec: Pool, folder: Path) -> Reach:
+    found = [_local_file(folder, stem) for _, stem in spec.parts]
+    there = [(path.name, standin) for path, standin in found if path is not None]
+    if not there:
+        return Reach(pool, "missing", spec.files, _missing_file(spec, folder))
+    state = "stand-in" if any(standin for _, standin in there) else "there"
+    names = " + ".join(name for name, _ in there)
+    lacking = [
+        f"{stem}.parquet" for (_, stem), (path, _) in zip(spec.parts, found, strict=True) if path is None
     ]
+    return Reach(pool, state, f"{names} (without {', '.join(lacking)})" if lacking else names)
 
 
-def _missing_file(pool: str, spec: Pool, folder: Path) -> str:
-    return (
-        f"{pool}: no {spec.files} in CAST_DATA={folder}: put it there, or unset CAST_DATA to load {spec.url}"
-    )
+def _missing_file(spec: Pool, folder: Path) -> str:
+    return f"no {spec.files} in CAST_DATA={folder}: put it there, or unset CAST_DATA to load {spec.url}"
 
 
 def _cached(spec: Pool) -> bool:

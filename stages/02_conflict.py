@@ -4,31 +4,49 @@
 
 Reads calibration.parquet; writes gradients.parquet: for each head the Gram matrix [2F, 2F] of F fold-mean
 gradients of D_safe and of D_util, and what follows from it: dot, norms, O, and O's bootstrap interval over
-folds. As many layers as BLOCK bytes of gradients allow are a unit (a small model is one unit).
+folds. Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as BLOCK
+bytes of gradients allow are a unit (a small model is one unit).
 """
 
 import numpy as np
 
 from backends.base import Shape
 from data.rendering import example
-from stages import artifacts, cli, metrics, presets
+from stages import artifacts, cli, maps, metrics, presets
 from stages import gram as gram_formulas
 from stages.loading import load_backend
 from stages.locks import parse_shard
 
 NAME = "02_conflict"
-USES = ["backend", "dtype", "device", "seed", "folds", "resamples"]
+USES = ["backend", "dtype", "device", "seed", "folds", "maps", "resamples"]
 CALIBRATION = "01_calibrate/calibration.parquet"
 BLOCK = 16 * 2**30
 """bytes of fold gradients that a unit holds in memory; fixed, so that units are the same on every machine"""
 
 
-def units(shape: Shape, folds: int) -> dict[str, range]:
-    """Names of the units, and their layers."""
+def units(shape: Shape, folds: int, map_: str) -> dict[str, range]:
+    """Names of a map's units, and their layers."""
     layer = 2 * folds * shape.heads * shape.head_dim * shape.model_dim * 4
     size = max(1, BLOCK // layer)
     blocks = [range(first, min(first + size, shape.layers)) for first in range(0, shape.layers, size)]
-    return {f"layers{block[0]:03d}-{block[-1]:03d}": block for block in blocks}
+    prefix = f"{map_}-" if map_ else ""
+    return {f"{prefix}layers{block[0]:03d}-{block[-1]:03d}": block for block in blocks}
+
+
+def conflict_rows(gram: np.ndarray, folds: int, generator: np.random.Generator, resamples: int) -> list[dict]:
+    """The rows of gradients.parquet from Gram matrices [L, H, 2F, 2F]."""
+    dot, norm_safe, norm_util = gram_formulas.conflict_from_gram(gram, folds)
+    conflict = metrics.optimization_conflict(dot, norm_safe, norm_util)
+    low, high = np.quantile(
+        gram_formulas.bootstrap_conflict(gram, generator, resamples), [0.025, 0.975], axis=0
+    )
+    columns = {"dot": dot, "norm_safe": norm_safe, "norm_util": norm_util, "conflict": conflict}
+    columns |= {"conflict_low": low, "conflict_high": high}
+    return [
+        {"layer": layer, "head": head, "gram": gram[layer, head].ravel().tolist()}
+        | {name: values[layer, head] for name, values in columns.items()}
+        for layer, head in np.ndindex(*conflict.shape)
+    ]
 
 
 def main(settings: presets.Settings) -> None:
@@ -40,56 +58,49 @@ def main(settings: presets.Settings) -> None:
         rows = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
         presets.remember(settings)
         backend = load_backend(settings, stage)
-        safe, util = ([example(row) for row in rows if row["role"] == role] for role in ("safe", "util"))
-        stage.say(
-            f"gradients of {len(safe)} safety and {len(util)} utility rows in {settings.folds} folds each"
-        )
-        blocks = units(backend.shape, settings.folds)
-        for unit in stage.left(list(blocks)):
-            found = backend.gradient_gram(safe, util, settings.folds, blocks[unit])
-            rows = [
-                {"layer": layer, "head": head, "gram": matrix.ravel().tolist()}
-                for layer, heads in zip(blocks[unit], found, strict=True)
-                for head, matrix in enumerate(heads)
-            ]
-            stage.write_part(unit, rows, artifacts.GRAM)
-        if not stage.gathers(list(blocks)):
+        shape, folds = backend.shape, settings.folds
+        names = [maps.OWN, *maps.asked(settings.maps, folds)]
+        safe = [example(row) for row in rows if row["role"] == "safe"]
+        util = {name: [example(row) for row in rows if row["role"] == (name or "util")] for name in names}
+        blocks = {name: units(shape, folds, name) for name in names}
+        left = stage.left([unit for name in names for unit in blocks[name]])
+        for name in names:
+            stage.say(
+                f"gradients of {len(safe)} safety and {len(util[name])} utility rows in {folds} folds each"
+                + (f" (map {name})" if name else "")
+            )
+            for unit in (unit for unit in blocks[name] if unit in left):
+                found = backend.gradient_gram(safe, util[name], folds, blocks[name][unit])
+                told = [
+                    {"layer": layer, "head": head, "gram": matrix.ravel().tolist()}
+                    for layer, heads in zip(blocks[name][unit], found, strict=True)
+                    for head, matrix in enumerate(heads)
+                ]
+                stage.write_part(unit, told, artifacts.GRAM)
+        if not stage.gathers([unit for name in names for unit in blocks[name]]):
             return
-        matrices = stage.read_parts(list(blocks), artifacts.GRAM)["gram"].to_pylist()
-        gram = np.array(matrices).reshape(
-            backend.shape.layers, backend.shape.heads, *[2 * settings.folds] * 2
-        )
-
-        dot, norm_safe, norm_util = gram_formulas.conflict_from_gram(gram, settings.folds)
-        conflict = metrics.optimization_conflict(dot, norm_safe, norm_util)
-        generator = np.random.default_rng([settings.seed, 2])
-        low, high = np.quantile(
-            gram_formulas.bootstrap_conflict(gram, generator, settings.resamples), [0.025, 0.975], axis=0
-        )
-        table = [
-            {
-                "layer": layer,
-                "head": head,
-                "dot": dot[layer, head],
-                "norm_safe": norm_safe[layer, head],
-                "norm_util": norm_util[layer, head],
-                "conflict": conflict[layer, head],
-                "conflict_low": low[layer, head],
-                "conflict_high": high[layer, head],
-                "gram": gram[layer, head].ravel().tolist(),
+        notes = {}
+        for number, name in enumerate(names):
+            matrices = stage.read_parts(list(blocks[name]), artifacts.GRAM)["gram"].to_pylist()
+            gram = np.array(matrices).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds)
+            generator = np.random.default_rng([settings.seed, 2, number] if name else [settings.seed, 2])
+            table = conflict_rows(gram, folds, generator, settings.resamples)
+            stage.write(maps.file("gradients", name), table, artifacts.GRADIENTS)
+            if zero := sum(row["norm_safe"] == 0 or row["norm_util"] == 0 for row in table):
+                stage.warn(f"{zero} heads have no gradient at all: their O is 0.5 by convention")
+            conflict = np.array([row["conflict"] for row in table])
+            width = np.mean([row["conflict_high"] - row["conflict_low"] for row in table])
+            stage.say(
+                f"{f'map {name}: ' if name else ''}O: mean {conflict.mean():.3f}, range {conflict.min():.3f} "
+                f"to {conflict.max():.3f}"
+            )
+            notes[name] = {
+                "conflict_mean": float(conflict.mean()),
+                "conflict_range": [float(conflict.min()), float(conflict.max())],
+                "interval_width_mean": float(width),
             }
-            for layer, head in np.ndindex(*conflict.shape)
-        ]
-        stage.write("gradients.parquet", table, artifacts.GRADIENTS)
-        zero = int(((norm_safe == 0) | (norm_util == 0)).sum())
-        if zero:
-            stage.warn(f"{zero} heads have no gradient at all: their O is 0.5 by convention")
-        stage.say(f"O: mean {conflict.mean():.3f}, range {conflict.min():.3f} to {conflict.max():.3f}")
-        stage.finish(
-            conflict_mean=float(conflict.mean()),
-            conflict_range=[float(conflict.min()), float(conflict.max())],
-            interval_width_mean=float((high - low).mean()),
-        )
+        others = {name: notes[name] for name in names if name}
+        stage.finish(**notes[maps.OWN], **({"maps": others} if others else {}))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
     python -m stages.03_sensitivity --run outputs/smollm
 
-Every head is silenced once; the utility rows are answered again (next token) and the harmful prompts
-(generation, keyword judge). Reads calibration.parquet and gradients.parquet; writes sweep_choices.parquet
-and sweep_generations.parquet (every head x example; layer = head = -1 is the clean model) and
-heads.parquet, the map. A layer is a unit: a sweep that was stopped goes on at the layer where it stopped.
+Every head is silenced once; the utility rows are answered again (next token; worked problems in writing) and
+the harmful prompts (generation, keyword judge). Reads calibration.parquet and gradients.parquet; writes
+sweep_choices.parquet, sweep_generations.parquet and, where answers are written, sweep_answers.parquet (every
+head x example; layer = head = -1 is the clean model) and heads.parquet, the map. Every other map (--maps) has
+its own heads-<map>.parquet and shares the sweep: a row that two maps have is answered once. A layer is a
+unit: a sweep that was stopped goes on at the layer where it stopped.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +23,27 @@ from backends.errors import InputError
 from backends.progress import TIME_LEFT, progress
 from data.judges import KEYWORD_JUDGE_VERSION, keyword_refusal
 from data.rendering import example
-from stages import artifacts, bootstrap, cli, metrics, presets
+from data.scoring import verdict
+from stages import artifacts, bootstrap, cli, maps, metrics, presets
 from stages import gram as gram_formulas
 from stages.loading import load_backend
 from stages.locks import parse_shard
 
 NAME = "03_sensitivity"
-USES = ["backend", "dtype", "device", "seed", "mask", "sweep_tokens", "variant", "buckets", "resamples"]
-CALIBRATION, GRADIENTS = "01_calibrate/calibration.parquet", "02_conflict/gradients.parquet"
+USES = [
+    "backend",
+    "dtype",
+    "device",
+    "seed",
+    "mask",
+    "sweep_tokens",
+    "util_tokens",
+    "maps",
+    "folds",
+    "variant",
+]
+USES += ["buckets", "resamples"]
+CALIBRATION = "01_calibrate/calibration.parquet"
 FLOOR, CEILING = 0.05, 0.95
 CLEAN: Head = (-1, -1)
 
@@ -78,14 +94,64 @@ def outcomes(table: pa.Table, column: str, layers: int, heads: int) -> tuple[np.
     return clean, silenced.reshape(layers, heads, len(clean))
 
 
+def map_rows(
+    gradients: pa.Table,
+    correct: tuple[np.ndarray, np.ndarray],
+    refused: tuple[np.ndarray, np.ndarray],
+    generator: np.random.Generator,
+    settings: presets.Settings,
+) -> tuple[list[dict], dict]:
+    """The rows of heads.parquet, and what the manifest tells of the map.
+
+    Args:
+        gradients: of artifacts.GRADIENTS.
+        correct, refused: (clean [N], silenced [L, H, N]), bool, of D_util and D_safe.
+    """
+    shape, resamples = correct[1].shape[:2], settings.resamples
+    h_gen, h_safe = metrics.accuracy_change(*correct), metrics.accuracy_change(*refused)
+    conflict = gradients["conflict"].to_numpy().reshape(shape)
+    sensitivity = metrics.functional_sensitivity(h_gen, h_safe, settings.variant)
+    score = metrics.conflict_score(conflict, sensitivity)
+    bucket = metrics.buckets(score, settings.buckets)
+    folds = int(np.sqrt(len(gradients["gram"][0]))) // 2
+    gram = np.array(gradients["gram"].to_pylist()).reshape(*shape, 2 * folds, 2 * folds)
+    sure = bootstrap.map_intervals(
+        gram_formulas.bootstrap_conflict(gram, generator, resamples),
+        bootstrap.resampled_changes(*correct, generator, resamples),
+        bootstrap.resampled_changes(*refused, generator, resamples),
+        settings.variant,
+        settings.buckets,
+    )
+    estimates = {"conflict": conflict, "h_gen": h_gen, "h_safe": h_safe}
+    estimates |= {"sensitivity": sensitivity, "score": score, "bucket": bucket}
+    rows = []
+    for at in np.ndindex(*shape):
+        row = {"layer": at[0], "head": at[1], "bucket_probability": sure.bucket_probability[at].tolist()}
+        for name, values in estimates.items():
+            row |= {name: values[at], f"{name}_low": sure.low[name][at], f"{name}_high": sure.high[name][at]}
+        rows.append(row)
+    own = np.take_along_axis(sure.bucket_probability, bucket[..., None] - 1, axis=-1)
+    notes = {
+        "base": {"accuracy": float(correct[0].mean()), "refusal_rate": float(refused[0].mean())},
+        "ranks_rest_on": asdict(metrics.map_statistics(h_gen, h_safe)),
+        "mean_probability_of_own_bucket": float(own.mean()),
+    }
+    return rows, notes
+
+
 def main(settings: presets.Settings) -> None:
     uses = settings.subset(*USES) | {"judge": KEYWORD_JUDGE_VERSION}
     shard = parse_shard(settings.shard)
-    with artifacts.open_stage(settings.folder, NAME, uses, [CALIBRATION, GRADIENTS], shard=shard) as stage:
+    names = [maps.OWN, *maps.asked(settings.maps, settings.folds)]
+    reads = [CALIBRATION, *(f"02_conflict/{maps.file('gradients', name)}" for name in names)]
+    with artifacts.open_stage(settings.folder, NAME, uses, reads, shard=shard) as stage:
         if stage.finished:
             return
         rows = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
-        gradients = artifacts.read_input(settings.folder, GRADIENTS, artifacts.GRADIENTS)
+        gradients = {
+            name: artifacts.read_input(settings.folder, relative, artifacts.GRADIENTS)
+            for name, relative in zip(names, reads[1:], strict=True)
+        }
         presets.remember(settings)
         backend = load_backend(settings, stage)
         shape = backend.shape
@@ -93,131 +159,134 @@ def main(settings: presets.Settings) -> None:
             raise InputError(
                 f"--buckets {settings.buckets}: the model has {shape.layers * shape.heads} heads"
             )
-        if gradients.num_rows != shape.layers * shape.heads:
-            raise InputError(
-                f"{GRADIENTS} has {gradients.num_rows} heads, the model another number: other --run"
-            )
+        for relative, table in zip(reads[1:], gradients.values(), strict=True):
+            if table.num_rows != shape.layers * shape.heads:
+                raise InputError(
+                    f"{relative} has {table.num_rows} heads, the model another number: other --run"
+                )
         tokenizer = models.load_tokenizer(models.local_folder(settings.model, settings.revision))
-        util = [example(row) for row in rows if row["role"] == "util"]
-        safe = [example(row) for row in rows if row["role"] == "safe"]
+        safe = [row for row in rows if row["role"] == "safe"]
+        # A row that several maps have is swept once.
+        distinct = {row["example_id"]: row for row in rows if row["role"] != "safe"}
+        chosen = [row for row in distinct.values() if row["scoring"] == "choice"]
+        written = [row for row in distinct.values() if row["scoring"] != "choice"]
+        decode = cache(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
+        refuses, right = cache(keyword_refusal), cache(verdict)  # silenced models mostly say the same
 
-        def choice_rows(head: Head, prediction: np.ndarray) -> list[dict]:
-            return [
-                {
-                    "layer": head[0],
-                    "head": head[1],
-                    "example_id": one.example_id,
-                    "prediction": int(predicted),
-                    "correct": int(predicted) == one.answer,
-                }
-                for one, predicted in zip(util, prediction, strict=True)
-            ]
+        def sweep_choices(schema: pa.Schema) -> None:
+            examples = [example(row) for row in chosen]
 
-        def generation_rows(head: Head, generations: list[np.ndarray]) -> list[dict]:
-            texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generations]
-            return [
-                {
-                    "layer": head[0],
-                    "head": head[1],
-                    "example_id": one.example_id,
-                    "token_ids": tokens.tolist(),
-                    "text": text,
-                    "refused": keyword_refusal(text),
-                }
-                for one, tokens, text in zip(safe, generations, texts, strict=True)
-            ]
+            def as_rows(head: Head, prediction: np.ndarray) -> list[dict]:
+                labels = {"layer": head[0], "head": head[1]}
+                return [
+                    labels
+                    | {"example_id": row["example_id"], "prediction": int(predicted)}
+                    | {"correct": int(predicted) == row["answer"]}
+                    for row, predicted in zip(chosen, prediction, strict=True)
+                ]
+
+            sweep(
+                stage,
+                "choices",
+                schema,
+                shape,
+                lambda layer: shape.layers - layer,  # the layers from the silenced one up
+                lambda: backend.choices(examples)[0],
+                lambda heads: backend.sweep_choices(examples, heads, settings.mask),
+                as_rows,
+            )
+
+        def sweep_text(
+            part: str,
+            schema: pa.Schema,
+            asked: list[dict],
+            new_tokens: int,
+            judge: Callable[[dict, str], dict],
+        ) -> None:
+            examples = [example(row) for row in asked]
+
+            def as_rows(head: Head, generations: list[np.ndarray]) -> list[dict]:
+                told = []
+                for row, tokens in zip(asked, generations, strict=True):
+                    text = decode(tuple(tokens.tolist()))
+                    labels = {"layer": head[0], "head": head[1], "example_id": row["example_id"]}
+                    told.append(labels | {"token_ids": tokens.tolist(), "text": text} | judge(row, text))
+                return told
+
+            sweep(
+                stage,
+                part,
+                schema,
+                shape,
+                # Prompts and what follows the clean response cost as above, what departs from it all layers.
+                lambda layer: 2 * shape.layers - layer,
+                lambda: backend.generate(examples, new_tokens),
+                lambda heads: backend.sweep_generations(examples, heads, new_tokens, settings.mask),
+                as_rows,
+            )
 
         stage.say(
-            f"silencing each of {shape.layers * shape.heads} heads: {len(util)} choices, {len(safe)} "
-            f"responses"
+            f"silencing each of {shape.layers * shape.heads} heads: {len(chosen)} choices, "
+            + (f"{len(written)} written answers, " if written else "")
+            + f"{len(safe)} responses"
         )
-        sweep(
-            stage,
-            "choices",
-            artifacts.SWEEP_CHOICES,
-            shape,
-            lambda layer: shape.layers - layer,  # the layers from the silenced one up
-            lambda: backend.choices(util)[0],
-            lambda heads: backend.sweep_choices(util, heads, settings.mask),
-            choice_rows,
-        )
-        sweep(
-            stage,
+        outputs = {}
+        if chosen:
+            outputs["choices"] = artifacts.SWEEP_CHOICES
+            sweep_choices(artifacts.SWEEP_CHOICES)
+        if written:
+            outputs["answers"] = artifacts.SWEEP_ANSWERS
+            sweep_text(
+                "answers",
+                artifacts.SWEEP_ANSWERS,
+                written,
+                settings.util_tokens,
+                lambda row, text: {"correct": right(row["scoring"], text, row["target"])},
+            )
+        outputs["generations"] = artifacts.SWEEP_GENERATIONS
+        sweep_text(
             "generations",
             artifacts.SWEEP_GENERATIONS,
-            shape,
-            # Prompts and what follows the clean response cost as above, what departs from it all layers.
-            lambda layer: 2 * shape.layers - layer,
-            lambda: backend.generate(safe, settings.sweep_tokens),
-            lambda heads: backend.sweep_generations(safe, heads, settings.sweep_tokens, settings.mask),
-            generation_rows,
+            safe,
+            settings.sweep_tokens,
+            lambda row, text: {"refused": refuses(text)},
         )
-        both = {part: units(part, shape) for part in ("choices", "generations")}
-        if not stage.gathers(sum(both.values(), [])):
+        done = {part: units(part, shape) for part in outputs}
+        if not stage.gathers(sum(done.values(), [])):
             return
-        choices = stage.gather("sweep_choices.parquet", both["choices"], artifacts.SWEEP_CHOICES)
-        generations = stage.gather(
-            "sweep_generations.parquet", both["generations"], artifacts.SWEEP_GENERATIONS
-        )
-
-        correct, correct_silenced = outcomes(choices, "correct", shape.layers, shape.heads)
-        refused, refused_silenced = outcomes(generations, "refused", shape.layers, shape.heads)
-        h_gen = metrics.accuracy_change(correct, correct_silenced)
-        h_safe = metrics.accuracy_change(refused, refused_silenced)
-        conflict = gradients["conflict"].to_numpy().reshape(shape.layers, shape.heads)
-        sensitivity = metrics.functional_sensitivity(h_gen, h_safe, settings.variant)
-        score = metrics.conflict_score(conflict, sensitivity)
-        bucket = metrics.buckets(score, settings.buckets)
-
-        generator = np.random.default_rng([settings.seed, 3])
-        folds = int(np.sqrt(len(gradients["gram"][0]))) // 2
-        gram = np.array(gradients["gram"].to_pylist()).reshape(
-            shape.layers, shape.heads, 2 * folds, 2 * folds
-        )
-        sure = bootstrap.map_intervals(
-            gram_formulas.bootstrap_conflict(gram, generator, settings.resamples),
-            bootstrap.resampled_changes(correct, correct_silenced, generator, settings.resamples),
-            bootstrap.resampled_changes(refused, refused_silenced, generator, settings.resamples),
-            settings.variant,
-            settings.buckets,
-        )
-        estimates = {
-            "conflict": conflict,
-            "h_gen": h_gen,
-            "h_safe": h_safe,
-            "sensitivity": sensitivity,
-            "score": score,
-            "bucket": bucket,
+        swept = {
+            part: stage.gather(f"sweep_{part}.parquet", done[part], schema)
+            for part, schema in outputs.items()
         }
-        table = []
-        for layer, head in np.ndindex(*score.shape):
-            row = {"layer": layer, "head": head}
-            for name, values in estimates.items():
-                row[name] = values[layer, head]
-                row[f"{name}_low"], row[f"{name}_high"] = (
-                    sure.low[name][layer, head],
-                    sure.high[name][layer, head],
-                )
-            row["bucket_probability"] = sure.bucket_probability[layer, head].tolist()
-            table.append(row)
-        stage.write("heads.parquet", table, artifacts.HEADS)
-
-        rests_on = asdict(metrics.map_statistics(h_gen, h_safe))
-        base = {"accuracy": float(correct.mean()), "refusal_rate": float(refused.mean())}
-        for name, rate in base.items():
-            if not FLOOR <= rate <= CEILING:
-                stage.warn(f"base {name} {rate:.2f} is at its floor or ceiling: a map of ties is no map")
-        own = np.take_along_axis(sure.bucket_probability, bucket[..., None] - 1, axis=-1)
-        stage.say(
-            f"base accuracy {base['accuracy']:.3f}, refusal rate {base['refusal_rate']:.3f}; ranks rest "
-            f"on {rests_on}"
-        )
-        stage.finish(
-            base=base,
-            ranks_rest_on=rests_on,
-            judge=KEYWORD_JUDGE_VERSION,
-            mean_probability_of_own_bucket=float(own.mean()),
-        )
+        # (clean [N], silenced [L, H, N]) of every distinct utility row
+        found = [
+            outcomes(swept[part], "correct", shape.layers, shape.heads)
+            for part in ("choices", "answers")
+            if part in swept
+        ]
+        correct = tuple(np.concatenate(each, axis=-1) for each in zip(*found, strict=True))
+        refused = outcomes(swept["generations"], "refused", shape.layers, shape.heads)
+        column = {row["example_id"]: at for at, row in enumerate(chosen + written)}
+        notes = {}
+        for number, name in enumerate(names):
+            own = [column[row["example_id"]] for row in rows if row["role"] == (name or "util")]
+            generator = np.random.default_rng([settings.seed, 3, number] if name else [settings.seed, 3])
+            table, notes[name] = map_rows(
+                gradients[name], (correct[0][own], correct[1][..., own]), refused, generator, settings
+            )
+            stage.write(maps.file("heads", name), table, artifacts.HEADS)
+            told, base = f"map {name}: " if name else "", notes[name]["base"]
+            for kind, rate in base.items():
+                if not FLOOR <= rate <= CEILING and (kind == "accuracy" or not name):
+                    stage.warn(
+                        f"{told}base {kind} {rate:.2f} is at its floor or ceiling: a map of ties is no map"
+                    )
+            stage.say(
+                f"{told}base accuracy {base['accuracy']:.3f}, refusal rate {base['refusal_rate']:.3f}; ranks "
+                f"rest on {notes[name]['ranks_rest_on']}"
+            )
+        others = {name: notes[name] for name in names if name}
+        stage.finish(judge=KEYWORD_JUDGE_VERSION, **notes[maps.OWN], **({"maps": others} if others else {}))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m stages.04_align --run outputs/smollm --seeds 21 42 84
 
 An arm is a set of heads: all (`full`), one bucket of the conflict map (`bucket1` risky … `bucketM` safe),
-or as many heads drawn at random. Only the location of what is trained differs; rows, order, steps and
-LoRA's start do not. Reads alignment.parquet and heads.parquet; writes adapters/<arm>-<optimizer>-<seed>/
-(PEFT's format), training.parquet (a row a step) and arms.parquet. Each arm x optimizer x seed is a unit.
+as many heads drawn at random, or another selection (stages/arms.py). Only the location of what is trained
+differs; rows, order, steps and LoRA's start do not. `pcgrad` projects against gradients of D_util (§4.2).
+Reads alignment.parquet, calibration.parquet and the maps; writes adapters/<arm>-<optimizer>-<seed>/ (PEFT's
+format), training.parquet (a row a step) and arms.parquet. Each arm x optimizer x seed is a unit.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from backends.base import Backend, Head, Recipe, Shape
 from backends.progress import progress
 from data.examples import Example
 from data.rendering import example
-from stages import artifacts, cli, presets
+from stages import arms, artifacts, cli, maps, presets
 from stages.loading import load_backend
 from stages.locks import parse_shard
 
@@ -32,6 +33,9 @@ USES = [
     "buckets",
     "arms",
     "optimizers",
+    "ablations",
+    "maps",
+    "folds",
     "seeds",
     "rank",
     "alpha",
@@ -41,26 +45,7 @@ USES = [
     "accumulation",
     "max_length",
 ]
-ALIGNMENT, HEADS = "01_calibrate/alignment.parquet", "03_sensitivity/heads.parquet"
-
-
-def arm_heads(arm: str, bucket: np.ndarray, seed: int) -> list[Head]:
-    """The heads of an arm, sorted.
-
-    Args:
-        arm: "full", "random" or "bucketN".
-        bucket: int [L, H] in 1..M.
-        seed: of the random arm's draw. It is as large as the smallest bucket, the Safe Zone.
-    """
-    if arm == "full":
-        chosen = np.argwhere(bucket > 0)
-    elif arm == "random":
-        every = np.argwhere(bucket > 0)
-        size = np.bincount(bucket.ravel())[1:].min()
-        chosen = every[np.random.default_rng([seed, 4]).choice(len(every), size, replace=False)]
-    else:
-        chosen = np.argwhere(bucket == int(arm.removeprefix("bucket")))
-    return sorted((int(layer), int(head)) for layer, head in chosen)
+ALIGNMENT, CALIBRATION = "01_calibrate/alignment.parquet", "01_calibrate/calibration.parquet"
 
 
 def trainable_parameters(heads: list[Head], shape: Shape, rank: int) -> int:
@@ -77,8 +62,13 @@ def tune(
     heads: list[Head],
     examples: list[Example],
     recipe: Recipe,
+    reference: list[Example] | None,
 ) -> None:
-    """Tunes one arm and keeps its adapter (moved into place complete) and its training records."""
+    """Tunes one arm and keeps its adapter (moved into place complete) and its training records.
+
+    Args:
+        reference: D_util, for pcgrad.
+    """
     final = stage.folder / "adapters" / unit
     scratch = final.with_name(f".{unit}.tmp")
     for left_over in (scratch, final):
@@ -86,7 +76,9 @@ def tune(
     records, began = [], time.monotonic()
     steps = -(-len(examples) // (recipe.batch * recipe.accumulation)) * recipe.epochs
     checkpoint = stage.part(unit).with_suffix(".checkpoint")
-    tuning = backend.tune(examples, heads, dataclasses.replace(recipe, folder=scratch, checkpoint=checkpoint))
+    tuning = backend.tune(
+        examples, heads, dataclasses.replace(recipe, folder=scratch, checkpoint=checkpoint), reference
+    )
     for record in progress(tuning, total=steps, desc=unit, unit="step"):
         if tuning.repeated and not records:
             stage.say(f"{unit} goes on after step {tuning.repeated} of {steps}")
@@ -109,34 +101,39 @@ def tune(
     checkpoint.unlink(missing_ok=True)
 
 
+def head_map(table: pa.Table, shape: Shape) -> arms.HeadMap:
+    """What arms are chosen by, [L, H] each, from a table of artifacts.HEADS."""
+    names = ("conflict", "sensitivity", "score")
+    return arms.HeadMap(**{name: table[name].to_numpy().reshape(shape.layers, shape.heads) for name in names})
+
+
 def main(settings: presets.Settings) -> None:
     uses = settings.subset(*USES)
     shard = parse_shard(settings.shard)
-    with artifacts.open_stage(settings.folder, NAME, uses, [ALIGNMENT, HEADS], 0.5, shard) as stage:
+    names = [maps.OWN, *maps.asked(settings.maps, settings.folds)]
+    reads = [ALIGNMENT, CALIBRATION, *(f"03_sensitivity/{maps.file('heads', name)}" for name in names)]
+    with artifacts.open_stage(settings.folder, NAME, uses, reads, 0.5, shard) as stage:
         if stage.finished:
             return
         rows = artifacts.read_input(settings.folder, ALIGNMENT, artifacts.EXAMPLES).to_pylist()
-        map_ = artifacts.read_input(settings.folder, HEADS, artifacts.HEADS)
+        calibration = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
+        tables = [artifacts.read_input(settings.folder, relative, artifacts.HEADS) for relative in reads[2:]]
         presets.remember(settings)
         backend = load_backend(settings, stage)
         shape = backend.shape
-        per_head = {
-            name: map_[name].to_numpy().reshape(shape.layers, shape.heads)
-            for name in ("conflict", "sensitivity", "score", "bucket")
-        }
+        ranked = {name: head_map(table, shape) for name, table in zip(names, tables, strict=True)}
         examples = [example(row) for row in rows]
+        util = [example(row) for row in calibration if row["role"] == "util"]
 
-        arms = {
-            f"{arm}-{optimizer}-{seed}": {"arm": arm, "optimizer": optimizer, "seed": seed}
-            for seed in settings.seeds
-            for optimizer in settings.optimizers
-            for arm in settings.arms
+        units = {
+            f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}": labels
+            for labels in arms.units(settings)
         }
         heads = {
-            unit: arm_heads(labels["arm"], per_head["bucket"], labels["seed"])
-            for unit, labels in arms.items()
+            unit: arms.heads(labels["arm"], ranked, settings.buckets, labels["seed"])
+            for unit, labels in units.items()
         }
-        for unit in stage.left(list(arms)):
+        for unit in stage.left(list(units)):
             recipe = Recipe(
                 rank=settings.rank,
                 alpha=settings.alpha,
@@ -145,14 +142,16 @@ def main(settings: presets.Settings) -> None:
                 batch=settings.batch,
                 accumulation=settings.accumulation,
                 max_length=settings.max_length,
-                seed=arms[unit]["seed"],
-                optimizer=arms[unit]["optimizer"],
+                seed=units[unit]["seed"],
+                optimizer=units[unit]["optimizer"],
             )
-            tune(stage, backend, unit, arms[unit], heads[unit], examples, recipe)
-        if not stage.gathers(list(arms)):
+            reference = None if recipe.optimizer == "sft" else util
+            tune(stage, backend, unit, units[unit], heads[unit], examples, recipe, reference)
+        if not stage.gathers(list(units)):
             return
         table = []
-        for unit, labels in arms.items():
+        for unit, labels in units.items():
+            own = ranked[arms.parse(labels["arm"], settings.buckets).map]
             at = tuple(np.array(heads[unit]).T)
             table.append(
                 labels
@@ -163,14 +162,16 @@ def main(settings: presets.Settings) -> None:
                     "n_heads": len(heads[unit]),
                     "n_layers": len({layer for layer, _ in heads[unit]}),
                     "trainable_parameters": trainable_parameters(heads[unit], shape, settings.rank),
-                    "mean_conflict": float(per_head["conflict"][at].mean()),
-                    "mean_sensitivity": float(per_head["sensitivity"][at].mean()),
-                    "mean_score": float(per_head["score"][at].mean()),
+                    "mean_conflict": float(own.conflict[at].mean()),
+                    "mean_sensitivity": float(own.sensitivity[at].mean()),
+                    "mean_score": float(own.score[at].mean()),
                 }
             )
-        training: pa.Table = stage.gather("training.parquet", list(arms), artifacts.TRAINING)
+        training = stage.gather("training.parquet", list(units), artifacts.TRAINING)
         stage.write("arms.parquet", table, artifacts.ARMS)
-        stage.finish(arms=len(arms), steps=training.num_rows, tokens=int(training["tokens"].to_numpy().sum()))
+        stage.finish(
+            arms=len(units), steps=training.num_rows, tokens=int(training["tokens"].to_numpy().sum())
+        )
 
 
 if __name__ == "__main__":
