@@ -332,8 +332,9 @@ def tokenizer_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: Path):
-    """The folder's tokenizer. InputError if it cannot be loaded or has no chat template."""
+def load_tokenizer(folder: Path, chat: bool = True):
+    """The folder's tokenizer. InputError if it cannot be loaded, or has no chat template where `chat` wants
+    one."""
     import transformers
 
     try:
@@ -342,7 +343,7 @@ def load_tokenizer(folder: Path):
         Exception
     ) as error:  # the library raises a dozen types here; the user needs the folder and the reason
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise InputError(f"{folder}: the tokenizer has no chat template, so this is no instruct model")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token")

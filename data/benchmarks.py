@@ -21,6 +21,8 @@ class Benchmark:
     """the benchmark of the domain that D_util is drawn from: Eq. 8's M (the paper's MMLU)"""
     new_tokens: int = 0
     """default length of a generated answer; 0: the answer is the next token"""
+    numeric: bool = False
+    """answers are numbers: read strictly and flexibly too (data/scoring.py)"""
 
 
 BENCHMARKS = {
@@ -34,7 +36,7 @@ BENCHMARKS = {
     # The paper's.
     "mmlu": Benchmark("mmlu", "utility", source_domain=True),
     "csqa": Benchmark("csqa", "utility"),
-    "gsm8k": Benchmark("gsm8k", "utility", new_tokens=1024),
+    "gsm8k": Benchmark("gsm8k", "utility", new_tokens=1024, numeric=True),
     "math": Benchmark("math", "utility", new_tokens=2048),
     "wildjailbreak": Benchmark("wildjailbreak", "safety", new_tokens=256),
     "wildguard": Benchmark("wildguard", "safety", new_tokens=256),

@@ -111,19 +111,25 @@ TRAINING = _schema(
     lr=_float,
     tokens=_int,
 )
+_response = {
+    **_arm,
+    "benchmark": _text,
+    "example_id": _text,
+    "prompt": _text,
+    "output": _text,
+    "token_ids": _ids,  # what was generated, for who judges or compares again; empty for a choice
+    "prediction": _int,
+    "probability": _float,
+}
+OUTPUTS = _schema("outputs", **_response)  # a unit's, before they are judged
+# clear: the classifier gave its three lines; what it calls n/a is null.
+CLASSIFIED = _schema("classified", may_lack=("refusal", "harmful"), clear=_bool, refusal=_bool, harmful=_bool)
 RESPONSES = _schema(
     "responses",
     may_lack=("harmful", "strict", "flexible"),
-    **_arm,
-    benchmark=_text,
-    example_id=_text,
-    prompt=_text,
-    output=_text,
-    token_ids=_ids,  # what was generated, for who judges or compares again; empty for a choice
-    prediction=_int,
-    probability=_float,
+    **_response,
     verdict=_bool,
-    refused=_bool,  # a refusal, of a utility question too; False for a choice
+    refused=_bool,  # the keyword judge's word, of a utility question too; False for a choice
     harmful=_bool,  # the classifier's word on a request's response; null where none was asked
     steps=_int,  # reasoning steps before a worked answer; -1 for all other rows
     strict=_bool,  # the two other ways to read a worked answer with a number for gold; null elsewhere
@@ -217,6 +223,8 @@ class Stage:
         self.notes: dict = {}
         self.units: dict[str, dict] = {}
         self.started_at = time.monotonic()
+        self.outdated = ""
+        """what a finished stage notes otherwise than it would now"""
         self.finished = self._matches()
         if self.finished:
             self._tidy()
@@ -244,6 +252,21 @@ class Stage:
             if sha256(path) != digest:
                 raise InputError(f"{path} is not what its manifest says (sha256): {again}")
         return True
+
+    def reopen(self, parts: Iterable[tuple[str, pa.Table]], schema: pa.Schema, file: str) -> None:
+        """Makes a finished stage an unfinished one whose units are all computed, from its own table `file`.
+
+        For a step after the units that is to be done again. Killed at any moment, either the stage is still
+        finished or all its parts are there.
+        """
+        done = read_json(self.folder / MANIFEST)
+        self.model = done["model"]
+        write_json(self.folder / STARTED, {**self._head(), "model": self.model})
+        for unit, table in parts:
+            self.write_part(unit, table, schema, **done["units"].get(unit, {}))
+        for name in (MANIFEST, file):
+            (self.folder / name).unlink()
+        self.finished = False
 
     def begin(self, model: dict | None = None) -> None:
         """Marks the folder as this run's. `model` says what was loaded, as resolved (dtype, device,
@@ -378,6 +401,7 @@ def open_stage(
     reads: Sequence[str] = (),
     needed_gib: float = 0.1,
     shard: Shard | None = None,
+    noted: dict | None = None,
 ):
     """Locks the run folder, checks the inputs' chain and the disk, and yields a `Stage`.
 
@@ -386,6 +410,8 @@ def open_stage(
         reads: inputs as "<stage>/<file>"; their sha256 must be what their own manifests say.
         needed_gib: free space that the stage wants on the disk of `run`.
         shard: compute only this share of the stage's units.
+        noted: what a finished stage's manifest has to note; where it notes something else the stage is
+            yielded finished, and `outdated`.
     """
     inputs = {}
     for relative in reads:
@@ -403,6 +429,9 @@ def open_stage(
                 f"{run} has {free:.2f} GiB free, stage {name} wants {needed_gib:.2f}: make space"
             )
         stage = Stage(run, name, settings, inputs, shard)
-        if stage.finished:
+        if stage.finished and noted:
+            told = read_json(stage.folder / MANIFEST)["notes"]
+            stage.outdated = _differences({key: told.get(key) for key in noted}, noted)
+        if stage.finished and not stage.outdated:
             stage.say("is done and unchanged: skipped")
         yield stage

@@ -109,6 +109,12 @@ class Settings:
     max_length: int = 1024
     """tokens a training row is cut to"""
 
+    # 05: evaluation
+    judge: Literal["keyword", "wildguard"] = "keyword"
+    """who says what a refusal is in the benchmarks; on a finished run, it judges what was kept"""
+    judge_model: str = "allenai/wildguard"
+    """hub id or folder of WildGuard's classifier, for --judge wildguard"""
+
     shard: str = ""
     """i/n: compute only every n-th unit of stage 02, 03, 04 or 05, beside other shards; then run the stage
     without it"""
