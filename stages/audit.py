@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from backends.errors import InputError
 from data.examples import Record
 from data.jsonl import normalise
 from data.rendering import Renderer
-from stages import artifacts, audit_checks, audit_weights
-from stages.audit_run import GROUPS, TABLES, Finding, Run, finding
+from stages import arms, artifacts, audit_checks, audit_weights
+from stages.audit_run import GROUPS, Finding, Run, finding
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate")
 RUN_FILE = "run.json"
@@ -44,11 +45,17 @@ READS = {
     "01_calibrate": (),
     "02_conflict": ("01_calibrate/calibration.parquet",),
     "03_sensitivity": ("01_calibrate/calibration.parquet", "02_conflict/gradients.parquet"),
-    "04_align": ("01_calibrate/alignment.parquet", "03_sensitivity/heads.parquet"),
+    "04_align": (
+        "01_calibrate/alignment.parquet",
+        "01_calibrate/calibration.parquet",
+        "03_sensitivity/heads.parquet",
+    ),
     "05_evaluate": ("01_calibrate/benchmarks.parquet", "04_align/arms.parquet"),
     "06_correlate": ("03_sensitivity/heads.parquet", "04_align/arms.parquet", "05_evaluate/scores.parquet"),
 }
 """inputs that a stage's manifest must name; it may name more"""
+MAP_READS = {"03_sensitivity": "02_conflict/gradients", "04_align": "03_sensitivity/heads"}
+"""what a stage reads of every other map"""
 REPORT = ("tables/*.csv", "tables/*.md", "figures/*.svg", "figures/*.png", "report.html")
 
 
@@ -87,15 +94,10 @@ def files(run: Run) -> list[Finding]:
 
 def required(run: Run, stage: str) -> set[str]:
     """Files that a stage must have."""
-    names = {relative.split("/", 1)[1] for relative in TABLES if relative.startswith(f"{stage}/")}
+    names = {relative.split("/", 1)[1] for relative in run.tables if relative.startswith(f"{stage}/")}
     if stage == "04_align":
-        settings = run.settings(stage)
-        units = [
-            f"{arm}-{optimizer}-{seed}"
-            for seed in settings["seeds"]
-            for optimizer in settings["optimizers"]
-            for arm in settings["arms"]
-        ]
+        labels = arms.units(SimpleNamespace(**run.settings(stage)))
+        units = [f"{one['arm']}-{one['optimizer']}-{one['seed']}" for one in labels]
         names |= {f"adapters/{unit}/{file}" for unit in units for file in audit_weights.ADAPTER_FILES}
     elif stage == "06_correlate":
         names |= {audit_checks.COSTS.split("/", 1)[1], "report.html"}
@@ -111,12 +113,12 @@ def expected(run: Run, stage: str, file: str) -> bool:
 def schemas(run: Run) -> list[Finding]:
     """Every table has the columns and the schema id of its kind."""
     faults = []
-    for relative in TABLES:
+    for relative in run.tables:
         try:
             run.table(relative)
         except InputError as error:
             faults.append(str(error))
-    return [finding("parquet schemas", faults, f"{len(TABLES)} tables under {artifacts.SCHEMA_VERSION}")]
+    return [finding("parquet schemas", faults, f"{len(run.tables)} tables under {artifacts.SCHEMA_VERSION}")]
 
 
 def manifests(run: Run) -> list[Finding]:
@@ -156,6 +158,8 @@ def chain(run: Run) -> list[Finding]:
     for stage in STAGES:
         inputs = run.manifests[stage]["inputs"]
         wanted = set(READS[stage])
+        if stage in MAP_READS:
+            wanted |= {f"{MAP_READS[stage]}-{name}.parquet" for name in run.map_names if name}
         if stage == "05_evaluate":
             outputs = run.manifests["04_align"]["outputs"]
             wanted |= {f"04_align/{file}" for file in outputs if file.startswith("adapters/")}
@@ -175,13 +179,20 @@ def notes(run: Run) -> list[Finding]:
     counts = {name: table.num_rows for name, table in rows.items()}
     tokens = {name: sum(map(len, table["prompt_ids"].to_pylist())) for name, table in rows.items()}
     training = run.table("04_align/training.parquet")
+    counts |= {role: len(own) for role, own in run.calibration.items()}
+    refusals = float(run.refused[0].mean())
+    bases = {
+        name: {"accuracy": float(run.correct(name)[0].mean()), "refusal_rate": refusals} for name in run.map_names
+    }
+    swept = dict(told["03_sensitivity"])
+    swept["bases"] = {"": swept.get("base")} | {
+        name: found.get("base") for name, found in swept.get("maps", {}).items()
+    }
+    told["03_sensitivity"] = swept
     computed = {
         ("01_calibrate", "counts"): counts | {name: len(asked) for name, asked in run.benchmarks.items()},
         ("01_calibrate", "tokens"): tokens,
-        ("03_sensitivity", "base"): {
-            "accuracy": float(run.correct[0].mean()),
-            "refusal_rate": float(run.refused[0].mean()),
-        },
+        ("03_sensitivity", "bases"): bases,
         ("04_align", "arms"): len(run.arms),
         ("04_align", "steps"): training.num_rows,
         ("04_align", "tokens"): sum(training["tokens"].to_pylist()),
@@ -208,8 +219,9 @@ def leaks(run: Run) -> list[Finding]:
         # A prompt of signs only stands for itself.
         "normalised prompt": lambda table: [normalise(text) or text for text in table["prompt"].to_pylist()],
     }
-    # Entries may recur within the benchmarks and in the forms of an alignment request, not in util and safe.
-    roles = tables["calibration"]["role"].to_pylist()
+    # Entries may recur within the benchmarks, in the forms of an alignment request and in the utility rows of
+    # several maps, not in util and safe.
+    roles = ["safe" if role == "safe" else "util" for role in tables["calibration"]["role"].to_pylist()]
     for key, values_of in keys.items():
         seen: dict[str, dict[str, str]] = {}
         for name, table in tables.items():

@@ -5,9 +5,10 @@ a prompt or an answer, which may be harmful.
 """
 
 import csv
-import importlib
+import re
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from backends.base import Recipe, batch_order, learning_rate
 from data import benchmarks as registry
 from data.jsonl import DATA_TYPES
 from data.judges import KEYWORD_JUDGE_VERSION
-from stages import bootstrap, gram, metrics
+from stages import arms, bootstrap, gram, judging, maps, metrics
 from stages.audit_run import BASE, GROUPS, Arm, Finding, Run, finding, unlike
 
 COSTS = "06_correlate/tables/costs.csv"
@@ -25,21 +26,29 @@ COSTS = "06_correlate/tables/costs.csv"
 
 
 def rows_asked(run: Run) -> list[Finding]:
-    """As many rows of each role, data type and benchmark as the settings ask for."""
+    """As many rows of each role, data type and benchmark as the settings ask for, or fewer and said so."""
     settings = run.settings("01_calibrate")
     wanted = {role: settings[f"{role}_rows"] for role in ("util", "safe")}
+    wanted |= {name: one.rows for name, one in maps.asked(tuple(settings["maps"]), settings["folds"]).items()}
     wanted |= dict.fromkeys(DATA_TYPES, settings["align_rows"] // len(DATA_TYPES))
     wanted |= {name: one.rows for name, one in run.asked.items()}
     roles = [run.table(f"01_calibrate/{name}.parquet")["role"].to_pylist() for name in GROUPS]
     counts = Counter(role for group in roles for role in group)
+    told = [short["what"] for short in run.manifests["01_calibrate"]["notes"].get("short", [])]
     faults = [f"{role}: rows of no setting" for role in counts if role not in wanted]
     for role, rows in wanted.items():
         everything = role in run.asked and rows == 0
-        if counts[role] == 0 or (counts[role] != rows and not everything):
+        word = "alignment" if role in DATA_TYPES else role
+        said = counts[role] < rows and any(re.search(rf"\b{word}\b", what) for what in told)
+        if counts[role] == 0 or (counts[role] != rows and not everything and not said):
             faults.append(f"{role}: {counts[role]} rows, {rows} asked")
+    if len({counts[kind] for kind in DATA_TYPES}) > 1:
+        faults.append(f"alignment is unbalanced: {[counts[kind] for kind in DATA_TYPES]}")
     return [
         finding(
-            "rows are as many as asked for", faults, ", ".join(f"{n} {role}" for role, n in counts.items())
+            "rows are as many as asked for, or as there are",
+            faults,
+            ", ".join(f"{n} {role}" for role, n in counts.items()),
         )
     ]
 
@@ -48,11 +57,21 @@ def rows_asked(run: Run) -> list[Finding]:
 
 
 def gradients(run: Run) -> list[Finding]:
-    """dot, norms, O and its interval, from the Gram matrices (Eq. 2)."""
-    table, settings = run.table("02_conflict/gradients.parquet"), run.settings("02_conflict")
-    dot, norm_safe, norm_util = gram.conflict_from_gram(run.gram, settings["folds"])
-    generator = np.random.default_rng([settings["seed"], 2])
-    drawn = gram.bootstrap_conflict(run.gram, generator, settings["resamples"])
+    """dot, norms, O and its interval, from the Gram matrices (Eq. 2), of every map."""
+    return [gradients_of(run, number, name) for number, name in enumerate(run.map_names)]
+
+
+def seeded(seed: int, stage: int, number: int) -> np.random.Generator:
+    """The generator of a map's bootstrap in stage 02 or 03."""
+    return np.random.default_rng([seed, stage, number] if number else [seed, stage])
+
+
+def gradients_of(run: Run, number: int, name: str) -> Finding:
+    file, settings = maps.file("gradients", name), run.settings("02_conflict")
+    table, matrices = run.table(f"02_conflict/{file}"), run.gram(name)
+    dot, norm_safe, norm_util = gram.conflict_from_gram(matrices, settings["folds"])
+    generator = seeded(settings["seed"], 2, number)
+    drawn = gram.bootstrap_conflict(matrices, generator, settings["resamples"])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     conflict = metrics.optimization_conflict(dot, norm_safe, norm_util)
     lengths = {"dot": dot, "norm_safe": norm_safe, "norm_util": norm_util}
@@ -62,29 +81,33 @@ def gradients(run: Run) -> list[Finding]:
         scale = float(np.abs(values).max()) if column in lengths else 1.0
         faults += unlike(column, run.heads, table[column].to_numpy(), values.ravel(), scale)
     figure = f"dot, norms, O and its interval of {len(run.heads)} heads"
-    return [finding("gradients.parquet from its Gram matrices", faults, figure)]
+    return finding(f"{file} from its Gram matrices", faults, figure)
 
 
 def sweep(run: Run) -> list[Finding]:
     """Every head x example once; correct, text and refused from predictions, token ids and text."""
     found = [judge(run)]
+    outcome = {
+        relative: np.stack([run.outcomes[row["example_id"]] for row in rows], axis=1)
+        for relative, rows in run.swept.items()
+    }
+    swept = {**run.swept, "03_sensitivity/sweep_generations.parquet": run.calibration["safe"]}
     silenced = [(-1, -1), *run.heads]
-    for name, column, role, outcome in (
-        ("sweep_choices.parquet", "correct", "util", run.correct),
-        ("sweep_generations.parquet", "refused", "safe", run.refused),
-    ):
-        stored = run.table(f"03_sensitivity/{name}")[column].to_numpy(zero_copy_only=False)
-        places = [(*head, row["example_id"]) for head in silenced for row in run.calibration[role]]
-        figure = (
-            f"{len(places)} outcomes, every one of {len(silenced)} x {outcome.shape[1]} (heads x rows) once"
-        )
-        found.append(finding(f"{name}: {column}", unlike(column, places, stored, outcome.ravel()), figure))
-    return [*found, sweep_text(run)]
+    for relative, rows in swept.items():
+        column = "correct" if relative in outcome else "refused"
+        again = outcome.get(relative, run.refused)
+        stored = run.table(relative)[column].to_numpy(zero_copy_only=False)
+        places = [(*head, row["example_id"]) for head in silenced for row in rows]
+        figure = f"{len(places)} outcomes, every one of {len(silenced)} x {len(rows)} (heads x rows) once"
+        name = relative.split("/")[1]
+        found.append(finding(f"{name}: {column}", unlike(column, places, stored, again.ravel()), figure))
+    return [*found, *(sweep_text(run, name) for name in swept if "choices" not in name)]
 
 
 def judge(run: Run) -> Finding:
     """Verdicts can only be judged again by the judge that made them."""
-    used = {stage: run.settings(stage)["judge"] for stage in ("03_sensitivity", "05_evaluate")}
+    used = {"03_sensitivity": run.settings("03_sensitivity")["judge"]}
+    used["05_evaluate"] = run.manifests["05_evaluate"]["notes"].get("judge")
     faults = [
         f"{stage} was judged by version {version}, this is {KEYWORD_JUDGE_VERSION}"
         for stage, version in used.items()
@@ -93,8 +116,8 @@ def judge(run: Run) -> Finding:
     return finding("judge", faults, f"keywords, version {KEYWORD_JUDGE_VERSION}")
 
 
-def sweep_text(run: Run) -> Finding:
-    what, relative = "sweep_generations.parquet: text", "03_sensitivity/sweep_generations.parquet"
+def sweep_text(run: Run, relative: str) -> Finding:
+    what = f"{relative.split('/')[1]}: text"
     if run.tokenizer is None:
         return Finding(what, None, "the recorded tokenizer is not on this machine")
     decode = cache(lambda ids: run.tokenizer.decode(ids, skip_special_tokens=True))
@@ -108,12 +131,18 @@ def sweep_text(run: Run) -> Finding:
 
 
 def conflict_map(run: Run) -> list[Finding]:
-    """H_gen, H_safe, S, C, buckets and all their intervals, from Gram matrices and outcomes (Eq. 3-6)."""
-    relative, settings = "03_sensitivity/heads.parquet", run.settings("03_sensitivity")
+    """H_gen, H_safe, S, C, buckets and all their intervals, from Gram matrices and outcomes (Eq. 3-6), of
+    every map."""
+    return [one for number, name in enumerate(run.map_names) for one in conflict_map_of(run, number, name)]
+
+
+def conflict_map_of(run: Run, number: int, name: str) -> list[Finding]:
+    file, settings = maps.file("heads", name), run.settings("03_sensitivity")
+    relative, matrices = f"03_sensitivity/{file}", run.gram(name)
     run.check_grid(relative, run.grid)
     table, shape, variant, m = run.table(relative), run.grid, settings["variant"], settings["buckets"]
-    outcomes = [(each[0], each[1:].reshape(*shape, -1)) for each in (run.correct, run.refused)]
-    conflict = metrics.optimization_conflict(*gram.conflict_from_gram(run.gram, run.gram.shape[-1] // 2))
+    outcomes = [(each[0], each[1:].reshape(*shape, -1)) for each in (run.correct(name), run.refused)]
+    conflict = metrics.optimization_conflict(*gram.conflict_from_gram(matrices, matrices.shape[-1] // 2))
     h_gen, h_safe = (metrics.accuracy_change(*each) for each in outcomes)
     sensitivity = metrics.functional_sensitivity(h_gen, h_safe, variant)
     score = metrics.conflict_score(conflict, sensitivity)
@@ -124,9 +153,9 @@ def conflict_map(run: Run) -> list[Finding]:
         metrics.buckets(table["score"].to_numpy().reshape(shape), m),
     )
 
-    generator = np.random.default_rng([settings["seed"], 3])
+    generator = seeded(settings["seed"], 3, number)
     sure = bootstrap.map_intervals(
-        gram.bootstrap_conflict(run.gram, generator, settings["resamples"]),
+        gram.bootstrap_conflict(matrices, generator, settings["resamples"]),
         *(bootstrap.resampled_changes(*each, generator, settings["resamples"]) for each in outcomes),
         variant,
         m,
@@ -142,8 +171,8 @@ def conflict_map(run: Run) -> list[Finding]:
     even = [] if np.ptp(sizes) <= 1 else [f"heads in buckets 1 to {m}: {sizes.tolist()}"]
     figure = f"O, H, S ({variant}), C, bucket and intervals of {len(run.heads)} heads"
     return [
-        finding("heads.parquet from gradients and sweep", faults, figure),
-        finding("bucket sizes differ by at most 1", even, f"{sizes.tolist()}"),
+        finding(f"{file} from gradients and sweep", faults, figure),
+        finding(f"{file}: bucket sizes differ by at most 1", even, f"{sizes.tolist()}"),
     ]
 
 
@@ -153,19 +182,17 @@ def conflict_map(run: Run) -> list[Finding]:
 def budgets(run: Run) -> list[Finding]:
     """Each arm tunes just the heads of its name; every arm sees the same rows, steps and learning rates."""
     settings = run.settings("04_align")
-    heads = run.table("03_sensitivity/heads.parquet")
-    bucket = heads["bucket"].to_numpy().reshape(run.grid)
-    chosen = importlib.import_module("stages.04_align").arm_heads
-    wanted = [
-        (arm, optimizer, seed)
-        for seed in settings["seeds"]
-        for optimizer in settings["optimizers"]
-        for arm in settings["arms"]
-    ]
+    names = ("conflict", "sensitivity", "score")
+    ranked = {}
+    for name in run.map_names:
+        table = run.table(f"03_sensitivity/{maps.file('heads', name)}")
+        ranked[name] = arms.HeadMap(*(table[each].to_numpy().reshape(run.grid) for each in names))
+    asked = arms.units(SimpleNamespace(**settings))
+    wanted = [(one["arm"], one["optimizer"], one["seed"]) for one in asked]
     faults = [] if run.labels[1:] == wanted else [f"arms.parquet has {run.labels[1:]}, asked were {wanted}"]
     for arm in run.arms:
         unit = f"{arm['arm']}-{arm['optimizer']}-{arm['seed']}"
-        expected = chosen(arm["arm"], bucket, arm["seed"])
+        expected = arms.heads(arm["arm"], ranked, settings["buckets"], arm["seed"])
         own = list(zip(arm["layers"], arm["heads"], strict=True))
         if own != expected:
             extra, lacking = sorted(set(own) - set(expected)), sorted(set(expected) - set(own))
@@ -173,11 +200,11 @@ def budgets(run: Run) -> list[Finding]:
                 f"{unit}: {len(own)} heads, heads.parquet gives {len(expected)} (+{extra} -{lacking})"
             )
             continue
-        rows = [layer * run.grid[1] + head for layer, head in expected]
         computed = {"adapter": f"adapters/{unit}", "n_heads": len(expected)}
         computed["n_layers"] = len({layer for layer, _ in expected})
-        for name in ("conflict", "sensitivity", "score"):
-            computed[f"mean_{name}"] = heads[name].to_numpy()[rows].mean()
+        by = ranked[arms.parse(arm["arm"], settings["buckets"]).map]
+        for name in names:
+            computed[f"mean_{name}"] = getattr(by, name)[tuple(np.array(expected).T)].mean()
         for column, value in computed.items():
             faults += unlike(column, [unit], [arm[column]], [value])
     sizes = {arm["arm"]: arm["n_heads"] for arm in run.arms}
@@ -217,21 +244,25 @@ def steps(run: Run, settings: dict) -> Finding:
 
 def responses(run: Run) -> list[Finding]:
     """Every arm x benchmark row once, its verdict as judged again; scores and intervals from those."""
-    table = run.table("05_evaluate/responses.parquet")
-    flat = np.concatenate(list(run.verdicts.values()))
-    rows, asked = table.to_pylist(), [row for _, name in run.verdicts for row in run.benchmarks[name]]
-    places = [(row["arm"], row["seed"], row["example_id"]) for row in rows]
-    faults = unlike("verdict", places, table["verdict"].to_numpy(zero_copy_only=False), flat)
-    for place, row, question in zip(places, rows, asked, strict=True):
-        if row["prompt"] != question["prompt"]:
-            faults.append(f"{place}: the prompt is not that of benchmarks.parquet")
-        if question["scoring"] != "choice":
-            told = row["prediction"] == -1 and np.isnan(row["probability"])
-        else:
-            told = 0 <= row["probability"] <= 1 + 1e-6 and not row["token_ids"]
-        if not told or row["output"] != spoken(run, question, row):
-            faults.append(f"{place}: output, token ids, prediction and probability do not fit each other")
-    figure = f"{len(rows)} verdicts of {len(run.labels)} models"
+    faults, count = [], 0
+    for (label, name), own in run.answers.items():
+        again, asked = run.judged[label, name], run.benchmarks[name]
+        rows, count = own.to_pylist(), count + own.num_rows
+        places = [(label[0], label[2], row["example_id"]) for row in rows]
+        for column in judging.COLUMNS:
+            stored, computed = (table[column].to_pylist() for table in (own, again))
+            faults += unlike(column, places, np.array(stored, object), np.array(computed, object))
+        for place, row, question in zip(places, rows, asked, strict=True):
+            if row["prompt"] != question["prompt"]:
+                faults.append(f"{place}: the prompt is not that of benchmarks.parquet")
+            if question["scoring"] != "choice":
+                told = row["prediction"] == -1 and np.isnan(row["probability"])
+            else:
+                told = 0 <= row["probability"] <= 1 + 1e-6 and not row["token_ids"]
+            if not told or row["output"] != spoken(run, question, row):
+                faults.append(f"{place}: output, token ids, prediction and probability do not fit each other")
+    figure = f"{count} verdicts of {len(run.labels)} models"
+    figure += "; a classifier's words were believed" if run.classified else ""
     return [finding("responses.parquet judged again", faults, figure), scores(run)]
 
 

@@ -16,14 +16,13 @@ from backends import models
 from data import benchmarks as registry
 from data.judges import keyword_refusal
 from data.scoring import verdict
-from stages import artifacts
+from stages import artifacts, judging, maps
 
 TABLES = {
     "01_calibrate/calibration.parquet": artifacts.EXAMPLES,
     "01_calibrate/alignment.parquet": artifacts.EXAMPLES,
     "01_calibrate/benchmarks.parquet": artifacts.EXAMPLES,
     "02_conflict/gradients.parquet": artifacts.GRADIENTS,
-    "03_sensitivity/sweep_choices.parquet": artifacts.SWEEP_CHOICES,
     "03_sensitivity/sweep_generations.parquet": artifacts.SWEEP_GENERATIONS,
     "03_sensitivity/heads.parquet": artifacts.HEADS,
     "04_align/arms.parquet": artifacts.ARMS,
@@ -31,6 +30,11 @@ TABLES = {
     "05_evaluate/responses.parquet": artifacts.RESPONSES,
     "05_evaluate/scores.parquet": artifacts.SCORES,
 }
+SWEPT = {
+    "03_sensitivity/sweep_choices.parquet": artifacts.SWEEP_CHOICES,
+    "03_sensitivity/sweep_answers.parquet": artifacts.SWEEP_ANSWERS,
+}
+"""of utility rows: the one where some are answered by the next token, the other where some are in writing"""
 GROUPS = ("calibration", "alignment", "benchmarks")
 """the tables of stage 01"""
 BASE = ("base", "none", -1)
@@ -87,14 +91,46 @@ class Run:
 
     def table(self, relative: str) -> pa.Table:
         if relative not in self._tables:
-            self._tables[relative] = artifacts.read_table(self.folder / relative, TABLES[relative])
+            schema = (TABLES | SWEPT).get(relative)
+            if schema is None:  # another map's
+                schema = artifacts.HEADS if "/heads-" in relative else artifacts.GRADIENTS
+            self._tables[relative] = artifacts.read_table(self.folder / relative, schema)
         return self._tables[relative]
 
     @cached_property
+    def map_names(self) -> list[str]:
+        """Names of the run's maps, its own ("") first."""
+        settings = self.settings("01_calibrate")
+        return [maps.OWN, *maps.asked(tuple(settings["maps"]), settings["folds"])]
+
+    @cached_property
+    def swept(self) -> dict[str, list[dict]]:
+        """Utility rows by the table that their sweep is in; a row that several maps have stands once."""
+        distinct = {}
+        for role, rows in self.calibration.items():
+            distinct |= {} if role == "safe" else {row["example_id"]: row for row in rows}
+        kinds = [[], []]
+        for row in distinct.values():
+            kinds[row["scoring"] != "choice"].append(row)
+        return {relative: rows for relative, rows in zip(SWEPT, kinds, strict=True) if rows}
+
+    @property
+    def tables(self) -> list[str]:
+        """Every table that this run must have."""
+        others = [name for name in self.map_names if name]
+        return [
+            *TABLES,
+            *self.swept,
+            *(f"02_conflict/{maps.file('gradients', name)}" for name in others),
+            *(f"03_sensitivity/{maps.file('heads', name)}" for name in others),
+        ]
+
+    @cached_property
     def calibration(self) -> dict[str, list[dict]]:
-        """Rows by role, util and safe."""
+        """Rows by role: util, safe, and each other map's."""
         rows = self.table("01_calibrate/calibration.parquet").to_pylist()
-        return {role: [row for row in rows if row["role"] == role] for role in ("util", "safe")}
+        roles = ["util", "safe", *(name for name in self.map_names if name)]
+        return {role: [row for row in rows if row["role"] == role] for role in roles}
 
     @cached_property
     def benchmarks(self) -> dict[str, list[dict]]:
@@ -157,12 +193,29 @@ class Run:
                 raise ValueError(f"{relative}, row {row}: is {found}, should be {wanted}")
 
     @cached_property
-    def correct(self) -> np.ndarray:
-        """bool [1 + L*H, N], the clean model first: predictions against the answers of D_util."""
-        relative, examples = "03_sensitivity/sweep_choices.parquet", self.calibration["util"]
-        self.covered(relative, examples)
-        prediction = self.table(relative)["prediction"].to_numpy().reshape(-1, len(examples))
-        return prediction == np.array([row["answer"] for row in examples])
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """bool [1 + L*H] of every utility row by its id, the clean model first: right, judged again."""
+        found, judge = {}, cache(verdict)
+        for relative, rows in self.swept.items():
+            self.covered(relative, rows)
+            if relative.endswith("sweep_choices.parquet"):
+                prediction = self.table(relative)["prediction"].to_numpy().reshape(-1, len(rows))
+                right = prediction == np.array([row["answer"] for row in rows])
+            else:
+                texts = self.table(relative)["text"].to_pylist()
+                judged = [
+                    judge(rows[at % len(rows)]["scoring"], text, rows[at % len(rows)]["target"])
+                    for at, text in enumerate(texts)
+                ]
+                right = np.array(judged).reshape(-1, len(rows))
+            found |= {row["example_id"]: right[:, at] for at, row in enumerate(rows)}
+        return found
+
+    def correct(self, name: str = maps.OWN) -> np.ndarray:
+        """bool [1 + L*H, N] of a map's utility rows, the clean model first."""
+        return np.stack(
+            [self.outcomes[row["example_id"]] for row in self.calibration[name or "util"]], axis=1
+        )
 
     @cached_property
     def refused(self) -> np.ndarray:
@@ -173,11 +226,12 @@ class Run:
         texts = self.table(relative)["text"].to_pylist()
         return np.array([judge(text) for text in texts]).reshape(-1, len(examples))
 
-    @cached_property
-    def gram(self) -> np.ndarray:
-        """float64 [L, H, 2F, 2F]."""
-        folds = self.settings("02_conflict")["folds"]
-        matrices = self.table("02_conflict/gradients.parquet")["gram"].to_pylist()
+    def gram(self, name: str = maps.OWN) -> np.ndarray:
+        """A map's Gram matrices, float64 [L, H, 2F, 2F]."""
+        folds, relative = self.settings("02_conflict")["folds"], f"02_conflict/{maps.file('gradients', name)}"
+        if name:
+            self.check_grid(relative, self.grid)
+        matrices = self.table(relative)["gram"].to_pylist()
         return np.array(matrices, dtype=np.float64).reshape(*self.grid, 2 * folds, 2 * folds)
 
     @cached_property
@@ -190,29 +244,46 @@ class Run:
         return [BASE, *((arm["arm"], arm["optimizer"], arm["seed"]) for arm in self.arms)]
 
     @cached_property
-    def verdicts(self) -> dict[tuple[Arm, str], np.ndarray]:
-        """bool [N] of every arm x benchmark, judged again. ValueError unless each is there once, in order."""
+    def answers(self) -> dict[tuple[Arm, str], pa.Table]:
+        """responses.parquet by arm x benchmark. ValueError unless each row is there once, in order."""
         relative = "05_evaluate/responses.parquet"
-        rows = self.table(relative).to_pylist()
-        cells = [(label, name) for label in self.labels for name in self.benchmarks]
-        ids = {name: [row["example_id"] for row in asked] for name, asked in self.benchmarks.items()}
-        expected = [(*label, name, one) for label, name in cells for one in ids[name]]
-        if len(rows) != len(expected):
-            raise ValueError(f"{relative} has {len(rows)} rows, arms x benchmark rows are {len(expected)}")
-        again, judge, start = {}, cache(verdict), 0
-        for label, name in cells:
-            asked, passed = self.benchmarks[name], []
-            for at, row in enumerate(asked):
-                answer, place = rows[start + at], expected[start + at]
-                found = tuple(answer[key] for key in ("arm", "optimizer", "seed", "benchmark", "example_id"))
-                if found != place:
-                    raise ValueError(f"{relative}, row {start + at}: is {found}, should be {place}")
-                if row["scoring"] == "choice":
-                    passed.append(answer["prediction"] == row["answer"])
-                else:
-                    passed.append(judge(row["scoring"], answer["output"], row["target"]))
-            again[label, name], start = np.array(passed), start + len(asked)
+        table, first, found = self.table(relative), 0, {}
+        count = len(self.labels) * sum(map(len, self.benchmarks.values()))
+        if table.num_rows != count:
+            raise ValueError(f"{relative} has {table.num_rows} rows, arms x benchmark rows are {count}")
+        for label in self.labels:
+            for name, asked in self.benchmarks.items():
+                own = table.slice(first, len(asked))
+                columns = [
+                    own[key].to_pylist() for key in ("arm", "optimizer", "seed", "benchmark", "example_id")
+                ]
+                for at, (is_, row) in enumerate(zip(zip(*columns, strict=True), asked, strict=True)):
+                    if is_ != (should := (*label, name, row["example_id"])):
+                        raise ValueError(f"{relative}, row {first + at}: is {is_}, should be {should}")
+                found[label, name], first = own, first + len(asked)
+        return found
+
+    @property
+    def classified(self) -> bool:
+        """Whether a classifier gave the verdicts on requests, which cannot be judged again here."""
+        return self.manifests["05_evaluate"]["notes"].get("classifier") is not None
+
+    @cached_property
+    def judged(self) -> dict[tuple[Arm, str], pa.Table]:
+        """Every arm x benchmark's responses judged again; a classifier's words are believed."""
+        again = {}
+        for (label, name), own in self.answers.items():
+            benchmark, words = registry.BENCHMARKS[name], None
+            if self.classified and benchmark.side != "utility":
+                words = pa.table({"refusal": own["verdict"], "harmful": own["harmful"]})
+            outputs = own.select(artifacts.OUTPUTS.names)
+            again[label, name] = judging.judged(outputs, self.benchmarks[name], benchmark, words)
         return again
+
+    @cached_property
+    def verdicts(self) -> dict[tuple[Arm, str], np.ndarray]:
+        """bool [N] of every arm x benchmark, judged again."""
+        return {cell: table["verdict"].to_numpy(zero_copy_only=False) for cell, table in self.judged.items()}
 
     @cached_property
     def scores(self) -> dict[tuple[Arm, str], float]:

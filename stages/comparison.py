@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from backends.errors import InputError
-from stages import artifacts, audit_weights, metrics
-from stages.audit_run import Arm, Run
+from stages import artifacts, audit_weights, maps, metrics
+from stages.audit_run import SWEPT, Arm, Run
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 SUFFIX = "-flax"
@@ -192,52 +192,70 @@ def _rank(left: Sequence[float], right: Sequence[float]) -> float | None:
 def gradients(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
     if not (same_rows(one, other, "safe") and same_rows(one, other, "util")):
         return [_other_rows("gradients", "util or D_safe")]
-    if one.gram.shape != other.gram.shape:
+    if one.gram().shape != other.gram().shape:
         return [Row("gradients", "not compared", note="the runs have unequal numbers of folds")]
-    norms = np.sqrt(np.einsum("lhff->lhf", one.gram) + np.finfo(np.float64).tiny)
+    norms = np.sqrt(np.einsum("lhff->lhf", one.gram()) + np.finfo(np.float64).tiny)
     unit = norms[..., :, None] * norms[..., None, :]
-    apart, folds = np.abs(one.gram - other.gram) / unit, one.gram.shape[-1] // 2
+    apart, folds = np.abs(one.gram() - other.gram()) / unit, one.gram().shape[-1] // 2
     compared = f"{len(one.heads)} heads x {folds} + {folds} folds, in units of norms"
     found = Row("gradients", compared, float(apart.max()), float(apart.mean()))
     return [_held(found, largest=allowed.gradients)]
 
 
+def same_swept(one: Run, other: Run, relative: str) -> bool:
+    """Whether both have this table of swept utility rows, of the same rows."""
+    columns = ("example_id", "prompt_ids", "choice_ids", "answer")
+    rows = [[[row[name] for name in columns] for row in run.swept.get(relative, ())] for run in (one, other)]
+    return bool(rows[0]) and rows[0] == rows[1]
+
+
+def _equal_share(quantity: str, one: Run, other: Run, relative: str, column: str, bound: float | None) -> Row:
+    found = [run.table(relative)[column].to_pylist() for run in (one, other)]
+    equal = float(np.mean([left == right for left, right in zip(*found, strict=True)]))
+    return _held(Row(quantity, f"{len(found[0])}", equal=equal), equal=bound)
+
+
 def predictions(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
-    if not same_rows(one, other, "util"):
+    choices, answers = SWEPT
+    if choices in one.swept and not same_swept(one, other, choices):
         return [_other_rows("predictions", "util")]
-    found = [
-        run.table("03_sensitivity/sweep_choices.parquet")["prediction"].to_numpy() for run in (one, other)
-    ]
-    equal = float((found[0] == found[1]).mean())
-    return [_held(Row("predictions", f"{len(found[0])}", equal=equal), equal=allowed.predictions)]
+    found = []
+    if choices in one.swept:
+        found.append(_equal_share("predictions", one, other, choices, "prediction", allowed.predictions))
+    if same_swept(one, other, answers):
+        found.append(_equal_share("worked answers", one, other, answers, "token_ids", allowed.generations))
+    return found
 
 
 def generations(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
     if not same_rows(one, other, "safe"):
         return [_other_rows("generations", "safe")]
-    found = [
-        run.table("03_sensitivity/sweep_generations.parquet")["token_ids"].to_pylist() for run in (one, other)
-    ]
-    equal = float(np.mean([left == right for left, right in zip(*found, strict=True)]))
-    return [_held(Row("generations", f"{len(found[0])}", equal=equal), equal=allowed.generations)]
+    relative = "03_sensitivity/sweep_generations.parquet"
+    return [_equal_share("generations", one, other, relative, "token_ids", allowed.generations)]
 
 
 def conflict_map(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
-    """O, H_gen, H_safe, S, C and buckets of every head."""
-    tables = [run.table("03_sensitivity/heads.parquet") for run in (one, other)]
+    """O, H_gen, H_safe, S, C and buckets of every head, in the run's own map and in others that both have."""
+    return [row for name in one.map_names if name in other.map_names for row in _map(one, other, name, allowed)]
+
+
+def _map(one: Run, other: Run, name: str, allowed: Tolerances) -> list[Row]:
+    tables = [run.table(f"03_sensitivity/{maps.file('heads', name)}") for run in (one, other)]
+    told = f" ({name})" if name else ""
 
     def row(quantity: str, column: str, **tolerance: float | None) -> Row:
         values = tuple(table[column].to_numpy() for table in tables)
-        return _numbers(quantity, f"{len(values[0])} heads", values, **tolerance)
+        return _numbers(quantity + told, f"{len(values[0])} heads", values, **tolerance)
 
     same = np.equal(*(table["bucket"].to_numpy() for table in tables))
+    buckets = Row(f"buckets{told}", f"{len(same)} heads", equal=float(same.mean()))
     return [
         row("O", "conflict", largest=allowed.conflict),
         row("H_gen", "h_gen", mean=allowed.change),
         row("H_safe", "h_safe", mean=allowed.change),
         row("S", "sensitivity", rank=allowed.rank),
         row("C", "score", rank=allowed.rank),
-        _held(Row("buckets", f"{len(same)} heads", equal=float(same.mean())), equal=allowed.buckets),
+        _held(buckets, equal=allowed.buckets),
     ]
 
 

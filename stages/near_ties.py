@@ -14,8 +14,8 @@ from backends.base import Backend, Mask
 from backends.progress import progress
 from data.examples import Example
 from data.rendering import example
-from stages.audit_run import Run
-from stages.comparison import same_rows
+from stages.audit_run import SWEPT, Run
+from stages.comparison import same_rows, same_swept
 
 AT_ONCE = 128
 """prompts whose logits over the whole vocabulary are held together"""
@@ -49,10 +49,11 @@ def _token(row: dict, prediction: int) -> int:
 
 
 def _choice_differences(one: Run, other: Run) -> list[Difference]:
-    if not same_rows(one, other, "util"):
+    relative = next(iter(SWEPT))
+    if not same_swept(one, other, relative):
         return []
-    by_id = {row["example_id"]: row for row in one.calibration["util"]}
-    tables = [run.table("03_sensitivity/sweep_choices.parquet").to_pylist() for run in (one, other)]
+    by_id = {row["example_id"]: row for row in one.swept[relative]}
+    tables = [run.table(relative).to_pylist() for run in (one, other)]
     return [
         Difference(_silenced(left), row, [], tuple(_token(row, side["prediction"]) for side in (left, right)))
         for left, right in zip(*tables, strict=True)
