@@ -244,6 +244,7 @@ class Stage:
         if changed := [path for path in self.inputs if old["inputs"].get(path) != self.inputs[path]]:
             raise InputError(f"{self.folder} was made from another {' and '.join(changed)}: {again}")
         if not done.is_file():
+            self.model = old["model"]  # what the parts were computed by; `begin` compares
             return False
         for relative, digest in old["outputs"].items():
             path = self.folder / relative

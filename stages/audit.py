@@ -182,17 +182,18 @@ def notes(run: Run) -> list[Finding]:
     counts |= {role: len(own) for role, own in run.calibration.items()}
     refusals = float(run.refused[0].mean())
     bases = {
-        name: {"accuracy": float(run.correct(name)[0].mean()), "refusal_rate": refusals} for name in run.map_names
+        name: {"accuracy": float(run.correct(name)[0].mean()), "refusal_rate": refusals}
+        for name in run.map_names
     }
-    swept = dict(told["03_sensitivity"])
-    swept["bases"] = {"": swept.get("base")} | {
-        name: found.get("base") for name, found in swept.get("maps", {}).items()
+    others = told["03_sensitivity"].get("maps", {})
+    told["03_sensitivity"] = told["03_sensitivity"] | {
+        "base of other maps": {name: found.get("base") for name, found in others.items()}
     }
-    told["03_sensitivity"] = swept
     computed = {
         ("01_calibrate", "counts"): counts | {name: len(asked) for name, asked in run.benchmarks.items()},
         ("01_calibrate", "tokens"): tokens,
-        ("03_sensitivity", "bases"): bases,
+        ("03_sensitivity", "base"): bases.pop(""),
+        ("03_sensitivity", "base of other maps"): bases,
         ("04_align", "arms"): len(run.arms),
         ("04_align", "steps"): training.num_rows,
         ("04_align", "tokens"): sum(training["tokens"].to_pylist()),

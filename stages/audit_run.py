@@ -73,10 +73,14 @@ def unlike(
         differs = stored != computed
     differs = differs.reshape(len(differs), -1).any(axis=1)
     return [
-        f"{place}: {column} is {stored[row].tolist()}, recomputed {computed[row].tolist()}"
+        f"{place}: {column} is {_plain(stored[row])}, recomputed {_plain(computed[row])}"
         for row, place in enumerate(places)
         if differs[row]
     ]
+
+
+def _plain(value: object) -> object:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 class Run:
@@ -116,11 +120,12 @@ class Run:
 
     @property
     def tables(self) -> list[str]:
-        """Every table that this run must have."""
+        """Every table that this run must have, as far as its manifests can tell."""
         others = [name for name in self.map_names if name]
+        swept = self.manifests["03_sensitivity"]["outputs"]
         return [
             *TABLES,
-            *self.swept,
+            *(relative for relative in SWEPT if relative.split("/")[1] in swept),
             *(f"02_conflict/{maps.file('gradients', name)}" for name in others),
             *(f"03_sensitivity/{maps.file('heads', name)}" for name in others),
         ]

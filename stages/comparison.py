@@ -236,7 +236,9 @@ def generations(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
 
 def conflict_map(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
     """O, H_gen, H_safe, S, C and buckets of every head, in the run's own map and in others that both have."""
-    return [row for name in one.map_names if name in other.map_names for row in _map(one, other, name, allowed)]
+    return [
+        row for name in one.map_names if name in other.map_names for row in _map(one, other, name, allowed)
+    ]
 
 
 def _map(one: Run, other: Run, name: str, allowed: Tolerances) -> list[Row]:

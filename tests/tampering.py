@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from stages import artifacts, audit, presets
-from stages.audit_run import TABLES
+from stages.audit_run import SWEPT, TABLES
 
 SETTINGS = dataclasses.replace(
     presets.preset_settings("tiny"),
@@ -53,9 +53,9 @@ def reseal(run: Path) -> None:
 
 def edit(run: Path, relative: str, change) -> None:
     """Lets `change` alter a table's rows in place, and reseals."""
-    rows = artifacts.read_table(run / relative, TABLES[relative]).to_pylist()
+    rows = artifacts.read_table(run / relative, (TABLES | SWEPT)[relative]).to_pylist()
     change(rows)
-    artifacts.write_table(run / relative, rows, TABLES[relative])
+    artifacts.write_table(run / relative, rows, (TABLES | SWEPT)[relative])
     reseal(run)
 
 

@@ -264,13 +264,10 @@ def test_another_model_is_refused(copy, scratch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"util_rows": 100_000}, "util from embedded/util: 100000 rows asked for"),
-        ({"benchmarks": ("facts=99999", "vanilla=4:6")}, "benchmark facts: 99999 rows asked for"),
-        ({"align_rows": 40_000}, "alignment vanilla_harmful: 10000 rows asked for"),
         ({"util_source": "embedded/nothing"}, "no embedded pool 'nothing'"),
         ({"align_source": "nothing"}, "--align-source"),
         ({"benchmarks": ("facts=4", "vanilla=4:0")}, "vanilla writes its answers"),
-        ({"max_length": 4}, "fill --max-length 4"),
+        ({"max_length": 4}, "vanilla_harmful: no row is left .* too long"),
         ({"model": "/no/such/model"}, "no model folder"),
         ({"buckets": 13}, "--buckets 13: the model has 12 heads"),
     ],
@@ -279,6 +276,27 @@ def test_bad_data_settings_are_named_before_any_work(scratch, change, message):
     with pytest.raises(InputError, match=message):
         run(scratch / "run", dataclasses.replace(SETTINGS, **change), names=["01_calibrate"])
     assert not (scratch / "run/01_calibrate/manifest.json").exists()
+
+
+def test_too_few_rows_are_balanced_to_what_there_is_and_said(scratch, capsys):
+    settings = dataclasses.replace(
+        SETTINGS, util_rows=100_000, align_rows=40_000, benchmarks=("facts=99999", "vanilla=4:6")
+    )
+    folder = run(scratch / "run", settings, names=["01_calibrate"])
+    notes = artifacts.stage_manifest(folder, "01_calibrate")["notes"]
+    counts, short = notes["counts"], {one["what"]: one for one in notes["short"]}
+    kinds = [one for one in short if one.startswith("alignment, each of 4 types")]
+    assert set(short) == {"util", "benchmark facts", *kinds} and len(kinds) == 1
+    assert short["benchmark facts"]["got"] == counts["facts"] < 99999
+    assert (
+        counts["util"] % settings.folds == 0 and 0 <= short["util"]["got"] - counts["util"] < settings.folds
+    )
+    roles = artifacts.read_input(folder, "01_calibrate/alignment.parquet", artifacts.EXAMPLES)["role"]
+    sizes = {one["counts"] for one in roles.value_counts().to_pylist()}
+    assert sizes == {short[kinds[0]]["got"]} and counts["alignment"] == 4 * sizes.pop()
+    told = capsys.readouterr().out
+    for one in notes["short"]:
+        assert f"too few rows: {one['what']}: {one['got']} of {one['asked']} rows" in told
 
 
 def test_more_buckets_than_heads_is_told_before_the_sweep(copy):
