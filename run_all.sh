@@ -4,10 +4,12 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash run_all.sh PRESET|MODEL_PATH [--backend torch|flax] [--run DIR] [stage options ...]
+usage: bash run_all.sh PRESET|MODEL_PATH [--backend torch|flax] [--run DIR] [--dry-run] [stage options ...]
 
-PRESET      smollm (a 135M model on a laptop), llama, qwen, mistral (the paper's, on a GPU), tiny (a test of the machinery)
+PRESET      smollm (a 135M model on a laptop), llama, qwen, mistral (the paper's, on a GPU), smollm-paper (the paper's
+            protocol on the small model), tiny (a test of the machinery)
 MODEL_PATH  a folder with a Llama, Qwen2 or Mistral model (safetensors, chat template)
+--dry-run   only what would run: units, time and disk, from a short measured probe
 
 TEXT
 }
@@ -32,6 +34,15 @@ case " $* " in *" --help "* | *" -h "*)
     exec "$python" -m stages.presets --help
     ;;
 esac
+
+options=()
+for option in "$@"; do
+    if [ "$option" = --dry-run ]; then dry_run=1; else options+=("$option"); fi
+done
+set -- ${options[@]+"${options[@]}"}
+if [ -n "${dry_run:-}" ]; then
+    exec "$python" -m stages.dry_run --preset "$preset" "$@"
+fi
 
 run="$("$python" -m stages.presets --preset "$preset" "$@")"
 for stage in 01_calibrate 02_conflict 03_sensitivity 04_align 05_evaluate 06_correlate; do

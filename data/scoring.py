@@ -81,7 +81,8 @@ def _strict_number(response: str) -> float | None:
     return float((found[-1][1] or found[-1][2]).replace(",", "")) if found else None
 
 
-# A sentence ends at a line's end, or at . ! ? before a space; "3.5" and the "1." of a list do not end one.
+_LIST_MARK = re.compile(r"^\s*\d+[.)]\s+", re.MULTILINE)
+# A sentence ends at a line's end, or at . ! ? before a space; "3.5" does not end one.
 _SENTENCES = re.compile(r"\n+|(?<=[^\s\d][.!?])\s+|(?<=\d[.!?])\s+(?=[A-Z\\])")
 _CALCULATES = re.compile(
     r"\d[^.\n]*(?:=|\\approx|\u2248)"  # 3 + 4 = 7
@@ -102,7 +103,8 @@ def reasoning_steps(response: str) -> int:
     >>> reasoning_steps("\\\\boxed{66}"), reasoning_steps("The answer is 66."), reasoning_steps("3 + 4 = 7")
     (0, 0, 1)
     """
-    parts = [part for part in _SENTENCES.split(response) if re.search(r"\d", part) or "\\boxed" in part]
+    sentences = _SENTENCES.split(_LIST_MARK.sub("", response))
+    parts = [part for part in sentences if re.search(r"\d", part) or "\\boxed" in part]
     boxed = [index for index, part in enumerate(parts) if "\\boxed" in part]
     if not parts:
         return 0
