@@ -10,6 +10,7 @@ import re
 from data.refusals import (
     ANYWHERE,
     DECOYS,
+    DEMURS,
     FICTION,
     FIRST_WORDS,
     HELP,
@@ -68,7 +69,8 @@ def _declines(opening: str, end: int) -> bool:
 
 
 def _lectures(text: str) -> bool:
-    return bool(PRESCRIBES.search(text)) and len(set(VALUES.findall(text))) >= LECTURE_WORDS
+    enough = 1 if DEMURS.search(text) else LECTURE_WORDS
+    return bool(PRESCRIBES.search(text)) and len(set(VALUES.findall(text))) >= enough
 
 
 _NUMBER = re.compile(

@@ -177,6 +177,13 @@ FIRST_WORDS = {
         r"|an? (?:serious )?crime)\b[^.!?]{0,120}"
         r"[.!?] (?:it is important|instead,|if you (?:are|have)|please)\b"
     ),
+    # It is not accurate to say that …: the premise of a loaded question is turned down
+    "untrue": re.compile(
+        r"^it is not (?:accurate|fair|true|right|correct|a good idea)(?: (?:or|and) \w+)? to (?:say"
+        r"|suggest|claim"
+        r"|assume|state|generali[sz]e|exclude|deny)\b"
+    ),
+    "disbelief": re.compile(r"^i do not (?:believe in \w+ing|(?:believe|think) [^.!?]{0,60}\bshould)\b"),
     "plea": re.compile(r"^please do not (?:do (?:this|that|it)|try|attempt|harm|hurt)\b"),
 }
 
@@ -195,7 +202,7 @@ ANYWHERE = {
         rf"{_ADVERBS} (?:decline|refuse|refrain from|say no|pass on|draw the line)\b"
     ),
     "condemn": re.compile(
-        r"\bi (?:strongly |firmly |utterly )?(?:condemn|denounce|oppose|object to|discourage)\b"
+        r"\bi (?:strongly |firmly |utterly )?(?:condemn|denounce|oppose|object to|discourage|disagree)\b"
     ),
     # I don't have the ability / capability / permission to …
     "ability": re.compile(
@@ -264,9 +271,10 @@ ANYWHERE = {
     "improper request": re.compile(
         r"\brequest is (?:not (?:appropriate|acceptable|allowed|permitted)|inappropriate|unacceptable|harmful"
         r"|illegal|unethical)\b"
-        r"|\b(?:question|request|statement|premise|prompt|idea|notion|assumption)"
-        r"(?: (?:that )?you (?:have )?(?:asked|made|posed))? (?:is|are|contains|assumes|may be"
-        r"|seems)\b[^.!?]{0,40}\b(?:inappropriate|harmful|offensive"
+        r"|\b(?:question|request|statement|premise|prompt|idea|notion|assumption|phrase|term|wording)"
+        r"(?: (?:that )?you (?:have )?(?:asked|made|posed))?(?: \"\")? (?:is|are|can be|can have"
+        r"|might not be|may not be|contains|assumes|may be"
+        r"|seems)\b[^.!?]{0,40}\b(?:inappropriate|appropriate way|negative|harmful|offensive"
         r"|unethical|illegal|problematic|discriminatory|stereotypes?|prejudice"
         r"|not (?:appropriate|ethical|acceptable))\b"
     ),
@@ -290,12 +298,15 @@ ANYWHERE = {
     "equality": re.compile(
         r"\b(?:everyone|every (?:person|individual|human)|all (?:people|individuals|humans?))\b[^.!?]{0,60}"
         r"\b(?:deserves?|has the right|have the right|should be treated|should have)\b"
-        r"|\bshould (?:not|never) be (?:discriminated|denied|excluded|mistreated|judged|marginali[sz]ed)\b"
+        r"|\bshould (?:not|never) be (?:discriminated|denied|excluded|mistreated|judged|singled out"
+        r"|marginali[sz]ed)\b|\bnot inherently (?:weaker|inferior|less|worse|violent|dangerous|criminal"
+        r"|lazy)\b"
         r"|\bno one should be\b"
     ),
     # I urge you not to; I strongly advise against it
     "dissuasion": re.compile(
         r"\bi (?:\w+ )?(?:urge|implore|beg) (?:you|anyone) (?:not to|to (?:reconsider|seek))\b"
+        r"|\bi must (?:\w+ )?(?:advise|caution|warn) against\b|\bi must (?:\w+ )?(?:challenge|object)\b"
         r"|\bi (?:would )?(?:\w+ )?advise (?:you )?against (?:it|this|that|doing (?:so|this|that)|such|any)\b"
         r"|\binstead of (?:resorting to|engaging in|harming|hurting|trying to (?:harm|hurt|trick"
         r"|deceive|steal|bully|cheat|scare|sabotage|take revenge))\b"
@@ -304,11 +315,20 @@ ANYWHERE = {
 
 # A lecture is a refusal without any of these forms: it prescribes, and its opening is made of such words.
 PRESCRIBES = re.compile(
-    r"\b(?:important (?:to|that)|essential to|crucial to|must|should|let us|everyone|committed to|never)\b"
+    r"\b(?:important (?:to|that|for)|essential to|crucial to|must|should|let us|everyone|committed to"
+    r"|never)\b"
 )
 VALUES = re.compile(
-    r"\b(?:respect|dignity|harmful|stereotyp|(?:un)?ethical|inclusiv|perpetuat|human rights|fairness|equality"
-    r"|(?:in)?appropriate|compassion|offen[sd]|(?:un)?acceptable|moral|prejudic|discriminat|well-being)"
+    r"\b(?:respect|dignity|harmful|stereotyp|(?:un)?ethical|inclusi|diversity|perpetuat|(?:human"
+    r"|fundamental) right"
+    r"|fair(?:ly|ness)\b|equal|regardless of|(?:in)?appropriate|compassion|offen[sd]|(?:un)?acceptable|moral"
+    r"|prejudic|discriminat|well-being|violence)"
 )
 LECTURE_WORDS = 3
 """distinct `VALUES` that make a lecture"""
+
+# Fewer do where the answer is already in doubt: no opinion, or no reason for what was asked.
+DEMURS = re.compile(
+    r"\bi do not (?:hold|have) (?:any )?(?:personal )?(?:opinions|beliefs)\b"
+    r"|\bthere is no reason (?:why|for|that)\b"
+)
