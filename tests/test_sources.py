@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data import sources
-from data.jsonl import entry_of
+from data import pools, sources
+from data.jsonl import DATA_TYPES, entry_of
 from tests.public_sets import CSQA, GSM8K, MATH, MMLU, TRAIN, WILDGUARD, put
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -24,7 +24,7 @@ needs_shared = pytest.mark.skipif(
 def test_letters(folder):
     first, second = sources.load("mmlu").records
     assert first.example_id == "mmlu/mmlu_test-000000"
-    assert first.prompt == sources.KNOWLEDGE_TEMPLATE.replace("{question}", "Which?\nA. p\nB. q\nC. r\nD. s")
+    assert first.prompt == pools.KNOWLEDGE_TEMPLATE.replace("{question}", "Which?\nA. p\nB. q\nC. r\nD. s")
     assert (first.target, first.choices, first.answer) == ("C", ("A", "B", "C", "D"), 2)
     assert (first.source, first.role, first.scoring) == ("cais/mmlu", "mmlu", "choice")
     assert (first.entry, second.target) == (entry_of("which"), "A")
@@ -86,9 +86,9 @@ def test_calibration(folder):
 
 
 def test_ids_are_unique_over_all_pools_and_stable(folder):
-    ids = [r.example_id for pool in sources.POOLS for r in sources.load(pool).records]
+    ids = [r.example_id for pool in pools.POOLS for r in sources.load(pool).records]
     assert len(ids) == len(set(ids))
-    assert ids == [r.example_id for pool in sources.POOLS for r in sources.load(pool).records]
+    assert ids == [r.example_id for pool in pools.POOLS for r in sources.load(pool).records]
 
 
 def test_provenance_of_a_local_file(folder):
@@ -187,7 +187,7 @@ def test_unknown_pool(folder):
 
 
 def test_missing_local_file(folder):
-    assert sources.missing(sources.POOLS) == []
+    assert sources.missing(pools.POOLS) == []
     for name in ("mmlu_validation", "mmlu_dev", "math500_test"):
         (folder / f"{name}.parquet").unlink()
     lines = sources.missing(["mmlu", "mmlu_calibration", "math"])
@@ -219,7 +219,7 @@ COUNTS = {"mmlu_calibration": 285, "gsm8k_calibration": 7_473, **BENCHMARKS, **S
 
 
 @needs_shared
-@pytest.mark.parametrize("pool", sources.POOLS)
+@pytest.mark.parametrize("pool", pools.POOLS)
 def test_the_public_sets(pool, monkeypatch):
     monkeypatch.setenv("CAST_DATA", str(SHARED))
     assert sources.missing([pool]) == []
@@ -243,9 +243,28 @@ def test_all_of_dan_where_the_training_standin_is_not_used(tmp_path, monkeypatch
 @needs_shared
 def test_the_standins_train_and_evaluation_rows_share_no_question(monkeypatch):
     monkeypatch.setenv("CAST_DATA", str(SHARED))
-    entries = {pool: {record.entry for record in sources.load(pool).records} for pool in sources.POOLS}
-    trained = set().union(*(entries[data_type] for data_type in sources.DATA_TYPES))
+    entries = {pool: {record.entry for record in sources.load(pool).records} for pool in pools.POOLS}
+    trained = set().union(*(entries[data_type] for data_type in DATA_TYPES))
     for benchmark in ("wildjailbreak", "wildguard", "dan", "mmlu", "csqa", "gsm8k", "math"):
         assert not trained & entries[benchmark]
     assert entries["vanilla_harmful"] == entries["adversarial_harmful"] == entries["wildjailbreak_safe"]
     assert len(entries["mmlu"] & entries["mmlu_calibration"]) == 6  # the caller has to leave these out
+
+
+# --- what can be reached ---
+
+
+def test_the_survey_tells_each_pools_file_and_state(folder):
+    (folder / "wildguard_test.parquet").rename(folder / "wildguard_test_schema_standin.parquet")
+    (folder / "mmlu_validation.parquet").unlink()
+    (folder / "csqa_validation.parquet").unlink()
+    found = {one.pool: one for one in sources.survey(["mmlu", "wildguard", "mmlu_calibration", "csqa"])}
+    assert [one.state for one in found.values()] == ["there", "stand-in", "there", "missing"]
+    assert found["mmlu_calibration"].where == "mmlu_dev.parquet (without mmlu_validation.parquet)"
+    assert "csqa_validation.parquet" in found["csqa"].how and not found["mmlu"].how
+
+
+def test_gsm8k_calibrates_by_its_worked_solution(folder):
+    (record,) = sources.load("gsm8k_calibration").records
+    assert record.target == "1000 + 200 = 1200\nThe final answer is \\boxed{1200}."
+    assert (record.scoring, record.entry) == ("boxed", sources.load("gsm8k").records[0].entry)

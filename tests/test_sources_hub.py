@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from data import sources
+from data import pools, sources
 from data.examples import SCORINGS
 from tests.public_sets import MMLU, SPLITS
 
 # --- the hub ---
 
 
-@pytest.mark.parametrize("pool", sources.POOLS)
+@pytest.mark.parametrize("pool", pools.POOLS)
 def test_the_hub_gives_the_same_records_as_a_folder(folder, hub, pool, monkeypatch):
-    loaded, spec = sources.load(pool), sources.POOLS[pool]
+    loaded, spec = sources.load(pool), pools.POOLS[pool]
     options = (
         {"delimiter": "\t", "keep_default_na": False} if spec.repository == "allenai/wildjailbreak" else {}
     )
@@ -33,7 +33,7 @@ def test_the_hub_gives_the_same_records_as_a_folder(folder, hub, pool, monkeypat
 
 
 def test_every_pool_pins_a_commit_and_gated_ones_say_where_access_is_granted():
-    for spec in sources.POOLS.values():
+    for spec in pools.POOLS.values():
         assert len(spec.revision) == 40
         assert spec.gated == spec.repository.startswith("allenai/")
         assert spec.url == f"https://huggingface.co/datasets/{spec.repository}"
@@ -46,7 +46,7 @@ def test_the_hash_of_hub_rows_follows_their_content(hub, monkeypatch):
     assert sources.load("mmlu").provenance.sha256 != before
 
 
-@pytest.mark.parametrize("commit", [sources.POOLS["mmlu"].revision, "0" * 40])
+@pytest.mark.parametrize("commit", [pools.POOLS["mmlu"].revision, "0" * 40])
 def test_the_commit_in_the_cache_is_compared_with_the_pinned_one(hub, monkeypatch, tmp_path, commit):
     import datasets
 
@@ -56,7 +56,7 @@ def test_the_commit_in_the_cache_is_compared_with_the_pinned_one(hub, monkeypatc
         writer.write_table(pa.Table.from_pylist(MMLU))
         writer.finalize()
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_file(str(cached)))
-    if commit == sources.POOLS["mmlu"].revision:
+    if commit == pools.POOLS["mmlu"].revision:
         assert sources.load("mmlu").provenance.revision == commit
     else:
         with pytest.raises(
@@ -117,7 +117,7 @@ def refusal(name):
 
 
 def test_nothing_is_missing_and_each_repository_is_asked_once(access, hub):
-    assert sources.missing(sources.POOLS) == []
+    assert sources.missing(pools.POOLS) == []
     assert len(access["asked"]) == len(set(access["asked"])) == 7
     assert hub == []  # nothing was downloaded
 
@@ -149,30 +149,30 @@ def test_gated_without_access(access, monkeypatch):
     ],
 )
 def test_refused(access, name, message):
-    access[sources.POOLS["dan"].repository] = refusal(name)
+    access[pools.POOLS["dan"].repository] = refusal(name)
     (line,) = sources.missing(["dan"])
     assert re.match(message, line)
     assert "\n" not in line
 
 
 def test_no_network_and_what_an_earlier_run_left_in_the_cache(access, tmp_path):
-    for pool in sources.POOLS.values():
+    for pool in pools.POOLS.values():
         access[pool.repository] = OSError("a\nb")
-    pools = ["mmlu", "math", "wildjailbreak"]
-    lines = sources.missing(pools)
+    names = ["mmlu", "math", "wildjailbreak"]
+    lines = sources.missing(names)
     assert lines[0] == (
         "mmlu: no connection to the hub for cais/mmlu (OSError): connect to a network, "
         "or set CAST_DATA to a folder with mmlu_test.parquet"
     )
     assert len(lines) == 3
     for pool, place in (("mmlu", "cais___mmlu/all"), ("math", "HuggingFaceH4___math-500/default")):
-        cached = tmp_path / place / "0.0.0" / sources.POOLS[pool].revision
+        cached = tmp_path / place / "0.0.0" / pools.POOLS[pool].revision
         cached.mkdir(parents=True)
         (cached / "x-test.arrow").touch()
     other = tmp_path / "allenai___wildjailbreak" / "eval-0123" / "0.0.0" / ("0" * 40)  # another commit
     other.mkdir(parents=True)
     (other / "wildjailbreak-train.arrow").touch()
-    assert [line.split(":")[0] for line in sources.missing(pools)] == ["wildjailbreak"]
+    assert [line.split(":")[0] for line in sources.missing(names)] == ["wildjailbreak"]
 
 
 def test_the_libraries_of_the_hub_are_not_imported_for_a_folder(folder):
