@@ -21,3 +21,12 @@ def table(number: int) -> list[dict[str, str | float]]:
             {column: cell if column in TEXT_COLUMNS else float(cell) for column, cell in row.items()}
             for row in csv.DictReader(file)
         ]
+
+
+def row(number: int, **where: str | float) -> dict[str, str | float] | None:
+    """The row of a table with these values; None: the table has none (README.md says which are missing).
+
+    >>> row(9, selection="bottom", percent=50)["gen"]
+    57.93
+    """
+    return next((one for one in table(number) if where.items() <= one.items()), None)
