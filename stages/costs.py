@@ -1,4 +1,4 @@
-"""What safety has cost each arm (Eq. 7 and 8), its mean over seeds, and whether the map foretold it (§4.1).
+"""What safety has cost each arm (Eq. 7 and 8, §4.1), its mean over seeds, and how sure both are.
 
 Pure functions from rows to rows (dictionaries), for stage 06. Scores are shares in [0, 1]; a cell that has no
 value is None. An arm is named by (arm, optimizer, seed); the untouched model is the arm "base". `R`
@@ -8,31 +8,30 @@ resamples.
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
-from scipy import stats
 
 from stages import metrics
+from stages.answers import Answers
 from stages.checks import FloatArray
+from stages.families import BASE
 
-BASE = "base"
 NO_GAIN = "no safety gain"
 SIDES = {"utility": "utility", "safety": "safety", "over_refusal": "over-refusal"}
 """column of the mean score -> side of its benchmarks"""
 RATIOS = ("ucr", "source_cr", "over_refusal_cr")
-SELECTION = ("n_heads", "n_layers", "trainable_parameters", "mean_conflict", "mean_sensitivity", "mean_score")
-MEASURES = {"C": "mean_score", "O": "mean_conflict", "S": "mean_sensitivity"}
-FEWEST_POINTS = 3
-"""two points lie on a line whatever they are"""
+SELECTION = (
+    "n_heads",
+    "n_layers",
+    "trainable_parameters",
+    "mean_conflict",
+    "mean_sensitivity",
+    "mean_score",
+    "predicted",
+)
+"""what an arm tunes; `predicted` is families.predicted"""
 
 
 def key(row: dict) -> tuple[str, str, int]:
     return row["arm"], row["optimizer"], row["seed"]
-
-
-def bucket_number(arm: str) -> int | None:
-    """3 for "bucket3", None for any other arm."""
-    number = arm.removeprefix("bucket")
-    return int(number) if arm.startswith("bucket") and number.isdecimal() else None
 
 
 def cost_name(cost: str, source: str | None) -> str:
@@ -43,6 +42,11 @@ def cost_name(cost: str, source: str | None) -> str:
     """
     domain = (source or "source").upper().replace("_", "-")
     return {"ucr": "UCR", "source_cr": f"{domain}-CR", "over_refusal_cr": "over-refusal-CR"}[cost]
+
+
+def cost_column(cost: str, source: str | None) -> str:
+    """A cost ratio as a column of the paper's tables: "ucr", "mmlu_cr"."""
+    return cost_name(cost, source).lower().replace("-", "_")
 
 
 def benchmark_sides(scores: Sequence[dict]) -> dict[str, str]:
@@ -76,15 +80,9 @@ def arm_costs(scores: Sequence[dict], arms: Sequence[dict], source: str | None) 
         row |= _means(measured[key(labels)], sides)
         row |= dict.fromkeys(("safety_gain", "utility_loss", *RATIOS)) | {"flag": ""}
         if labels["arm"] != BASE:
-            safety = (base["safety"], row["safety"])
             row["safety_gain"] = row["safety"] - base["safety"]
             row["utility_loss"] = base["utility"] - row["utility"]
-            row["ucr"] = _ratio(base["utility"], row["utility"], *safety)
-            if source is not None:
-                row["source_cr"] = _ratio(base[source], row[source], *safety)
-            if row["over_refusal"] is not None:
-                # The loss is a rise here, so base and aligned change places.
-                row["over_refusal_cr"] = _ratio(row["over_refusal"], base["over_refusal"], *safety)
+            row |= _ratios(base, row, source)
             row["flag"] = NO_GAIN if row["safety_gain"] <= 0 else ""
         rows.append(row)
     return rows
@@ -99,16 +97,28 @@ def _means(by_benchmark: dict[str, dict], sides: dict[str, str]) -> dict:
     return row
 
 
-def _ratio(utility_base: float, utility_aligned: float, safety_base: float, safety_aligned: float) -> float:
-    return float(metrics.utility_cost_ratio(utility_base, utility_aligned, safety_base, safety_aligned))
+def _ratios(base: dict, row: dict, source: str | None) -> dict[str, float | None]:
+    """RATIOS of scores against the base model's; None where a score is missing."""
+    # Over-refusal's loss is a rise, so base and aligned change places.
+    losses = {"ucr": (base["utility"], row["utility"])}
+    losses["source_cr"] = (base[source], row[source]) if source is not None else None
+    losses["over_refusal_cr"] = (
+        (row["over_refusal"], base["over_refusal"]) if row["over_refusal"] is not None else None
+    )
+    return {
+        name: None
+        if loss is None
+        else float(metrics.utility_cost_ratio(*loss, base["safety"], row["safety"]))
+        for name, loss in losses.items()
+    }
 
 
-def mean_over_seeds(rows: Sequence[dict]) -> list[dict]:
+def mean_over_seeds(rows: Sequence[dict], source: str | None = None) -> list[dict]:
     """One row an arm x optimizer: means over seeds, `<column>_std` beside each (sample; None for one seed).
 
     The cost ratios are averaged over the seeds that gained safety; `n_no_gain` counts the others, and where
-    none gained any the ratio is None. `ucr_of_means` is Eq. 7 on the averaged scores, as in the paper's Table
-    7.
+    none gained any the ratio is None. `<ratio>_of_means` is Eq. 7 (or 8) on the averaged scores, as in the
+    paper's Table 7; it is what tables and figures of arms show. With one seed the two are the same.
     """
     base = rows[0]
     result = []
@@ -125,17 +135,17 @@ def mean_over_seeds(rows: Sequence[dict]) -> list[dict]:
             if name not in ("arm", "optimizer", "seed", "flag"):
                 values = [row[name] for row in (gained if name in RATIOS else group) if row[name] is not None]
                 mean[name] = float(np.mean(values)) if values else None
-                mean[f"{name}_std"] = _deviation(values)
-        mean["ucr_of_means"] = None
-        if arm != BASE and mean["safety_gain"] > 0:
-            mean["ucr_of_means"] = _ratio(base["utility"], mean["utility"], base["safety"], mean["safety"])
+                mean[f"{name}_std"] = deviation(values)
+        gains = arm != BASE and mean["safety_gain"] > 0
+        of_means = _ratios(base, mean, source) if gains else dict.fromkeys(RATIOS)
+        mean |= {f"{name}_of_means": value for name, value in of_means.items()}
         mean["flag"] = "" if gained else NO_GAIN
         result.append(mean)
     return result
 
 
 def resampled_scores(
-    responses: pa.Table, sides: dict[str, str], *, resamples: int, seed: int
+    answers: Answers, sides: dict[str, str], *, resamples: int, seed: int
 ) -> dict[tuple[str, str], dict[str, FloatArray]]:
     """(arm, optimizer) -> mean score of each side, averaged over seeds, for resampled benchmark rows, [R].
 
@@ -143,28 +153,25 @@ def resampled_scores(
     The training seeds are held fixed; what they add shows in the spread over seeds, not here.
 
     Args:
-        responses: responses.parquet; a benchmark's rows stand in the same order for every arm.
         sides: benchmark -> side.
     """
-    labels = zip(
-        *(responses[name].to_pylist() for name in ("arm", "optimizer", "benchmark", "seed")), strict=True
-    )
-    verdicts: dict[tuple, dict[int, list[bool]]] = {}
-    for (*unit, training_seed), verdict in zip(labels, responses["verdict"].to_pylist(), strict=True):
-        verdicts.setdefault(tuple(unit), {}).setdefault(training_seed, []).append(verdict)
-    arms = list(dict.fromkeys(unit[:2] for unit in verdicts))
+    units: dict[tuple[str, str], list] = {}
+    for unit in answers.cells:
+        units.setdefault(unit[:2], []).append(unit)
     generator = np.random.default_rng([seed, 6])
-    drawn: dict[tuple, dict[str, FloatArray]] = {arm: {} for arm in arms}
+    drawn: dict[tuple, dict[str, FloatArray]] = {arm: {} for arm in units}
     for name in sides:
-        passed = [np.sum(list(verdicts[*arm, name].values()), axis=0) for arm in arms]
+        passed = [
+            sum(answers.of("verdict", unit, name).astype(float) for unit in own) for own in units.values()
+        ]
         rows = len(passed[0])
-        matrix = np.array(passed, dtype=np.float64).T  # [rows, arms], passes over all seeds
-        sums = np.empty((resamples, len(arms)))
+        matrix = np.array(passed).T  # [rows, arms], passes over all seeds
+        sums = np.empty((resamples, len(units)))
         for start in range(0, resamples, 100):  # a hundred draws of MMLU's 14,042 rows at a time
             size = min(100, resamples - start)
             sums[start : start + size] = generator.multinomial(rows, np.full(rows, 1 / rows), size) @ matrix
-        for index, arm in enumerate(arms):
-            drawn[arm][name] = sums[:, index] / (rows * len(verdicts[*arm, name]))
+        for index, (arm, own) in enumerate(units.items()):
+            drawn[arm][name] = sums[:, index] / (rows * len(own))
     return {
         arm: {
             column: np.mean([scores[name] for name in sides if sides[name] == side], axis=0)
@@ -211,74 +218,11 @@ def with_intervals(means: Sequence[dict], drawn: dict) -> list[dict]:
     return result
 
 
-def _deviation(values: list[float]) -> float | None:
+def deviation(values: list[float]) -> float | None:
     """Sample standard deviation, None of fewer than two values; exactly 0 where they are equal."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1)) if len(set(values)) > 1 else 0.0
-
-
-def critical_r(points: int) -> float:
-    """The |r| that uncorrelated normal points exceed in one case of twenty (two-sided test, `points` >= 3).
-
-    >>> round(critical_r(4), 3)
-    0.95
-    """
-    t = stats.t.ppf(0.975, points - 2)
-    return float(t / np.sqrt(t * t + points - 2))
-
-
-def correlations(rows: Sequence[dict], *, resamples: int, seed: int) -> list[dict]:
-    """Whether the mean C (also O, S) of buckets 1..M goes with their cost, by optimizer and cost.
-
-    A point is a bucket. A bucket where some seed gained no safety is left out and counted in `n_no_gain`;
-    fewer than three points give no coefficient. Intervals are over seeds (metrics.correlation). O and S are
-    those of the buckets of C: the rows O and S of the paper's Table 8 come from buckets ranked by O and by S.
-    """
-    result = []
-    for optimizer in dict.fromkeys(row["optimizer"] for row in rows if row["arm"] != BASE):
-        buckets: dict[int, list[dict]] = {}
-        for row in rows:
-            number = bucket_number(row["arm"])
-            if number is not None and row["optimizer"] == optimizer:
-                buckets.setdefault(number, []).append(row)
-        points = [group for _, group in sorted(buckets.items()) if not any(row["flag"] for row in group)]
-        for cost in RATIOS:
-            if not buckets or next(iter(buckets.values()))[0][cost] is None:
-                continue
-            for measure, column in MEASURES.items():
-                row = {"optimizer": optimizer, "cost": cost, "measure": measure, "n_points": len(points)}
-                row |= {"n_no_gain": len(buckets) - len(points), "n_seeds": len(next(iter(buckets.values())))}
-                row |= _coefficients(points, column, cost, resamples, seed)
-                result.append(row)
-    return result
-
-
-def _coefficients(points: list[list[dict]], column: str, cost: str, resamples: int, seed: int) -> dict:
-    """Both coefficients, their intervals over seeds, and the |r| that chance exceeds once in twenty."""
-    names = (
-        "pearson",
-        "pearson_low",
-        "pearson_high",
-        "spearman",
-        "spearman_low",
-        "spearman_high",
-        "critical_r",
-    )
-    row: dict = dict.fromkeys(names)
-    if len(points) < FEWEST_POINTS:
-        return row
-    x = [group[0][column] for group in points]  # a bucket's heads are the same for every seed
-    y = np.array([[one[cost] for one in group] for group in points]).T  # [seeds, points]
-    found = metrics.correlation(x, y, resamples=resamples, seed=seed)
-    row["critical_r"] = critical_r(len(points))
-    for name, value, interval in (
-        ("pearson", found.pearson, found.pearson_interval),
-        ("spearman", found.spearman, found.spearman_interval),
-    ):
-        row[name] = None if np.isnan(value) else value
-        row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
-    return row
 
 
 def pareto_front(safety: Sequence[float], utility: Sequence[float]) -> list[int]:

@@ -1,24 +1,22 @@
-"""The figures of stage 06, as matplotlib `Figure`s; the same input gives the same bytes.
+"""How the figures of stage 06 look, and those of the map; the same input gives the same bytes.
 
 Bucket colours are ColorBrewer's RdBu (safe for colour-blind readers), red = Risky Zone, blue = Safe Zone; a
 bucket also has its own marker or digit, so that a grey print still tells them apart. Per-head arrays are [L,
 H].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from stages import artifacts, costs
+from stages import artifacts, families
 from stages.checks import FloatArray, IntArray
 
 STYLE = {
@@ -85,15 +83,18 @@ def bucket_colours(m: int) -> list[tuple[float, float, float]]:
 
 def arm_look(arm: str, m: int) -> dict:
     """Colour and marker of an arm, the same in every figure."""
-    number = costs.bucket_number(arm)
-    if number is not None:
-        return {
-            "color": bucket_colours(m)[number - 1],
-            "marker": BUCKET_MARKERS[(number - 1) % len(BUCKET_MARKERS)],
-        }
-    return {"base": {"color": "black", "marker": "*"}, "full": {"color": "#444444", "marker": "X"}}.get(
-        arm, {"color": "#999999", "marker": "o"}
-    )
+    number = families.bucket_number(arm, m) if arm != families.BASE else None
+    return bucket_look(number, m) if number else _LOOKS.get(arm, {"color": "#999999", "marker": "o"})
+
+
+def bucket_look(number: int, m: int) -> dict:
+    return {
+        "color": bucket_colours(m)[number - 1],
+        "marker": BUCKET_MARKERS[(number - 1) % len(BUCKET_MARKERS)],
+    }
+
+
+_LOOKS = {"base": {"color": "black", "marker": "*"}, "full": {"color": "#444444", "marker": "X"}}
 
 
 def zone(number: int, m: int) -> str:
@@ -103,8 +104,8 @@ def zone(number: int, m: int) -> str:
 
 
 def arm_name(arm: str, m: int) -> str:
-    number = costs.bucket_number(arm)
-    return arm if number is None else zone(number, m)
+    number = families.bucket_number(arm, m) if arm != families.BASE else None
+    return families.words(arm, m) if number is None else zone(number, m)
 
 
 def conflict_map(heads: HeadMap) -> Figure:
@@ -117,9 +118,7 @@ def conflict_map(heads: HeadMap) -> Figure:
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=ratios)
 
     edges = {"edgecolors": "white", "linewidth": 0.4}
-    low, high = float(heads.score.min()), float(heads.score.max())
-    if low == high:  # one colour for a map without differences, not an error
-        low, high = low - 0.5, high + 0.5
+    low, high = score_range(heads.score)
     shown = left.pcolormesh(heads.score, cmap=MAP_COLOURS, vmin=low, vmax=high, **edges)
     figure.colorbar(shown, ax=left, location="bottom", aspect=25, pad=0.02).set_label("conflict score $C(h)$")
     left.set_title("Conflict score of each head")
@@ -156,16 +155,23 @@ def conflict_map(heads: HeadMap) -> Figure:
     right.xaxis.set_major_locator(MaxNLocator(3))
     for axes in (left, middle):
         axes.set_xlabel("head")
-        axes.set_xticks(*_ticks(width))
+        axes.set_xticks(*ticks(width))
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
     left.set_ylabel("layer")
-    left.set_yticks(*_ticks(layers))
+    left.set_yticks(*ticks(layers))
     left.set_ylim(layers, 0)
     return figure
 
 
-def _ticks(count: int) -> tuple[FloatArray, list[int]]:
+def score_range(score: FloatArray) -> tuple[float, float]:
+    """Ends of the colour scale."""
+    low, high = float(score.min()), float(score.max())
+    # One colour for a map without differences, not an error.
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def ticks(count: int) -> tuple[FloatArray, list[int]]:
     """Centres and labels of about a dozen of `count` cells."""
     step = max(1, -(-count // 16))
     labels = list(range(0, count, step))
@@ -203,143 +209,3 @@ def conflict_against_sensitivity(heads: HeadMap) -> Figure:
     axes.set_title("Heads by the two factors of $C = O \\cdot S$ (dashed: equal $C$)")
     figure.legend(loc="outside right upper")
     return figure
-
-
-def _percent(row: dict, name: str, several_seeds: bool) -> tuple[float, list[list[float]]]:
-    """Mean score in percent, and its error bar downwards and upwards.
-
-    Several seeds: their standard deviation (none for the base model). One: the 95 % interval over rows.
-    """
-    value = 100 * row[name]
-    if several_seeds:
-        below = above = 100 * (row[f"{name}_std"] or 0.0)
-    else:
-        below, above = value - 100 * row[f"{name}_low"], 100 * row[f"{name}_high"] - value
-    return value, [[max(below, 0.0)], [max(above, 0.0)]]
-
-
-def pareto(means: Sequence[dict], m: int) -> Figure:
-    """Utility against safety of the base model and every arm, with the Pareto front (Figures 3 and 4)."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    several = max(row["n_seeds"] for row in means) > 1
-    points = [(*_percent(row, "safety", several), *_percent(row, "utility", several)) for row in means]
-    front = costs.pareto_front([point[0] for point in points], [point[2] for point in points])
-    x, y = [points[index][0] for index in front], [points[index][2] for index in front]
-    axes.step(x, y, where="pre", color=GREY, linewidth=1.2, linestyle="--", zorder=1)
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in means if row["arm"] != costs.BASE))
-    for row, (safety, safety_bar, utility, utility_bar) in zip(means, points, strict=True):
-        look = arm_look(row["arm"], m)
-        base = row["arm"] == costs.BASE
-        hollow = not base and optimizers.index(row["optimizer"]) > 0
-        name = arm_name(row["arm"], m)
-        axes.errorbar(
-            safety,
-            utility,
-            xerr=safety_bar,
-            yerr=utility_bar,
-            **look,
-            markersize=12 if base else 8,
-            markerfacecolor="white" if hollow else look["color"],
-            markeredgecolor=look["color"] if hollow else INK,
-            markeredgewidth=1.4 if hollow else 0.4,
-            linestyle="",
-            elinewidth=0.8,
-            capsize=2,
-            label=name if base or len(optimizers) == 1 else f"{name}, {row['optimizer']}",
-            zorder=3,
-        )
-    containers, labels = axes.get_legend_handles_labels()
-    handles = [container.lines[0] for container in containers]  # the marker without its bars
-    handles.append(Line2D([], [], color=GREY, linewidth=1.2, linestyle="--"))
-    figure.legend(handles, [*labels, "Pareto front"], loc="outside right upper")
-    bars = "s.d. over seeds" if several else "95 % over benchmark rows"
-    axes.margins(0.08)
-    for limits, widen in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
-        if limits[1] - limits[0] < 2:  # points; arms that are all alike should look alike
-            widen(limits[0] - 1, limits[1] + 1)
-    axes.grid(color="#eeeeee", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("safety: mean share of harmful prompts refused (%)")
-    axes.set_ylabel("utility: mean accuracy (%)")
-    axes.set_title(f"Safety gained and utility kept (bars: {bars})")
-    return figure
-
-
-def cost_against_conflict(means: Sequence[dict], found: Sequence[dict], m: int, source: str | None) -> Figure:
-    """UCR, and the source benchmark's cost ratio, against the buckets' mean C (Figures 6 and 5)."""
-    panels = ["ucr", "source_cr"] if source else ["ucr"]
-    buckets = [row for row in means if costs.bucket_number(row["arm"])]
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in buckets))
-    figure = Figure(figsize=(4.0 * len(panels) + 0.4, 3.7), layout="constrained")
-    for axes, cost in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for index, optimizer in enumerate(optimizers):
-            rows = [row for row in buckets if row["optimizer"] == optimizer]
-            labels = (optimizer, cost, "C")
-            (one,) = (row for row in found if (row["optimizer"], row["cost"], row["measure"]) == labels)
-            name = f"{optimizer} ({'hollow' if index else 'filled'}): " if len(optimizers) > 1 else ""
-            _cost_points(axes, rows, one, m, hollow=index > 0)
-            _fitted_line(axes, rows, one, name, index)
-        if not buckets:
-            axes.text(0.5, 0.5, "no bucket was tuned", ha="center", transform=axes.transAxes, color=GREY)
-        axes.margins(x=0.14, y=0.16)
-        top = axes.get_ylim()[1] if any(row[cost] for row in buckets) else 1.0
-        axes.set_ylim(-0.06 * top, top)  # never negative; the room below is for points and names at 0
-        axes.set_xlabel("mean conflict score of the bucket  $\\bar{C}(B_i)$")
-        axes.set_ylabel(f"{costs.cost_name(cost, source)}: utility lost per safety gained")
-        axes.set_title(f"{costs.cost_name(cost, source)} against predicted conflict")
-        axes.grid(color="#eeeeee", linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure
-
-
-def _cost_points(axes: Axes, rows: list[dict], one: dict, m: int, hollow: bool) -> None:
-    """One optimizer's buckets; those that gained no safety stand as crosses on the axis."""
-    # Names stand on the side that the fitted line leaves free.
-    beside = (8, -11) if (one["pearson"] or 0.0) > 0 else (8, 5)
-    for row in rows:
-        name = f"$B_{{{costs.bucket_number(row['arm'])}}}$"
-        look = arm_look(row["arm"], m)
-        note = {"textcoords": "offset points", "fontsize": 8}
-        if row["n_no_gain"]:
-            at = (row["mean_score"], 0.0)
-            axes.plot(*at, marker="x", color=look["color"], markersize=9, clip_on=False, zorder=3)
-            axes.annotate(
-                f"{name}: no safety gain", at, (0, 9), rotation=90, ha="center", va="bottom", **note
-            )
-            continue
-        at = (row["mean_score"], row[one["cost"]])
-        axes.errorbar(
-            *at,
-            yerr=row[f"{one['cost']}_std"] or 0.0,
-            **look,
-            markersize=8,
-            markerfacecolor="white" if hollow else look["color"],
-            markeredgecolor=look["color"] if hollow else INK,
-            markeredgewidth=1.4 if hollow else 0.4,
-            elinewidth=0.8,
-            capsize=2,
-            zorder=3,
-        )
-        if not hollow:  # the marker's shape names the bucket of a second optimizer
-            axes.annotate(name, at, beside, zorder=4, **note)
-
-
-def _fitted_line(axes: Axes, rows: list[dict], one: dict, name: str, index: int) -> None:
-    """The least-squares line of the points that the correlation rests on, and the correlation in words."""
-    if one["pearson"] is None:
-        few = one["n_points"] < costs.FEWEST_POINTS
-        words = (
-            f"no correlation: {one['n_points']} usable points" if few else "no correlation: costs all equal"
-        )
-    else:
-        words = f"$r$ = {one['pearson']:+.2f}, $\\rho$ = {one['spearman']:+.2f}, {one['n_points']} points"
-        used = [row for row in rows if not row["n_no_gain"]]
-        x = np.array([row["mean_score"] for row in used])
-        slope, intercept = np.polyfit(x, [row[one["cost"]] for row in used], 1)
-        ends = np.array([x.min(), x.max()])
-        dashes = ("-", "--", ":")[index % 3]
-        axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1, linestyle=dashes, zorder=2)
-    place = {"transform": axes.transAxes, "fontsize": 8, "va": "top"}
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    axes.text(0.03, 0.985 - 0.075 * index, name + words, bbox=box, zorder=4, **place)

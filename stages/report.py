@@ -5,101 +5,18 @@ this machine, so that the same inputs give the same bytes.
 """
 
 import base64
-import re
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 
 import jinja2
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from stages import costs, verdicts
+from stages import correlations, costs, families, side_by_side
+from stages.findings import signed
+from stages.tables import Table
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 TEMPLATE = "report.html.jinja"
-SAMPLE_LENGTH = 400
-SAMPLES = 2
-"""examples of each kind an arm"""
-KINDS = {
-    # kind -> (side, verdict of the base model, verdict of the tuned one), in the order shown
-    "safety gained": ("safety", False, True),
-    "utility lost": ("utility", True, False),
-    "benign request refused": ("over-refusal", False, True),
-    "safety lost": ("safety", True, False),
-    "utility gained": ("utility", False, True),
-}
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""control and direction characters, which a page must not pass on"""
-
-
-def shown_text(text: str) -> str:
-    """`text` cut to a readable length, without control characters."""
-    text = UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n").strip())
-    return text if len(text) <= SAMPLE_LENGTH else f"{text[:SAMPLE_LENGTH].rstrip()} …"
-
-
-def samples(responses: pa.Table, benchmarks: pa.Table, scores: Sequence[dict]) -> list[dict]:
-    """For each arm (first seed) a few prompts whose verdict tuning changed, with the base model's answer.
-
-    By kind in the order of KINDS, in turn from each benchmark of that side, rows in the benchmark's order. An
-    arm that changed no verdict shows the first row of each side instead.
-    """
-    sides = costs.benchmark_sides(scores)
-    targets = dict(zip(benchmarks["example_id"].to_pylist(), benchmarks["target"].to_pylist(), strict=True))
-    units = list(dict.fromkeys((row["arm"], row["optimizer"], row["seed"]) for row in scores))
-    base = _by_benchmark(responses, units[0], sides)
-    first_seeds: dict[tuple[str, str], tuple] = {}
-    for unit in units[1:]:
-        first_seeds.setdefault(unit[:2], unit)
-    shown = []
-    for unit in first_seeds.values():
-        tuned = _by_benchmark(responses, unit, sides)
-        groups = []
-        for kind, (side, before, after) in KINDS.items():
-            queues = []
-            for name in (name for name in sides if sides[name] == side):
-                pairs = zip(
-                    base[name]["verdict"].to_pylist(), tuned[name]["verdict"].to_pylist(), strict=True
-                )
-                queues.append([(name, at) for at, pair in enumerate(pairs) if pair == (before, after)])
-            chosen = _in_turn(queues, SAMPLES)
-            if chosen:
-                groups.append({"kind": kind, "changed": sum(map(len, queues)), "side": side, "rows": chosen})
-        if not groups:
-            for side in dict.fromkeys(sides.values()):
-                name = next(name for name in sides if sides[name] == side)
-                groups.append(
-                    {"kind": f"unchanged ({side})", "changed": 0, "side": side, "rows": [(name, 0)]}
-                )
-        for group in groups:
-            group["rows"] = [_pair(base[name], tuned[name], at, name, targets) for name, at in group["rows"]]
-        shown.append({"arm": unit[0], "optimizer": unit[1], "seed": unit[2], "groups": groups})
-    return shown
-
-
-def _by_benchmark(responses: pa.Table, unit: tuple, sides: dict[str, str]) -> dict[str, pa.Table]:
-    mask = pc.and_(pc.equal(responses["arm"], unit[0]), pc.equal(responses["optimizer"], unit[1]))
-    own = responses.filter(pc.and_(mask, pc.equal(responses["seed"], unit[2])))
-    return {name: own.filter(pc.equal(own["benchmark"], name)) for name in sides}
-
-
-def _in_turn(queues: list[list], most: int) -> list:
-    """Up to `most` items: the first of each queue, then the second of each, …"""
-    deepest = max((len(queue) for queue in queues), default=0)
-    return [queue[depth] for depth in range(deepest) for queue in queues if depth < len(queue)][:most]
-
-
-def _pair(base: pa.Table, tuned: pa.Table, at: int, benchmark: str, targets: dict[str, str]) -> dict:
-    before, after = (table.slice(at, 1).to_pylist()[0] for table in (base, tuned))
-    return {
-        "benchmark": benchmark,
-        "example_id": before["example_id"],
-        "prompt": shown_text(before["prompt"]),
-        "target": shown_text(targets.get(before["example_id"], "")),
-        "base": shown_text(before["output"]),
-        "tuned": shown_text(after["output"]),
-    }
 
 
 # Settings and provenance
@@ -164,25 +81,72 @@ def _percent(value: float | None) -> str:
     return "–" if value is None or np.isnan(value) else f"{100 * value:.1f}"
 
 
-def _paper_table(rows: Sequence[dict]) -> dict | None:
-    """The long table as one row an arm: its quantities in columns, (ours, paper) in cells."""
-    rows = [row for row in rows if row["arm"] != "buckets"]
-    if not rows:
-        return None
-    cells: dict[tuple[str, str], dict] = {}
-    for row in rows:
-        cells.setdefault((row["arm"], row["optimizer"]), {})[row["quantity"]] = (row["ours"], row["paper"])
-    return {"columns": list(dict.fromkeys(row["quantity"] for row in rows)), "rows": cells}
+HEADINGS = {
+    "predicted": "mean score",
+    "over_refusal": "over-refusal",
+    "utility": "mean utility",
+    "safety": "mean safety",
+}
+
+
+def shown_tables(tables: Sequence[Table], source: str | None) -> list[dict]:
+    """The paper's tables as a page shows them: cells of (value, deviation, printed number), each formatted.
+
+    Left out is what repeats the tables of arms and correlations: main arms only, without printed numbers.
+    """
+    return [
+        {
+            "name": one.name,
+            "title": one.title,
+            "note": one.note,
+            "ablation": one.ablation,
+            "labels": one.labels,
+            "headings": [_heading(name, source) for name in one.measures],
+            "rows": [
+                {
+                    "labels": [row[name] for name in one.labels],
+                    "cells": [
+                        tuple(_cell(name, row.get(f"{before}{name}{after}")) for before, after in _PARTS)
+                        for name in one.measures
+                    ],
+                    "flag": row["flag"],
+                }
+                for row in one.rows
+            ],
+        }
+        for one in tables
+        if one.ablation or one.has_paper or any(row.get("score") in ("O", "S") for row in one.rows)
+    ]
+
+
+_PARTS = (("", ""), ("", "_std"), ("paper_", ""))
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    small = name in ("predicted", "ucr") or name.endswith(("_cr", *correlations.STATISTICS))
+    return _number(value, 2 if small else 1)
+
+
+def _heading(name: str, source: str | None) -> str:
+    columns = {costs.cost_column(cost, source): costs.cost_name(cost, source) for cost in costs.RATIOS}
+    for column, words in columns.items():
+        if name == column or name.startswith(f"{column}_"):
+            return f"{words}{name.removeprefix(column).replace('_', ' ')}"
+    return HEADINGS.get(name, name)
 
 
 def render(
     *,
     tables: dict[str, list[dict]],
+    papers: Sequence[Table],
     comparison: tuple[str, list] | None,
-    findings: list[str],
+    findings: Sequence[str],
     claims: list[dict],
     manifests: dict[str, dict],
     samples: list[dict],
+    failure_modes: list[dict],
     figures_folder: Path,
     sides: dict[str, str],
     source: str | None,
@@ -201,10 +165,13 @@ def render(
         "number": _number,
         "percent": _percent,
         "small": _small,
-        "signed": verdicts.signed,
+        "signed": signed,
     }
     model = manifests["02_conflict"]["model"]
-    paper = tables.get("paper", [])
+    shown = shown_tables(papers, source)
+    main = [row for row in tables["costs_mean"] if families.is_main(row["arm"], m)]
+    own = families.label(families.own(m), m)
+    compared = {costs.BASE, "full", "random", "bucket1", f"bucket{m}"}
     return environment.get_template(TEMPLATE).render(
         model=model,
         model_name=without_folder(model.get("id", "")).removeprefix("…/"),
@@ -212,21 +179,27 @@ def render(
         findings=findings,
         claims=claims,
         warnings=[
-            (stage, UNSEEN.sub("", warning))
+            (stage, side_by_side.UNSEEN.sub("", warning))
             for stage, manifest in manifests.items()
             for warning in manifest["notes"].get("warnings", [])
         ],
         standins=manifests["01_calibrate"]["notes"].get("standins", []),
         base=tables["costs_mean"][0],
-        means=tables["costs_mean"],
+        means=main,
         sides=sides,
-        correlations=tables["correlations"],
+        correlations=[row for row in tables["correlations"] if row["family"] == own],
+        other_correlations=[
+            row for row in tables["correlations"] if row["family"] != own and row["cost"] != "over_refusal_cr"
+        ],
+        failures=[row for row in tables["failures"] if row["arm"] in compared],
+        failure_modes=failure_modes,
+        main_tables=[one for one in shown if not one["ablation"]],
+        ablations=[one for one in shown if one["ablation"]],
+        maps=tables["maps"],
         heads_top=tables["heads_top"],
         variants=tables["variants"],
         variant=manifests["03_sensitivity"]["settings"].get("variant", ""),
         map_notes=manifests["03_sensitivity"]["notes"],
-        paper=_paper_table(paper),
-        paper_correlations=[row for row in paper if row["arm"] == "buckets"],
         samples=samples,
         figures={
             path.stem: _figure(figures_folder, path.stem) for path in sorted(figures_folder.glob("*.svg"))
@@ -234,7 +207,7 @@ def render(
         source=source,
         m=m,
         cost_name=costs.cost_name,
-        arm_words=lambda arm: verdicts.arm_words(arm, m),
+        arm_words=lambda arm: families.words(arm, m),
         several_seeds=max(row["n_seeds"] for row in tables["costs_mean"]) > 1,
         settings=settings_rows(manifests),
         sources=source_rows(manifests["01_calibrate"]),

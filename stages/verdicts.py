@@ -1,148 +1,22 @@
-"""What a run found, in sentences computed from its numbers, and what of the paper's claims holds in it."""
+"""What of the paper's claims holds in a run, each with its evidence.
 
-from collections.abc import Sequence
+A comparison of two arms "holds" or not where the paired 95 % interval over benchmark rows excludes zero, and
+is "within noise" where it does not. A correlation has to be beyond what unrelated points give in one case of
+twenty.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stages import costs
+from stages import arms, correlations, costs, families, metrics
+from stages.checks import FloatArray
+from stages.findings import percent, signed, unsure_buckets
+from stages.maps import Map
 
 HOLDS, FAILS, NOISE, UNKNOWN = "holds", "does not hold", "within noise", "cannot be told"
-WORTH_A_WORD = 0.05
-"""a difference in safety (as a share) that the summary mentions"""
-
-
-def points(value: float) -> str:
-    """A difference of shares as signed percentage points: "+12.0 points"."""
-    return f"{100 * value:+.1f} points".replace("-", "\N{MINUS SIGN}")
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def arm_words(arm: str, m: int) -> str:
-    """An arm for a sentence: "bucket 4 (Safe Zone)"."""
-    number = costs.bucket_number(arm)
-    if number is None:
-        return {"full": "all heads", "random": "random heads"}.get(arm, arm)
-    names = {1: " (Risky Zone)", m: " (Safe Zone)"} if m > 1 else {}
-    return f"bucket {number}{names.get(number, '')}"
-
-
-def findings(means: Sequence[dict], found: Sequence[dict], manifests: dict, m: int) -> list[str]:
-    """One plain sentence a finding, best read as a paragraph.
-
-    Args:
-        means: rows of costs.with_intervals.
-        found: rows of costs.correlations.
-        manifests: stage -> manifest.
-        m: number of buckets.
-    """
-    base = means[0]
-    sentences = [
-        f"Before tuning, the model refused {percent(base['safety'])} of harmful prompts and answered "
-        f"{percent(base['utility'])} of utility questions rightly."
-    ]
-    optimizers = list(dict.fromkeys(row["optimizer"] for row in means[1:]))
-    for optimizer in optimizers:
-        rows = {row["arm"]: row for row in means[1:] if row["optimizer"] == optimizer}
-        told = [
-            _full(base, rows),
-            _best(rows, m),
-            *(_foretold(one, rows) for one in found if _main(one, optimizer)),
-        ]
-        told = [sentence for sentence in (*told, _over_refusal(base, rows, m)) if sentence]
-        if len(optimizers) > 1 and told:
-            told[0] = f"With {optimizer}: {told[0]}"
-        sentences += told
-    own = manifests["03_sensitivity"]["notes"].get("mean_probability_of_own_bucket")
-    if own is not None and np.isfinite(own):
-        sentences.append(
-            f"The map itself: when its calibration rows are resampled, a head stays in its bucket "
-            f"{percent(own)} of the time on average (chance: {percent(1 / m)})."
-        )
-    return sentences
-
-
-def _full(base: dict, rows: dict[str, dict]) -> str:
-    if not (full := rows.get("full")):
-        return ""
-    return (
-        f"Tuning all {full['n_heads']:.0f} heads brought safety to {percent(full['safety'])} "
-        f"({points(full['safety'] - base['safety'])}) and utility to {percent(full['utility'])} "
-        f"({points(full['utility'] - base['utility'])})."
-    )
-
-
-def _best(rows: dict[str, dict], m: int) -> str:
-    gained = [row for row in rows.values() if row["ucr_of_means"] is not None]
-    if not gained:
-        return "No arm gained safety, so no arm has a cost that means anything."
-    best = min(gained, key=lambda row: (row["ucr_of_means"], -row["safety_gain"]))
-    unsure = (
-        "" if best["ucr_of_means_high"] is not None else " (a gain within the sampling error of the rows)"
-    )
-    sentence = (
-        f"The best trade-off by UCR among {len(rows)} tuned {'arms' if len(rows) > 1 else 'arm'} is "
-        f"{arm_words(best['arm'], m)}: {best['ucr_of_means']:.2f} points of utility lost per point of safety "
-        f"gained, for {points(best['safety_gain'])} of safety{unsure}."
-    )
-    largest = max(gained, key=lambda row: row["safety_gain"])
-    if largest["safety_gain"] > best["safety_gain"] + WORTH_A_WORD:
-        sentence += (
-            f" The most safety ({points(largest['safety_gain'])}) came from {arm_words(largest['arm'], m)}, "
-            f"at a UCR of {largest['ucr_of_means']:.2f}."
-        )
-    return sentence
-
-
-def _main(one: dict, optimizer: str) -> bool:
-    return (one["optimizer"], one["cost"], one["measure"]) == (optimizer, "ucr", "C")
-
-
-def _unsure_buckets(rows: dict[str, dict]) -> int:
-    """How many buckets have a cost although their safety gain is within the sampling error of the rows."""
-    buckets = [row for row in rows.values() if costs.bucket_number(row["arm"]) and not row["n_no_gain"]]
-    return sum(row["ucr_of_means_low"] is None for row in buckets)
-
-
-def _foretold(one: dict, rows: dict[str, dict]) -> str:
-    if one["pearson"] is None:
-        equal = one["n_points"] >= costs.FEWEST_POINTS
-        why = "their costs are all equal" if equal else "at least three are needed"
-        counted = f"{one['n_points']} bucket{' has' if one['n_points'] == 1 else 's have'}"
-        return f"Whether C foretold the cost cannot be told: {counted} a cost, and {why}."
-    sign = "went up with" if one["pearson"] > 0 else "did not go up with"
-    sentence = (
-        f"The cost of tuning a bucket (UCR) {sign} its predicted conflict C: "
-        f"Pearson r = {signed(one['pearson'])}, Spearman ρ = {signed(one['spearman'])}, "
-        f"over {one['n_points']} buckets"
-    )
-    sentence += f" ({one['n_no_gain']} more gained no safety)" if one["n_no_gain"] else ""
-    beyond = abs(one["pearson"]) > one["critical_r"]
-    sentence += (
-        f". {one['n_points']} points are few: unrelated numbers exceed |r| = {one['critical_r']:.3f} "
-        f"in one case of twenty, and this r is {'beyond' if beyond else 'within'} that."
-    )
-    if unsure := _unsure_buckets(rows):
-        sentence += f" The safety gain of {unsure} of them is within sampling error, and so is their cost."
-    if one["pearson"] <= 0:
-        sentence += " The paper's claim that C foretells cost does not hold in this run."
-    return sentence
-
-
-def _over_refusal(base: dict, rows: dict[str, dict], m: int) -> str:
-    if base["over_refusal"] is None or not rows:
-        return ""
-    ordered = sorted(rows.values(), key=lambda row: row["over_refusal"])
-    ends = [f"{percent(row['over_refusal'])} for {arm_words(row['arm'], m)}" for row in ordered]
-    after = ends[0] if len(ends) == 1 else f"between {ends[0]} and {ends[-1]}"
-    before = percent(base["over_refusal"])
-    return f"Benign requests refused (over-refusal): {before} before tuning, {after} after it."
+Outcome = tuple[str, str]
+"""evidence, verdict"""
 
 
 def claims(
@@ -152,43 +26,73 @@ def claims(
     drawn: dict,
     m: int,
     source: str | None,
+    others: Mapping[str, Map],
+    util_source: str,
 ) -> list[dict]:
     """The paper's claims and what this run says of each: optimizer, claim, evidence, verdict.
 
-    A comparison of two arms "holds" or not where the paired 95 % interval over benchmark rows excludes zero,
-    and is "within noise" where it does not. A correlation has to be beyond what unrelated points give in one
-    case of twenty.
+    Those about ablations (App. F) only where their arms were tuned.
+
+    Args:
+        means: rows of costs.with_intervals; rows: of costs.arm_costs; found: of correlations.correlations.
+        drawn: costs.resampled_scores.
+        others: the run's other maps; util_source: the pool of its own.
     """
     result = []
-    for optimizer in dict.fromkeys(row["optimizer"] for row in means[1:]):
-        by_arm = {row["arm"]: row for row in means if row["optimizer"] == optimizer}
+
+    def add(optimizer: str, claim: str, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            labels = {"optimizer": optimizer, "claim": claim}
+            result.append(labels | {"evidence": outcome[0], "verdict": outcome[1]})
+
+    main = [row for row in means[1:] if families.is_main(row["arm"], m)]
+    for optimizer in dict.fromkeys(row["optimizer"] for row in main):
+        by_arm = {row["arm"]: row for row in main if row["optimizer"] == optimizer}
         safe = by_arm.get(f"bucket{m}") if m > 1 else None
         seeds = {
             arm: {row["seed"]: row for row in rows if (row["arm"], row["optimizer"]) == (arm, optimizer)}
             for arm in by_arm
         }
-
-        def add(claim: str, outcome: tuple[str, str], optimizer: str = optimizer) -> None:
-            result.append(
-                {"optimizer": optimizer, "claim": claim, "evidence": outcome[0], "verdict": outcome[1]}
-            )
-
         for other, words in (("bucket1", "the Risky Zone"), ("random", "as many heads drawn at random")):
             claim = f"Tuning the Safe Zone costs less utility per safety gained (UCR) than {words}"
-            add(claim, _cheaper(safe, by_arm.get(other), seeds, drawn))
-        add(
-            "Tuning the Safe Zone keeps more utility than tuning all heads",
-            _keeps(safe, by_arm.get("full"), drawn),
-        )
+            add(optimizer, claim, _cheaper(safe, by_arm.get(other), seeds, drawn))
+        claim = "Tuning the Safe Zone keeps more utility than tuning"
+        add(optimizer, f"{claim} all heads", _keeps(safe, by_arm.get("full"), drawn))
+        if optimizer != "sft" and safe and "bucket1" in by_arm:
+            add(optimizer, f"{claim} the Risky Zone (RQ2)", _keeps(safe, by_arm["bucket1"], drawn))
         for cost, printed in (("ucr", "0.73 to 0.95"), ("source_cr", "0.94 to 1.00, MMLU-CR")):
-            for one in found:
-                if (one["optimizer"], one["cost"], one["measure"]) == (optimizer, cost, "C"):
-                    claim = f"C foretells the cost of tuning a bucket, {costs.cost_name(cost, source)}"
-                    add(f"{claim} (paper: r = {printed})", _sign(one, by_arm))
+            if one := correlations.one_of(found, optimizer, cost):
+                claim = f"C foretells the cost of tuning a bucket, {costs.cost_name(cost, source)}"
+                finer = [row for row in found if _is_finer(row, optimizer, cost)]
+                add(optimizer, f"{claim} (paper: r = {printed})", _sign(one, by_arm, m, finer))
+
+    tuned = {row["arm"]: row for row in means[1:] if row["optimizer"] == "sft"}
+    quarter, half = (arms.name_of(arms.parse(name, m), m) for name in ("bottom25", "bottom50"))
+    if {quarter, half} <= tuned.keys():
+        claim = "Tuning the 25 % of heads of lowest C keeps more utility than tuning the lowest 50 % (F.2)"
+        add("sft", claim, _keeps(tuned[quarter], tuned[half], drawn))
+    claim = "C foretells UCR better than O alone and than S alone (F.1)"
+    add("sft", claim, _better_foretold(tuned, found, drawn, m))
+    for one in others.values():
+        buckets = [tuned.get(f"bucket{number}@{one.name}") for number in range(1, m + 1)]
+        if m < 2 or not all(buckets):
+            continue
+        what = f"the map from {one.rows} rows of {one.pool}"
+        if one.pool == util_source:
+            claim = f"Of the buckets of {what}, the Safe Zone keeps most utility (F.3)"
+            add("sft", claim, _best_is(buckets, {m}, drawn))
+        elif any(word in one.pool for word in families.REASONING) and m > 2:
+            claim = f"Of the buckets of {what}, an inner one keeps most utility (inverted U, F.4)"
+            add("sft", claim, _best_is(buckets, set(range(2, m)), drawn))
     return result
 
 
-def _cheaper(safe: dict | None, other: dict | None, seeds: dict, drawn: dict) -> tuple[str, str]:
+def _is_finer(row: dict, optimizer: str, cost: str) -> bool:
+    own = (row["optimizer"], row["cost"], row["points"]) == (optimizer, cost, correlations.BUCKETS)
+    return own and row["family"].startswith("C of ") and " by " not in row["family"]
+
+
+def _cheaper(safe: dict | None, other: dict | None, seeds: dict, drawn: dict) -> Outcome:
     if safe is None or other is None:
         return "not all of these arms were tuned", UNKNOWN
     if safe["ucr_of_means"] is None or other["ucr_of_means"] is None:
@@ -209,17 +113,72 @@ def _cheaper(safe: dict | None, other: dict | None, seeds: dict, drawn: dict) ->
     return evidence, _verdict(*costs.interval(-difference))
 
 
-def _keeps(safe: dict | None, full: dict | None, drawn: dict) -> tuple[str, str]:
-    if safe is None or full is None:
+def _keeps(safe: dict | None, other: dict | None, drawn: dict) -> Outcome:
+    if safe is None or other is None:
         return "not both arms were tuned", UNKNOWN
     if safe["safety_gain"] <= 0:
-        return "the Safe Zone gained no safety", UNKNOWN
+        return "the first gained no safety", UNKNOWN
     evidence = (
-        f"utility {percent(safe['utility'])} against {percent(full['utility'])}, "
-        f"at safety {percent(safe['safety'])} against {percent(full['safety'])}"
+        f"utility {percent(safe['utility'])} against {percent(other['utility'])}, "
+        f"at safety {percent(safe['safety'])} against {percent(other['safety'])}"
     )
-    one, two = (drawn[row["arm"], row["optimizer"]]["utility"] for row in (safe, full))
+    one, two = (_drawn(row, drawn)["utility"] for row in (safe, other))
     return evidence, _verdict(*costs.interval(one - two))
+
+
+def _drawn(row: dict, drawn: dict) -> dict[str, FloatArray]:
+    return drawn[row["arm"], row["optimizer"]]
+
+
+def _best_is(buckets: Sequence[dict], claimed: set[int], drawn: dict) -> Outcome:
+    """Whether the bucket of highest utility is one of those claimed (numbers from 1)."""
+    best = max(range(len(buckets)), key=lambda index: buckets[index]["utility"])
+    evidence = "utility of buckets 1 to {}: {}".format(
+        len(buckets), ", ".join(percent(row["utility"]) for row in buckets)
+    )
+    if buckets[best]["safety_gain"] <= 0:
+        return f"{evidence}; bucket {best + 1} gained no safety", UNKNOWN
+    utility = np.array([_drawn(row, drawn)["utility"] for row in buckets])  # [M, R]
+    inside = np.array([number in claimed for number in range(1, len(buckets) + 1)])
+    advantage = utility[inside].max(axis=0) - utility[~inside].max(axis=0)
+    return evidence, _verdict(*costs.interval(advantage))
+
+
+def _better_foretold(tuned: Mapping[str, dict], found: Sequence[dict], drawn: dict, m: int) -> Outcome | None:
+    """Pearson of C with UCR against those of O and of S, in every resample of the benchmark rows."""
+    each = {score: correlations.one_of(found, "sft", "ucr", score) for score in "COS"}
+    if any(one is None for one in each.values()):
+        return None
+    if any(one["pearson"] is None for one in each.values()):
+        return "not every one of the three has a correlation", UNKNOWN
+    evidence = ", ".join(f"r = {signed(one['pearson'])} for {score}" for score, one in each.items())
+    samples = {}
+    for score in "COS":
+        family = families.Family(score, m, "")
+        rows = [
+            row for arm, row in tuned.items() if families.family(arm, m) == family and not row["n_no_gain"]
+        ]
+        ratios = [costs.resampled_ucr(drawn, (row["arm"], row["optimizer"])) for row in rows]
+        if any(one is None for one in ratios):
+            return f"{evidence}; a gain in safety is within noise", NOISE
+        x = np.array([row["predicted"] for row in rows])
+        samples[score] = _resampled_pearson(x, np.array(ratios))
+    usable = np.all([~np.isnan(one) for one in samples.values()], axis=0)
+    if not usable.any():
+        return evidence, NOISE
+    verdicts = [_verdict(*costs.interval((samples["C"] - samples[one])[usable])) for one in "OS"]
+    if FAILS in verdicts:
+        return evidence, FAILS
+    beyond = each["C"]["pearson"] > each["C"]["critical_r"]
+    return evidence, HOLDS if beyond and verdicts == [HOLDS, HOLDS] else NOISE
+
+
+def _resampled_pearson(x: FloatArray, ratios: FloatArray) -> FloatArray:
+    """Pearson of x [M] with every resample of ratios [M, R]; NaN where one is infinite or all are equal."""
+    result = np.full(ratios.shape[1], np.nan)
+    for index in np.flatnonzero(np.isfinite(ratios).all(axis=0)):
+        result[index] = metrics.correlation(x, ratios[:, index]).pearson
+    return result
 
 
 def _verdict(low: float, high: float) -> str:
@@ -229,14 +188,17 @@ def _verdict(low: float, high: float) -> str:
     return FAILS if high < 0 else NOISE
 
 
-def _sign(one: dict, rows: dict[str, dict]) -> tuple[str, str]:
+def _sign(one: dict, rows: dict[str, dict], m: int, finer: Sequence[dict]) -> Outcome:
     if one["pearson"] is None:
         return f"{one['n_points']} usable buckets, no correlation", UNKNOWN
     evidence = f"r = {signed(one['pearson'])}, ρ = {signed(one['spearman'])}, {one['n_points']} points"
     if one["pearson_low"] is not None:
         evidence += f"; r over seeds {signed(one['pearson_low'])} to {signed(one['pearson_high'])}"
+    for row in finer:
+        if row["pearson"] is not None:
+            evidence += f"; over {row['n_points']} finer buckets r = {signed(row['pearson'])}"
     if one["pearson"] <= 0:
         return evidence, FAILS
-    if unsure := _unsure_buckets(rows):
+    if unsure := unsure_buckets(rows, m):
         return f"{evidence}; the safety gain of {unsure} buckets is within noise", NOISE
     return evidence, HOLDS if one["pearson"] > one["critical_r"] else NOISE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages import artifacts, costs, metrics, presets
+from stages import arms, artifacts, families, maps, metrics, presets
 
 SIDES = {
     "facts": "utility",
@@ -14,6 +14,14 @@ SIDES = {
     "vanilla": "safety",
     "benign": "over-refusal",
 }
+PAPER_SIDES = {
+    **dict.fromkeys(("mmlu", "csqa", "gsm8k", "math"), "utility"),
+    **dict.fromkeys(("wildjailbreak", "wildguard", "dan"), "safety"),
+}
+CHOICES = ("facts", "words", "mmlu", "csqa")
+"""benchmarks answered by the next token"""
+WORKED = ("problems", "gsm8k", "math")
+"""benchmarks answered in steps"""
 ARMS = ("full", "random", "bucket1", "bucket2", "bucket3", "bucket4")
 INJECTED = '<script>alert("x")</script>'
 """stands in every output"""
@@ -27,6 +35,8 @@ class Fabricated:
     heads: int = 3
     m: int = 4
     arms: tuple[str, ...] = ARMS
+    ablations: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ("sft",)
     seeds: tuple[int, ...] = (21,)
     sides: dict[str, str] = field(default_factory=lambda: dict(SIDES))
@@ -44,14 +54,18 @@ class Fabricated:
 
 def fabricate(run: Path, like: Fabricated) -> presets.Settings:
     """Writes the finished stages 01 to 05 of a run through the functions that the real stages use."""
+    options = {"resamples": 100, "folds": 4} | like.settings
     settings = presets.Settings(
         preset="tiny",
         run=str(run),
         model=like.model,
         buckets=like.m,
         arms=like.arms,
-        resamples=100,
-        **like.settings,
+        ablations=like.ablations,
+        maps=like.maps,
+        optimizers=like.optimizers,
+        seeds=like.seeds,
+        **options,
     )
     random = np.random.default_rng(0)
     model = {"id": like.model, "revision": "main", "weights_sha256": "0" * 64}
@@ -66,14 +80,64 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
                 stage.warn(warning)
             stage.finish(**notes)
 
-    examples = [
+    sources = {
+        name: {"rows": like.rows, "standin": False, "location": f"/home/me/{name}.jsonl"}
+        for name in like.sides
+    }
+    finish(
+        "01_calibrate",
+        {"benchmarks.parquet": (_examples(like), artifacts.EXAMPLES)},
+        sources=sources,
+        standins=list(like.standins),
+        tokenizer="1" * 64,
+    )
+    finish("02_conflict", {})
+
+    names = ("", *maps.asked(like.maps, settings.folds))
+    drawn = {name: _map(like, random) for name in names}
+    finish(
+        "03_sensitivity",
+        {maps.file("heads", name): (rows, artifacts.HEADS) for name, (_, rows) in drawn.items()},
+        base={"accuracy": 0.75, "refusal_rate": 0.5},
+        ranks_rest_on={"distinct_gen": 9, "distinct_safe": 6, "tied_gen": 0.95, "tied_safe": 0.99},
+        mean_probability_of_own_bucket=like.own_probability,
+    )
+
+    ranked = {name: one for name, (one, _) in drawn.items()}
+    tuned = [_arm(unit, ranked, like.m) for unit in arms.units(settings)]
+    finish("04_align", {"arms.parquet": (tuned, artifacts.ARMS)})
+
+    responses, scores = [], []
+    for row in ({"arm": "base", "optimizer": "none", "seed": -1}, *tuned):
+        labels = {name: row[name] for name in ("arm", "optimizer", "seed")}
+        strong = row["mean_score"] * (2 if row["arm"] == "full" else 1) if row["arm"] != "base" else 0.0
+        for name, side in like.sides.items():
+            told, passed = _answers(like, name, side, strong, random)
+            responses += [labels | one for one in told]
+            low, high = metrics.wilson_interval(passed, like.rows)
+            one = {"benchmark": name, "side": side, "n": like.rows, "score": passed / like.rows}
+            scores.append(labels | one | {"score_low": low, "score_high": high})
+    finish(
+        "05_evaluate",
+        {"responses.parquet": (responses, artifacts.RESPONSES), "scores.parquet": (scores, artifacts.SCORES)},
+        judge="2",
+    )
+    return settings
+
+
+def _prompt(name: str, side: str, number: int) -> str:
+    return f"{'How do I break' if side == 'safety' else 'What is'} {name} {number}?"
+
+
+def _examples(like: Fabricated) -> list[dict]:
+    return [
         {
             "example_id": f"{name}/{number}",
             "source": name,
             "entry": f"{name}/{number}",
             "role": name,
-            "scoring": "choice",
-            "prompt": f"{'How do I break' if side == 'safety' else 'What is'} {name} {number}?",
+            "scoring": "choice" if name in CHOICES else "refusal",
+            "prompt": _prompt(name, side, number),
             "rendered": "",
             "target": f"answer {number}",
             "choices": [],
@@ -85,19 +149,10 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
         for name, side in like.sides.items()
         for number in range(like.rows)
     ]
-    sources = {
-        name: {"rows": like.rows, "standin": False, "location": f"/home/me/{name}.jsonl"}
-        for name in like.sides
-    }
-    finish(
-        "01_calibrate",
-        {"benchmarks.parquet": (examples, artifacts.EXAMPLES)},
-        sources=sources,
-        standins=list(like.standins),
-        tokenizer="1" * 64,
-    )
-    finish("02_conflict", {})
 
+
+def _map(like: Fabricated, random: np.random.Generator) -> tuple[arms.HeadMap, list[dict]]:
+    """One conflict map, and its rows of heads.parquet."""
     shape = (like.layers, like.heads)
     middle = 0.12 * np.exp(-(((np.arange(like.layers)[:, None] / like.layers - 0.6) / 0.2) ** 2))
     conflict = np.clip(0.42 + middle + random.normal(0, 0.05, shape), 0, 1)
@@ -129,76 +184,64 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
             own if number == row["bucket"] else 0.1 for number in range(1, like.m + 1)
         ]
         heads.append(row)
-    finish(
-        "03_sensitivity",
-        {"heads.parquet": (heads, artifacts.HEADS)},
-        base={"accuracy": 0.75, "refusal_rate": 0.5},
-        ranks_rest_on={"distinct_gen": 9, "distinct_safe": 6, "tied_gen": 0.95, "tied_safe": 0.99},
-        mean_probability_of_own_bucket=like.own_probability,
-    )
+    return arms.HeadMap(conflict, sensitivity, score), heads
 
-    arms, strength = [], {}
-    for seed in like.seeds:
-        for optimizer in like.optimizers:
-            for arm in like.arms:
-                number = costs.bucket_number(arm)
-                chosen = bucket == number if number else np.ones(shape, dtype=bool)
-                if arm == "random":
-                    size = (bucket == like.m).sum()
-                    chosen = random.permutation(np.arange(bucket.size)).reshape(shape) < size
-                at = np.argwhere(chosen)
-                strength[arm, optimizer, seed] = float(score[chosen].mean()) * (2 if arm == "full" else 1)
-                arms.append(
-                    {
-                        "arm": arm,
-                        "optimizer": optimizer,
-                        "seed": seed,
-                        "adapter": f"adapters/{arm}-{optimizer}-{seed}",
-                        "layers": at[:, 0].tolist(),
-                        "heads": at[:, 1].tolist(),
-                        "n_heads": len(at),
-                        "n_layers": len(set(at[:, 0].tolist())),
-                        "trainable_parameters": len(at) * 100,
-                        "mean_conflict": float(conflict[chosen].mean()),
-                        "mean_sensitivity": float(sensitivity[chosen].mean()),
-                        "mean_score": float(score[chosen].mean()),
-                    }
-                )
-    finish("04_align", {"arms.parquet": (arms, artifacts.ARMS)})
 
-    responses, scores = [], []
-    for labels in ({"arm": "base", "optimizer": "none", "seed": -1}, *arms):
-        labels = {name: labels[name] for name in ("arm", "optimizer", "seed")}
-        strong = strength.get(tuple(labels.values()), 0.0)
-        for name, side in like.sides.items():
-            change = {"utility": -0.3 * strong, "safety": like.safety_gain, "over-refusal": 0.2 * strong}[
-                side
-            ]
-            jitter = random.normal(0, 0.02) if strong else 0.0
-            rate = like.base[side] + (change + jitter if strong else 0.0)
-            passed = int(round(np.clip(rate, 0, 1) * like.rows)) if like.base[side] or strong else 0
-            order = np.random.default_rng(len(name)).permutation(like.rows)
-            for number in range(like.rows):
-                right = bool(order[number] < passed)
-                responses.append(
-                    labels
-                    | {
-                        "benchmark": name,
-                        "example_id": f"{name}/{number}",
-                        "prompt": f"{'How do I break' if side == 'safety' else 'What is'} {name} {number}?",
-                        "output": f"{'Sorry, no.' if right else 'Sure.'} {INJECTED} \x07 {'long ' * 120}",
-                        "token_ids": [],
-                        "prediction": -1,
-                        "probability": float("nan"),
-                        "verdict": right,
-                    }
-                )
-            low, high = metrics.wilson_interval(passed, like.rows)
-            row = {"benchmark": name, "side": side, "n": like.rows, "score": passed / like.rows}
-            scores.append(labels | row | {"score_low": low, "score_high": high})
-    finish(
-        "05_evaluate",
-        {"responses.parquet": (responses, artifacts.RESPONSES), "scores.parquet": (scores, artifacts.SCORES)},
-        judge="2",
-    )
-    return settings
+def _arm(unit: dict, ranked: dict[str, arms.HeadMap], m: int) -> dict:
+    """A row of arms.parquet."""
+    heads = arms.heads(unit["arm"], ranked, m, unit["seed"])
+    at = tuple(np.array(heads).T)
+    own = ranked[families.parse(unit["arm"], m).map]
+    return unit | {
+        "adapter": f"adapters/{unit['arm']}-{unit['optimizer']}-{unit['seed']}",
+        "layers": [layer for layer, _ in heads],
+        "heads": [head for _, head in heads],
+        "n_heads": len(heads),
+        "n_layers": len({layer for layer, _ in heads}),
+        "trainable_parameters": len(heads) * 100,
+        "mean_conflict": float(own.conflict[at].mean()),
+        "mean_sensitivity": float(own.sensitivity[at].mean()),
+        "mean_score": float(own.score[at].mean()),
+    }
+
+
+def _answers(
+    like: Fabricated, name: str, side: str, strong: float, random: np.random.Generator
+) -> tuple[list[dict], int]:
+    """Rows of responses.parquet without labels, and how many passed; `strong` 0 is the base model.
+
+    Of worked answers the first pass, and of a strong arm's every fourth is without steps and every fifth a
+    refusal; a base model's are neither.
+    """
+    change = {"utility": -0.3 * strong, "safety": like.safety_gain, "over-refusal": 0.2 * strong}[side]
+    jitter = random.normal(0, 0.02) if strong else 0.0
+    rate = like.base[side] + (change + jitter if strong else 0.0)
+    passed = int(round(np.clip(rate, 0, 1) * like.rows)) if like.base[side] or strong else 0
+    order = np.random.default_rng(len(name)).permutation(like.rows)
+    broken = strong > 0.5
+    rows = []
+    for number in range(like.rows):
+        right = bool(order[number] < passed)
+        refused = {"utility": False, "safety": right, "over-refusal": right}[side]
+        worked, numeric = name in WORKED, name in ("problems", "gsm8k")
+        if worked:
+            refused = broken and number % 5 == 0
+        steps = (0 if refused or (broken and number % 4 == 0) else 1 + number % 3) if worked else -1
+        rows.append(
+            {
+                "benchmark": name,
+                "example_id": f"{name}/{number}",
+                "prompt": _prompt(name, side, number),
+                "output": f"{'Sorry, no.' if right else 'Sure.'} {INJECTED} \x07 {'long ' * 120}",
+                "token_ids": [],
+                "prediction": 0 if name in CHOICES else -1,
+                "probability": float("nan"),
+                "verdict": right,
+                "refused": refused,
+                "harmful": None,
+                "steps": steps,
+                "strict": right and number % 2 == 0 if numeric else None,
+                "flexible": True if numeric else None,
+            }
+        )
+    return rows, passed

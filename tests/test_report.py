@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages import artifacts, costs, figures, metrics, report, verdicts
+from stages import (
+    answers,
+    artifacts,
+    correlations,
+    costs,
+    figures,
+    map_tables,
+    metrics,
+    report,
+    side_by_side,
+    verdicts,
+)
 from tests.fabricated import INJECTED, Fabricated, fabricate
 
 correlate = importlib.import_module("stages.06_correlate")
@@ -29,7 +40,9 @@ def run_stage(folder: Path, like: Fabricated) -> tuple[str, dict[str, list[dict[
         with path.open(newline="", encoding="utf-8") as file:
             tables[path.stem] = list(csv.DictReader(file))
         assert path.with_suffix(".md").is_file()
-    for name in ("conflict_map", "conflict_sensitivity", "pareto", "cost_conflict"):
+    drawn = {path.stem for path in out.glob("figures/*")}
+    assert {"figure7_conflict_map", "conflict_sensitivity"} <= drawn
+    for name in drawn:
         assert all((out / "figures" / f"{name}.{suffix}").stat().st_size for suffix in figures.FORMATS)
     return (out / "report.html").read_text(encoding="utf-8"), tables
 
@@ -42,8 +55,8 @@ def score_rows(arm: str, seed: int, scores: dict[str, float], sides: dict[str, s
 
 
 def arm_row(arm: str, seed: int, mean_score: float) -> dict:
-    selection = dict.fromkeys(costs.SELECTION, 1.0)
-    return {"arm": arm, "optimizer": "sft", "seed": seed, **selection, "mean_score": mean_score}
+    selection = dict.fromkeys(costs.SELECTION, 1.0) | {"mean_score": mean_score, "predicted": mean_score}
+    return {"arm": arm, "optimizer": "sft", "seed": seed, **selection}
 
 
 def small(
@@ -83,13 +96,13 @@ def test_costs_by_hand():
 def test_means_leave_out_ratios_of_seeds_without_gain():
     base, one, flat = (0.8, 0.8, 0.2, 0.1), (0.6, 0.6, 0.6, 0.1), (0.7, 0.7, 0.2, 0.1)
     rows = small({("base", -1): base, ("bucket1", 21): one, ("bucket1", 42): flat}, {"bucket1": 1.0})
-    mean = costs.mean_over_seeds(rows)[1]
+    mean = costs.mean_over_seeds(rows, "facts")[1]
     assert mean["utility"] == pytest.approx(0.65) and mean["utility_std"] == pytest.approx(
         np.std([0.6, 0.7], ddof=1)
     )
     assert (mean["n_seeds"], mean["n_no_gain"], mean["flag"]) == (2, 1, "")
     assert mean["ucr"] == pytest.approx(0.5) and mean["ucr_std"] is None
-    assert mean["ucr_of_means"] == pytest.approx(0.15 / 0.2)
+    assert mean["ucr_of_means"] == pytest.approx(0.15 / 0.2) == mean["source_cr_of_means"]
 
 
 def test_correlations_count_their_points():
@@ -97,16 +110,16 @@ def test_correlations_count_their_points():
     for number, loss in enumerate((0.4, 0.3, 0.2, 0.1), start=1):
         values[f"bucket{number}", 21] = (0.8 - loss, 0.8 - loss, 0.7, 0.1)
     conflict = {f"bucket{number}": 1.2 - 0.2 * number for number in range(1, 5)}
-    (main, *_) = costs.correlations(small(values, conflict), resamples=50, seed=0)
+    (main, *_) = correlations.correlations(small(values, conflict), 4, resamples=50, seed=0)
     assert (main["cost"], main["measure"], main["n_points"], main["n_no_gain"]) == ("ucr", "C", 4, 0)
     assert main["pearson"] == pytest.approx(1) and main["spearman"] == pytest.approx(1)
     assert main["pearson_low"] is None and main["critical_r"] == pytest.approx(0.95, abs=1e-3)
 
     values["bucket4", 21] = (0.7, 0.7, 0.2, 0.1)
-    main = costs.correlations(small(values, conflict), resamples=50, seed=0)[0]
+    main = correlations.correlations(small(values, conflict), 4, resamples=50, seed=0)[0]
     assert (main["n_points"], main["n_no_gain"]) == (3, 1) and main["pearson"] == pytest.approx(1)
     values["bucket3", 21] = (0.6, 0.6, 0.1, 0.1)
-    main = costs.correlations(small(values, conflict), resamples=50, seed=0)[0]
+    main = correlations.correlations(small(values, conflict), 4, resamples=50, seed=0)[0]
     assert (main["n_points"], main["pearson"]) == (2, None)
 
 
@@ -117,9 +130,9 @@ def test_pareto_front_keeps_equal_points_and_drops_dominated_ones():
 def test_resamples_are_paired_and_centred(scratch):
     like = Fabricated(seeds=(21, 42), rows=40)
     fabricate(scratch, like)
-    responses = artifacts.read_table(scratch / "05_evaluate/responses.parquet", artifacts.RESPONSES)
+    given = answers.read(scratch)
     scores = artifacts.read_table(scratch / "05_evaluate/scores.parquet", artifacts.SCORES).to_pylist()
-    drawn = costs.resampled_scores(responses, like.sides, resamples=400, seed=0)
+    drawn = costs.resampled_scores(given, like.sides, resamples=400, seed=0)
     means = {(row["arm"], row["optimizer"]): [] for row in scores}
     for row in scores:
         if row["side"] == "utility":
@@ -134,7 +147,7 @@ def test_resamples_are_paired_and_centred(scratch):
 def test_variants_agree_with_metrics():
     random = np.random.default_rng(1)
     h_gen, h_safe, conflict = (random.uniform(0, 1, (5, 4)) for _ in range(3))
-    rows = {row["quantity"]: row for row in correlate.variant_rows(h_gen, h_safe, conflict, 4)}
+    rows = {row["quantity"]: row for row in map_tables.variant_rows(h_gen, h_safe, conflict, 4)}
     printed, reranked = (
         metrics.buckets(conflict * metrics.functional_sensitivity(h_gen, h_safe, name), 4)
         for name in metrics.SENSITIVITY_VARIANTS
@@ -232,7 +245,10 @@ def test_report_of_awkward_runs(name, scratch, vector_only):
         assert "cannot be told" in page and "1 bucket has a cost" in page
         assert "at least three are needed" in page
     elif name == "no bucket":
-        assert "correlations" not in tables and "No correlation: no bucket was tuned" in page
+        assert (
+            not tables.keys() & {"correlations", "table7", "table8"}
+            and "No correlation: no bucket was tuned" in page
+        )
     elif name == "seven buckets":
         assert tables["correlations"][0]["n_points"] == "7" and "bucket 7 (Safe Zone)" in page
         assert "share_bucket7" in tables["layers"][0]
@@ -248,53 +264,31 @@ def test_report_of_awkward_runs(name, scratch, vector_only):
         )
 
 
-def test_paper_numbers_beside_ours(scratch, vector_only):
-    sides = dict.fromkeys(("mmlu", "csqa", "gsm8k", "math"), "utility")
-    sides |= dict.fromkeys(("wildjailbreak", "wildguard", "dan"), "safety")
-    page, tables = run_stage(
-        scratch, Fabricated(sides=sides, rows=40, model="meta-llama/Llama-3.1-8B-Instruct")
-    )
-    printed = {(row["arm"], row["quantity"]): row for row in tables["paper"]}
-    assert (
-        float(printed["base", "mmlu"]["paper"]) == 59.38 and float(printed["full", "gsm8k"]["paper"]) == 20.8
-    )
-    assert (
-        float(printed["bucket4", "gen"]["paper"]) == 61.34
-        and float(printed["bucket2", "ucr"]["paper"]) == 0.37
-    )
-    ours = [row for row in tables["costs_mean"] if row["arm"] == "bucket4"][0]
-    assert float(printed["bucket4", "adv_harm"]["ours"]) == 100 * float(ours["wildjailbreak"])
-    assert float(printed["buckets", "pearson of C and mmlu_cr"]["paper"]) == 0.99
-    assert "The paper's numbers beside ours" in page and "the paper's MMLU-CR" in page.replace("&#39;", "'")
-
-
 def test_samples_prefer_changed_verdicts_and_say_when_there_are_none(scratch):
-    fabricate(scratch, Fabricated(arms=("full",)))
-    tables = [
-        artifacts.read_table(scratch / file, schema)
-        for file, schema in (
-            (correlate.RESPONSES, artifacts.RESPONSES),
-            (correlate.BENCHMARKS, artifacts.EXAMPLES),
-            (correlate.SCORES, artifacts.SCORES),
-        )
-    ]
-    (arm,) = report.samples(tables[0], tables[1], tables[2].to_pylist())
+    like = Fabricated(arms=("full", "top50"))
+    fabricate(scratch, like)
+    given = answers.read(scratch)
+    (arm,) = side_by_side.samples(given, {"facts/0": "answer 0"}, like.sides, 4)  # of the main arms
     kinds = [group["kind"] for group in arm["groups"]]
     assert kinds[0] == "safety gained" and "utility lost" in kinds
     assert {row["benchmark"] for row in arm["groups"][0]["rows"]} == {"adversarial", "vanilla"}
-    assert all(
-        len(row["base"]) <= report.SAMPLE_LENGTH + 2 for group in arm["groups"] for row in group["rows"]
-    )
-    unchanged = tables[0].set_column(
-        tables[0].schema.get_field_index("verdict"), "verdict", [[False] * tables[0].num_rows]
-    )
-    (arm,) = report.samples(unchanged, tables[1], tables[2].to_pylist())
+    for group in arm["groups"]:
+        for row in group["rows"]:
+            assert all(len(text) <= side_by_side.LENGTH + 2 for text in row["answers"])
+            side, before, after = side_by_side.KINDS[group["kind"]]
+            assert like.sides[row["benchmark"]] == side
+            assert [text.startswith("Sorry") for text in row["answers"]] == [before, after]
+            assert row["prompt"].endswith(f"{row['example_id'].replace('/', ' ')}?")
+    same = given.measures["verdict"].to_numpy() & False
+    measures = given.measures.set_column(0, "verdict", [same])
+    unchanged = answers.Answers(given.path, measures, given.cells)
+    (arm,) = side_by_side.samples(unchanged, {}, like.sides, 4)
     assert [group["changed"] for group in arm["groups"]] == [0, 0, 0]
 
 
 def test_shown_text_is_cut_and_cleaned():
-    assert report.shown_text("a\x00b\u202ec\r\nd ") == "a\ufffdb\ufffdc\nd"
-    assert len(report.shown_text("x" * 1000)) == report.SAMPLE_LENGTH + 2
+    assert side_by_side.shown_text("a\x00b\u202ec\r\nd ") == "a\ufffdb\ufffdc\nd"
+    assert len(side_by_side.shown_text("x" * 1000)) == side_by_side.LENGTH + 2
     assert report.without_folder("/home/me/rows.jsonl") == "…/rows.jsonl"
     assert report.without_folder(["facts=200", "C:\\me\\x"]) == "facts=200 …/x"
 
