@@ -18,7 +18,7 @@ MEASURES = ("refused", "collapsed", "steps", "strict", "flexible", "harmful")
 def one_seed(answers: Answers, unit: Unit, base: Unit, benchmark: str, side: str) -> dict[str, float | None]:
     """MEASURES of one unit's answers to one benchmark; None where a measure does not apply.
 
-    - refused: share refused, of a benign or utility benchmark whose answers are written
+    - refused: share refused by the keyword judge, of a benign or utility benchmark's written answers
     - collapsed: share without a step, of the rows that had one in the base model; the base model has none
     - steps: mean number of reasoning steps of the worked answers
     - strict, flexible: share right by the two other readings of an answer, of the rows that have them

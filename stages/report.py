@@ -13,7 +13,7 @@ import numpy as np
 
 from stages import correlations, costs, families, side_by_side
 from stages.findings import signed
-from stages.tables import Table
+from stages.tables import Table, flag
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 TEMPLATE = "report.html.jinja"
@@ -168,8 +168,9 @@ def render(
         "signed": signed,
     }
     model = manifests["02_conflict"]["model"]
+    classifier = manifests["05_evaluate"]["notes"].get("classifier")
     shown = shown_tables(papers, source)
-    main = [row for row in tables["costs_mean"] if families.is_main(row["arm"], m)]
+    main = [row | {"flag": flag(row)} for row in tables["costs_mean"] if families.is_main(row["arm"], m)]
     own = families.label(families.own(m), m)
     compared = {costs.BASE, "full", "random", "bucket1", f"bucket{m}"}
     return environment.get_template(TEMPLATE).render(
@@ -214,6 +215,7 @@ def render(
         versions=manifests["05_evaluate"].get("versions", {}),
         git=manifests["05_evaluate"].get("git", {}),
         judge=manifests["05_evaluate"]["notes"].get("judge", "unknown"),
+        classifier=classifier and without_folder(classifier),
         tokenizer=manifests["01_calibrate"]["notes"].get("tokenizer", ""),
         stages=[*STAGES, "06_correlate"],
     )

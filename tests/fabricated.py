@@ -49,6 +49,8 @@ class Fabricated:
     own_probability: float = 0.6
     warnings: tuple[str, ...] = ()
     standins: tuple[str, ...] = ()
+    classifier: str | None = None
+    """what judged the requests; None: the keyword judge alone"""
     settings: dict = field(default_factory=dict)
 
 
@@ -121,6 +123,7 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
         "05_evaluate",
         {"responses.parquet": (responses, artifacts.RESPONSES), "scores.parquet": (scores, artifacts.SCORES)},
         judge="2",
+        classifier=like.classifier,
     )
     return settings
 
@@ -238,7 +241,7 @@ def _answers(
                 "probability": float("nan"),
                 "verdict": right,
                 "refused": refused,
-                "harmful": None,
+                "harmful": not right if like.classifier and side == "safety" else None,
                 "steps": steps,
                 "strict": right and number % 2 == 0 if numeric else None,
                 "flexible": True if numeric else None,

@@ -137,6 +137,13 @@ def test_the_report_shows_both_failures(scratch):
     assert "With all heads tuned, 40.0 % of the answers that had reasoning steps lost them" in page
 
 
+def test_what_the_classifier_said_is_shown(scratch):
+    correlate.main(fabricate(scratch, Fabricated(arms=("full",), classifier="/home/me/wildguard 0a1b")))
+    page = (scratch / correlate.NAME / "report.html").read_text(encoding="utf-8")
+    assert "verdicts on requests by the classifier …/wildguard 0a1b" in page
+    assert "judged harmful (%)" in page and ">vanilla<" in page.split('<h2 id="failures">')[1]
+
+
 def test_the_report_says_where_none_was_found(scratch):
     correlate.main(
         fabricate(
