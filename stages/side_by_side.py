@@ -111,9 +111,12 @@ def _sound(answers: Answers, unit: Unit, benchmark: str, kind: str) -> np.ndarra
 
 
 def _failed(answers: Answers, unit: Unit, benchmark: str, kind: str) -> np.ndarray:
+    """Rows answered without a step, or refused; bool [rows]. A refusal has no steps either, but shows none of
+    the first kind."""
+    refused = answers.of("refused", unit, benchmark)
     if kind == COLLAPSE:
-        return answers.of("steps", unit, benchmark) == 0
-    return answers.of("refused", unit, benchmark)
+        return (answers.of("steps", unit, benchmark) == 0) & ~refused
+    return refused
 
 
 def _base(answers: Answers) -> Unit:

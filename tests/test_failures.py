@@ -70,8 +70,8 @@ def test_examples_that_the_safe_zone_kept_come_first(scratch):
     found = given(
         scratch / "r.parquet",
         ("base", "none", -1, "problems", steps(2, 2, 2, 0, 2)),
-        ("full", "sft", 21, "problems", steps(0, 0, 0, 0, 1)),
-        ("bucket4", "sft", 21, "problems", steps(0, 1, 3, 1, 0)),
+        ("full", "sft", 21, "problems", [*steps(0, 0, 0, 0), {"steps": 0, "refused": True}]),
+        ("bucket4", "sft", 21, "problems", steps(0, 1, 3, 1, 1)),
     )
     sides = {"problems": "utility"}
     collapse, refusal = side_by_side.failure_modes(found, {"problems/1": "42"}, sides, 4)
@@ -81,7 +81,7 @@ def test_examples_that_the_safe_zone_kept_come_first(scratch):
     ]
     assert collapse["rows"][0]["target"] == "42" and collapse["rows"][0]["prompt"] == "problems 1?"
     assert (collapse["kept"], collapse["lost"], collapse["of"], collapse["arm"]) == (2, 1, 4, "full")
-    assert (refusal["rows"], refusal["of"]) == ([], 5)
+    assert [row["example_id"] for row in refusal["rows"]] == ["problems/4"] and refusal["of"] == 5
 
 
 def test_refusals_of_benign_questions_and_the_risky_zone_without_full(scratch):
@@ -152,4 +152,4 @@ def test_the_report_says_where_none_was_found(scratch):
     )
     page = (scratch / correlate.NAME / "report.html").read_text(encoding="utf-8")
     section = page.split('<h2 id="failures">')[1].split('<h2 id="answers">')[0]
-    assert section.count("None found among 0 answers") == 2
+    assert section.count("None found among 0 ") == 2
