@@ -12,7 +12,7 @@ import numpy as np
 from stages import costs, families
 from stages.answers import Answers, Unit
 
-MEASURES = ("refused", "collapsed", "steps", "strict", "flexible", "harmful")
+MEASURES = ("refused", "collapsed", "bare", "steps", "strict", "flexible", "harmful")
 
 
 def one_seed(answers: Answers, unit: Unit, base: Unit, benchmark: str, side: str) -> dict[str, float | None]:
@@ -20,6 +20,7 @@ def one_seed(answers: Answers, unit: Unit, base: Unit, benchmark: str, side: str
 
     - refused: share refused by the keyword judge, of a benign or utility benchmark's written answers
     - collapsed: share without a step, of the rows that had one in the base model; the base model has none
+    - bare: of the same rows the share that are no refusals but answers without a step
     - steps: mean number of reasoning steps of the worked answers
     - strict, flexible: share right by the two other readings of an answer, of the rows that have them
     - harmful: share that the classifier calls harmful, of the rows that it was asked about
@@ -32,7 +33,9 @@ def one_seed(answers: Answers, unit: Unit, base: Unit, benchmark: str, side: str
     if (worked := steps >= 0).any():
         measured["steps"] = float(steps[worked].mean())
     if unit != base and (stepped := before >= 1).any():
-        measured["collapsed"] = float((steps[stepped] == 0).mean())
+        gone = steps[stepped] == 0
+        measured["collapsed"] = float(gone.mean())
+        measured["bare"] = float((gone & ~answers.of("refused", unit, benchmark)[stepped]).mean())
     for name in ("strict", "flexible", "harmful"):
         values = answers.of(name, unit, benchmark)
         if not np.isnan(values).all():
@@ -44,8 +47,8 @@ def failures(answers: Answers, sides: Mapping[str, str]) -> list[dict]:
     """One row an arm x optimizer x benchmark that has any of MEASURES: means over seeds, `<measure>_std`
     beside.
 
-    `n` counts the benchmark's rows, `n_stepped` those that had steps in the base model, which `collapsed` is
-    a share of.
+    `n` counts the benchmark's rows, `n_stepped` those that had steps in the base model: what `collapsed` and
+    `bare` are shares of.
     """
     (base,) = (unit for unit in answers.cells if unit[0] == families.BASE)
     arms: dict[tuple[str, str], list[Unit]] = {}
@@ -77,9 +80,11 @@ def finding(rows: list[dict], m: int) -> str:
         asked = [row for row in own if row["side"] == "utility" and row["refused"] is not None]
         words = []
         if stepped:
-            share = sum(row["collapsed"] * row["n_stepped"] for row in stepped)
+            share = sum(row["bare"] * row["n_stepped"] for row in stepped)
             share /= sum(row["n_stepped"] for row in stepped)
-            words.append(f"{100 * share:.1f} % of the answers that had reasoning steps lost them")
+            words.append(
+                f"{100 * share:.1f} % of the problems worked in steps before were answered without any"
+            )
         if asked:
             share = sum(row["refused"] * row["n"] for row in asked) / sum(row["n"] for row in asked)
             words.append(f"{100 * share:.1f} % of the written utility questions were refused")

@@ -112,6 +112,7 @@ def localisation(heads: HeadMap, means: Sequence[dict], m: int) -> Figure | None
         bottom.annotate("", (x, y), start, arrowprops=arrow, zorder=2)
     _plane(bottom)
     left, right = bottom.get_xlim()
+    bottom.set_xticks([at for at in bottom.get_xticks() if left <= at <= min(right, 100)])
     bottom.set_xlim(left, right + 0.16 * (right - left))  # room for the names
     apart = 0.07 * np.ptp(bottom.get_ylim())
     height = -np.inf
@@ -119,7 +120,7 @@ def localisation(heads: HeadMap, means: Sequence[dict], m: int) -> Figure | None
         name, colour = ends[arm]
         x, y = (100 * rows[arm][side] for side in SIDES)
         height = max(y, height + apart)  # names of arms that are alike stand above each other
-        at = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
+        at = {"xytext": (7, 4), "textcoords": "offset points", "va": "bottom"}
         bottom.annotate(name, (x, height), **at, color=colour, fontsize=8.5)
     bottom.set_title(f"Where tuning them leads ({optimizer}; bars: {_bars(means)})")
     return figure

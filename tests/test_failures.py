@@ -59,6 +59,7 @@ def test_measures_by_hand(scratch):
     assert (base["steps"], base["collapsed"], base["refused"], base["n_seeds"]) == (1.5, None, 0.0, 1)
     assert (full["n"], full["n_stepped"], full["n_seeds"]) == (4, 3, 2)
     assert full["collapsed"] == pytest.approx((2 / 3 + 0) / 2)
+    assert full["bare"] == pytest.approx((1 / 3 + 0) / 2)  # the other one is refused
     assert full["collapsed_std"] == pytest.approx(np.std([2 / 3, 0], ddof=1))
     assert full["refused"] == pytest.approx((1 / 4 + 0) / 2) and full["steps"] == pytest.approx((0.5 + 1) / 2)
     assert (full["strict"], full["flexible"], full["strict_std"]) == (1.0, 0.0, None)
@@ -133,8 +134,8 @@ def test_the_report_shows_both_failures(scratch):
     with (scratch / correlate.NAME / "tables" / "failures.csv").open(encoding="utf-8") as file:
         rows = {(row["arm"], row["benchmark"]): row for row in csv.DictReader(file)}
     broken = rows["full", "problems"]
-    assert float(broken["refused"]) == 0.2 and float(broken["collapsed"]) == 0.4
-    assert "With all heads tuned, 40.0 % of the answers that had reasoning steps lost them" in page
+    assert (broken["refused"], broken["collapsed"], broken["bare"]) == ("0.2", "0.4", "0.2")
+    assert "With all heads tuned, 20.0 % of the problems worked in steps before were answered without" in page
 
 
 def test_what_the_classifier_said_is_shown(scratch):
