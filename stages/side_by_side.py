@@ -77,30 +77,40 @@ def failure_modes(
 
     As in the paper's Tables 5 and 6, rows that the Safe Zone answers as the base model did come first; then
     the other rows, always in the benchmark's order and in turn from each benchmark. First seed of the first
-    optimizer. One dictionary a failure; `rows` is empty where none was found, and the list where the arms
-    were not tuned.
+    optimizer; the Risky Zone where tuning all heads shows no such failure or was not done. One dictionary a
+    failure; `rows` is empty where none was found, and the list where the arms were not tuned.
     """
     base, seeds = _base(answers), _first_seeds(answers)
     optimizer = next((unit[1] for unit in seeds.values()), "")
-    broken = next((seeds[arm, optimizer] for arm in ("full", "bucket1") if (arm, optimizer) in seeds), None)
+    broken = [seeds[arm, optimizer] for arm in ("full", "bucket1") if (arm, optimizer) in seeds]
     safe = seeds.get((f"bucket{m}", optimizer)) if m > 1 else None
-    if broken is None or safe is None:
+    if not broken or safe is None:
         return []
-    units, result = (base, broken, safe), []
+    result, quoted = [], []
     for kind in (COLLAPSE, REFUSAL):
-        kept, lost, looked_at = [], [], 0
-        for name in (name for name, side in sides.items() if side != "safety"):
-            before, after, other = (_sound(answers, unit, name, kind) for unit in units)
-            found = before & _failed(answers, broken, name, kind)
-            looked_at += int(before.sum())
-            for queues, rows in ((kept, found & other), (lost, found & ~other)):
-                queues.append([(name, int(at)) for at in np.flatnonzero(rows)])
-        counts = {"of": looked_at, "kept": sum(map(len, kept)), "lost": sum(map(len, lost))}
-        rows = (_in_turn(kept, MOST) + _in_turn(lost, MOST))[:MOST]
-        labels = {"arm": broken[0], "optimizer": optimizer, "seed": broken[2], "safe": safe[0]}
-        result.append({"kind": kind, "rows": rows} | counts | labels)
-    _quote(answers, targets, [(group, units) for group in result])
+        each = [_failure(answers, sides, kind, base, unit, safe) for unit in broken]
+        chosen = next((index for index, one in enumerate(each) if one["rows"]), 0)
+        result.append(each[chosen])
+        quoted.append((each[chosen], (base, broken[chosen], safe)))
+    _quote(answers, targets, quoted)
     return result
+
+
+def _failure(
+    answers: Answers, sides: Mapping[str, str], kind: str, base: Unit, broken: Unit, safe: Unit
+) -> dict:
+    """Where one arm fails in one way, and in how many of these rows the Safe Zone does not."""
+    kept, lost, looked_at = [], [], 0
+    for name in (name for name, side in sides.items() if side != "safety"):
+        before, other = (_sound(answers, unit, name, kind) for unit in (base, safe))
+        found = before & _failed(answers, broken, name, kind)
+        looked_at += int(before.sum())
+        for queues, rows in ((kept, found & other), (lost, found & ~other)):
+            queues.append([(name, int(at)) for at in np.flatnonzero(rows)])
+    counts = {"of": looked_at, "kept": sum(map(len, kept)), "lost": sum(map(len, lost))}
+    labels = {"arm": broken[0], "optimizer": broken[1], "seed": broken[2], "safe": safe[0]}
+    rows = (_in_turn(kept, MOST) + _in_turn(lost, MOST))[:MOST]
+    return {"kind": kind, "rows": rows} | counts | labels
 
 
 def _sound(answers: Answers, unit: Unit, benchmark: str, kind: str) -> np.ndarray:

@@ -102,6 +102,19 @@ def test_refusals_of_benign_questions_and_the_risky_zone_without_full(scratch):
     assert side_by_side.failure_modes(found, {}, sides, 4) == []  # no Safe Zone
 
 
+def test_the_risky_zone_where_all_heads_show_no_such_failure(scratch):
+    found = given(
+        scratch / "r.parquet",
+        ("base", "none", -1, "problems", steps(2, 2)),
+        ("full", "sft", 21, "problems", [{"steps": 0, "refused": True}] * 2),
+        ("bucket1", "sft", 21, "problems", steps(2, 0)),
+        ("bucket4", "sft", 21, "problems", steps(1, 1)),
+    )
+    collapse, refusal = side_by_side.failure_modes(found, {}, {"problems": "utility"}, 4)
+    assert (collapse["arm"], collapse["kept"], refusal["arm"], refusal["kept"]) == ("bucket1", 1, "full", 2)
+    assert collapse["rows"][0]["answers"][1] == "bucket1 21 problems 1"
+
+
 def test_texts_are_found_across_batches(scratch, monkeypatch):
     rows = [{"prompt": f"p{at}", "output": f"o{at}"} for at in range(50)]
     found = given(scratch / "r.parquet", ("base", "none", -1, "facts", rows))
