@@ -100,9 +100,9 @@ def main(settings: presets.Settings) -> None:
         manifests = {name: artifacts.stage_manifest(run, name) for name in report.STAGES}
         stage.begin()
 
-        drawn_maps = {name: map_tables.head_map(table) for name, table in head_tables.items()}
-        heads = drawn_maps[maps.OWN]
-        ranked = {name: HeadMap(one.conflict, one.sensitivity, one.score) for name, one in drawn_maps.items()}
+        head_maps = {name: map_tables.head_map(table) for name, table in head_tables.items()}
+        heads = head_maps[maps.OWN]
+        ranked = {name: HeadMap(one.conflict, one.sensitivity, one.score) for name, one in head_maps.items()}
         arms = [row | {"predicted": families.predicted(row, ranked, m)} for row in arms]
         sides = costs.benchmark_sides(scores)
         domains = [name for name in sides if registry.BENCHMARKS[name].source_domain]

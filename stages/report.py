@@ -87,6 +87,8 @@ HEADINGS = {
     "utility": "mean utility",
     "safety": "mean safety",
 }
+_PARTS = (("", ""), ("", "_std"), ("paper_", ""))
+"""before and after a measure's name: its value, deviation and printed number"""
 
 
 def shown_tables(tables: Sequence[Table], source: str | None) -> list[dict]:
@@ -117,9 +119,6 @@ def shown_tables(tables: Sequence[Table], source: str | None) -> list[dict]:
         for one in tables
         if one.ablation or one.has_paper or any(row.get("score") in ("O", "S") for row in one.rows)
     ]
-
-
-_PARTS = (("", ""), ("", "_std"), ("paper_", ""))
 
 
 def _cell(name: str, value: float | None) -> str:

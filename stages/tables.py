@@ -291,10 +291,9 @@ def flag(mean: dict) -> str:
 def correlation_table(run: Run, found: Sequence[dict]) -> Table | None:
     """Table 8: Pearson and Spearman of buckets by O, by S and by C with UCR and with Eq. 8's ratio."""
     ratios = ["ucr", "source_cr"] if run.source else ["ucr"]
-    rows, measures = (
-        [],
-        [f"{costs.cost_column(one, run.source)}_{name}" for one in ratios for name in _STATISTICS],
-    )
+    columns_of = {one: costs.cost_column(one, run.source) for one in ratios}
+    measures = [f"{cost}_{name}" for cost in columns_of.values() for name in correlations.STATISTICS]
+    rows = []
     for score in "OSC":
         each = {one: correlations.one_of(found, "sft", one, score) for one in ratios}
         if each["ucr"] is None:
@@ -303,8 +302,8 @@ def correlation_table(run: Run, found: Sequence[dict]) -> Table | None:
         columns = _comparable(run) if printed else set()
         row = {"score": score} | {name: each["ucr"][name] for name in ("n_points", "n_seeds", "critical_r")}
         for one, values in each.items():
-            cost = costs.cost_column(one, run.source)
-            for name in _STATISTICS:
+            cost = columns_of[one]
+            for name in correlations.STATISTICS:
                 row |= {f"{cost}_{name}{end}": values[f"{name}{end}"] for end in ("", "_low", "_high")}
                 if cost in columns:
                     row[f"paper_{cost}_{name}"] = printed[f"{cost}_{name}"]
@@ -322,8 +321,6 @@ def correlation_table(run: Run, found: Sequence[dict]) -> Table | None:
     title = "Table 8: how far O, S and C foretell the cost of a bucket"
     return Table("table8", title, ("score",), tuple(measures), rows, note)
 
-
-_STATISTICS = correlations.STATISTICS
 
 # Files
 

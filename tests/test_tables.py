@@ -1,6 +1,7 @@
 """The paper's tables from a run: their rows, printed numbers beside ours, and the paper's own as a run."""
 
 import csv
+import doctest
 import importlib
 from pathlib import Path
 
@@ -284,6 +285,12 @@ def test_predicted_is_the_mean_of_what_ranked_the_arm():
         row = {"arm": arm, "layers": [layer for layer, _ in heads], "heads": [head for _, head in heads]}
         expected = np.mean([values[layer, head] for layer, head in heads])
         assert families.predicted(row, maps, 4) == pytest.approx(expected)
+
+
+def test_doctests():
+    for module in (families, correlations, costs):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 def test_words_for_every_kind_of_arm():
