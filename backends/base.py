@@ -52,6 +52,8 @@ class Recipe:
     seed: int = 21
     """LoRA's A and the order of rows"""
     optimizer: Optimizer = "sft"
+    """pcgrad: the alignment gradient loses what conflicts with the utility gradient, which is not followed
+    itself; pcgrad-symmetric: PCGrad as published, both are projected and the step follows their sum"""
     clip: float = 1.0
     """global gradient norm"""
     folder: Path | None = None
@@ -150,8 +152,8 @@ class Backend(Protocol):
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
     ) -> Tuning:
-        """LoRA on W_q, rows of B outside `heads` exactly zero; `reference` (D_util) is what pcgrad projects
-        against."""
+        """LoRA on W_q, rows of B outside `heads` exactly zero; `reference` (D_util) is where pcgrad's utility
+        gradient comes from."""
         ...
 
 
@@ -187,7 +189,7 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
 
 
 def reference_rows(step: int, reference: int, batch: int, recipe: Recipe) -> np.ndarray:
-    """Indices of the rows of D_util that a pcgrad step looks at: as many as the step's own, drawn anew."""
+    """Indices of the rows of D_util that a step of PCGrad looks at: as many as the step's own, drawn anew."""
     generator = np.random.default_rng([recipe.seed, 3, step])
     return generator.choice(reference, min(batch, reference), replace=False)
 
@@ -208,8 +210,8 @@ def check_tuning(
     pairs = sorted(check_heads(heads, shape))
     if not pairs or not examples:
         raise ValueError("tune: no heads or no examples")
-    if recipe.optimizer == "pcgrad" and not reference:
-        raise ValueError("reference: pcgrad needs examples to project against")
+    if recipe.optimizer != "sft" and not reference:
+        raise ValueError(f"reference: {recipe.optimizer} needs examples to project against")
     return pairs
 
 

@@ -100,10 +100,11 @@ class FlaxTuning:
             batch = [self.examples[row] for row in rows]
             loss, gradients = self._gradients(batch, trained, free)
             util_loss, cos, projected = float("nan"), float("nan"), False
-            if recipe.optimizer == "pcgrad":
+            if recipe.optimizer != "sft":
                 drawn = reference_rows(step, len(self.reference), len(batch), recipe)
                 util_loss, against = self._gradients([self.reference[row] for row in drawn], trained, free)
-                gradients, cos, projected = project(gradients, against)
+                symmetric = recipe.optimizer == "pcgrad-symmetric"
+                gradients, cos, projected = project(gradients, against, symmetric)
             trained, state, norm = update(trained, state, gradients, free)
             if not np.isfinite(float(norm)):
                 raise InputError(
@@ -165,24 +166,22 @@ def _update(optimizer, trained, state, gradients, free):
     return optax.apply_updates(trained, updates), state, optax.tree.norm(gradients)
 
 
-def project(gradients: Trained, against: Trained) -> tuple[Trained, float, bool]:
-    """PCGrad's step (Yu et al. 2020, Alg. 1): without the component along `against` where the two conflict.
-
-    All tensors together are one vector, its products in float64. Returns the gradients, their cosine before,
-    and whether they were projected.
-    """
-
-    def product(left: Trained, right: Trained) -> float:
-        return sum(
-            float(np.vdot(np.asarray(one, np.float64), np.asarray(other, np.float64)))
-            for one, other in zip(left, right, strict=True)
-        )
-
-    dot, square, length = (
-        product(*pair) for pair in ((gradients, against), (against, against), (gradients, gradients))
-    )
+def project(gradients: Trained, against: Trained, symmetric: bool = False) -> tuple[Trained, float, bool]:
+    """PCGrad for two tasks: see `torch_tune.project`."""
+    dot, square, length = _products(gradients, against)
     cos = dot / (square * length) ** 0.5 if square and length else 0.0
-    if dot >= 0 or not square:
-        return gradients, cos, False
-    share = np.float32(dot / square)
-    return jax.tree.map(lambda one, other: one - other * share, gradients, against), cos, True
+    projected = not dot >= 0  # NaN too, so that the step is not finite and is noticed
+    own = 1.0 - dot / length if projected and symmetric else 1.0
+    other = (-dot / square if projected else 0.0) + symmetric
+    if not other:
+        return gradients, cos, projected
+    return jax.tree.map(lambda one, utility: own * one + other * utility, gradients, against), cos, projected
+
+
+def _products(gradients: Trained, against: Trained) -> list[float]:
+    """gradients · against, against · against, gradients · gradients, in float64, tensor by tensor."""
+    sums = np.zeros(3)
+    for one, other in zip(gradients, against, strict=True):
+        one, other = (np.asarray(part, np.float64) for part in (one, other))
+        sums += np.vdot(one, other), np.vdot(other, other), np.vdot(one, one)
+    return sums.tolist()

@@ -115,10 +115,11 @@ class TorchTuning:
             batch = [self.examples[row] for row in rows]
             loss, gradients = self._gradients(batch, parameters)
             util_loss, cos, projected = float("nan"), float("nan"), False
-            if recipe.optimizer == "pcgrad":
+            if recipe.optimizer != "sft":
                 drawn = reference_rows(step, len(self.reference), len(batch), recipe)
                 util_loss, against = self._gradients([self.reference[row] for row in drawn], parameters)
-                gradients, cos, projected = project(gradients, against)
+                symmetric = recipe.optimizer == "pcgrad-symmetric"
+                gradients, cos, projected = project(gradients, against, symmetric)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
@@ -188,19 +189,38 @@ def _restore(
 
 
 def project(
-    gradients: list[torch.Tensor], against: list[torch.Tensor]
+    gradients: list[torch.Tensor], against: list[torch.Tensor], symmetric: bool = False
 ) -> tuple[list[torch.Tensor], float, bool]:
-    """PCGrad's step (Yu et al. 2020, Alg. 1): without the component along `against` where the two conflict.
+    """PCGrad for two tasks (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Alg. 1).
 
-    All tensors together are one vector. Returns the gradients, their cosine before, and whether they were
-    projected.
+    Where the two conflict (negative inner product, all tensors together one vector), `gradients` lose their
+    component along `against`. `symmetric` is the published algorithm, in which each task is projected against
+    the other's original gradient and the step is their sum: `against` loses its component along the original
+    `gradients` too, and is added, conflict or not. TorchJD's PCGrad is the same sum, without difference for
+    two tasks (there is no order to shuffle); a mean, as some write it, would only be clipped less. A gradient
+    of zero conflicts with nothing.
+
+    Args:
+        gradients: the alignment loss's, any shapes.
+        against: the utility loss's, of the same shapes.
+
+    Returns the step's gradients, the cosine of the two before, and whether they conflicted.
     """
-    dot = sum(
-        float((one.double() * other.double()).sum()) for one, other in zip(gradients, against, strict=True)
-    )
-    square = sum(float(other.double().square().sum()) for other in against)
-    length = sum(float(one.double().square().sum()) for one in gradients)
+    dot, square, length = _products(gradients, against)
     cos = dot / (square * length) ** 0.5 if square and length else 0.0
-    if dot >= 0 or not square:
-        return gradients, cos, False
-    return [one - other * (dot / square) for one, other in zip(gradients, against, strict=True)], cos, True
+    projected = not dot >= 0  # NaN too, so that the step is not finite and is noticed
+    own = 1.0 - dot / length if projected and symmetric else 1.0
+    other = (-dot / square if projected else 0.0) + symmetric
+    if not other:
+        return gradients, cos, projected
+    pairs = zip(gradients, against, strict=True)
+    return [own * one + other * utility for one, utility in pairs], cos, projected
+
+
+def _products(gradients: list[torch.Tensor], against: list[torch.Tensor]) -> list[float]:
+    """gradients · against, against · against, gradients · gradients, in float64, tensor by tensor."""
+    sums = []
+    for one, other in zip(gradients, against, strict=True):
+        one, other = one.double(), other.double()
+        sums.append(torch.stack([(one * other).sum(), other.square().sum(), one.square().sum()]))
+    return torch.stack(sums).sum(dim=0).tolist()  # the one wait for the device

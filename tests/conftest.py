@@ -116,6 +116,14 @@ def gqa(request, models) -> Pair:
     return load_pair(request.param, models["llama-gqa"])
 
 
+@pytest.fixture(params=BACKENDS)
+def own(request, models) -> Backend:
+    """A backend of the test's own, which it may leave changed."""
+    import backends
+
+    return backends.load(request.param, models["llama-gqa"], device="cpu")
+
+
 def edited(models, scratch: Path, **config) -> Path:
     """A copy of the llama-gqa folder with other values in its config.json and generation_config.json."""
     folder = scratch / "edited"

@@ -1,5 +1,5 @@
-"""The slow, obvious way to silence a head: a hook on the whole model, one prompt at a time, transformers'
-generate.
+"""The slow, obvious ways. To silence a head: a hook on the whole model, one prompt at a time, transformers'
+generate. To tune: PEFT and transformers' own loss.
 
 Shares no code with the backends; tests and benchmarks hold them against it.
 """
@@ -7,7 +7,11 @@ Shares no code with the backends; tests and benchmarks hold them against it.
 from contextlib import contextmanager
 
 import numpy as np
+import peft
 import torch
+import transformers
+
+from backends.base import lora_a
 
 
 @contextmanager
@@ -59,3 +63,25 @@ def generate(model, example, max_new_tokens: int) -> np.ndarray:
         pad_token_id=0,
     )
     return output[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
+
+
+def loss(model, example) -> torch.Tensor:
+    """Mean cross-entropy over the target, by transformers' own `labels`."""
+    ids = torch.from_numpy(np.concatenate([example.prompt_ids, example.target_ids]).astype(np.int64))[None]
+    labels = ids.clone()
+    labels[:, : len(example.prompt_ids)] = -100
+    return model(input_ids=ids, labels=labels).loss
+
+
+def lora(folder, recipe) -> peft.PeftModel:
+    """PEFT's own LoRA on all of W_q, from the start that the recipe's seed gives."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = peft.LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    model = peft.get_peft_model(model, config)
+    for layer, start in enumerate(lora_a(recipe.seed, layers, recipe.rank, width)):
+        module = model.base_model.model.model.layers[layer].self_attn.q_proj
+        module.lora_A["default"].weight.data = torch.from_numpy(start)
+    return model

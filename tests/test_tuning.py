@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -14,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import backends
-from backends import checkpoint, flax_tune, torch_loss, torch_tune
+from backends import checkpoint, torch_loss, torch_tune
 from backends.base import Recipe, batch_order, learning_rate, lora_a
 from backends.errors import InputError
 from tests import reference
@@ -22,20 +21,6 @@ from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, make_examples
 
 RECIPE = Recipe(rank=4, alpha=8.0, lr=2e-2, batch=2, accumulation=2, max_length=64, seed=3)
 CHOSEN = [(0, 1), (2, 0), (2, 3)]
-
-
-def plain_loss(model, example) -> torch.Tensor:
-    """Mean cross-entropy over the target, by transformers' own `labels`."""
-    ids = torch.from_numpy(np.concatenate([example.prompt_ids, example.target_ids]).astype(np.int64))[None]
-    labels = ids.clone()
-    labels[:, : len(example.prompt_ids)] = -100
-    return model(input_ids=ids, labels=labels).loss
-
-
-@pytest.fixture(params=BACKENDS)
-def own(request, models):
-    """A backend of the test's own."""
-    return backends.load(request.param, models["llama-gqa"], device="cpu")
 
 
 @pytest.fixture()
@@ -54,7 +39,7 @@ def test_gram_is_that_of_plain_gradients(pair):
     means = []
     for examples in (safe, util):
         for fold in range(2):
-            losses = [plain_loss(pair.plain, example) for example in examples[fold::2]]
+            losses = [reference.loss(pair.plain, example) for example in examples[fold::2]]
             means.append(torch.autograd.grad(torch.stack(losses).mean(), weights))
     pair.plain.requires_grad_(False)
     for layer in range(LAYERS):
@@ -192,15 +177,8 @@ def test_a_step_is_adam_on_the_mean_of_example_losses(own, models):
     (record,) = list(tuning)
     found = load_file(tuning.adapter / "adapter_model.safetensors")
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama-gqa"])
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_alpha=8.0, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )
-    start = lora_a(3, LAYERS, 4, 40)
-    for layer in range(LAYERS):
-        module = model.base_model.model.model.layers[layer].self_attn.q_proj
-        module.lora_A["default"].weight.data = torch.from_numpy(start[layer])
-    loss = torch.stack([plain_loss(model, example) for example in examples]).mean()
+    model = reference.lora(models["llama-gqa"], RECIPE)
+    loss = torch.stack([reference.loss(model, example) for example in examples]).mean()
     loss.backward()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -240,8 +218,9 @@ def test_wrong_arguments_are_named(gqa):
         own.tune(make_examples(2), [(9, 0)], RECIPE)
     with pytest.raises(ValueError, match="no heads"):
         own.tune(make_examples(2), [], RECIPE)
-    with pytest.raises(ValueError, match="reference"):
-        own.tune(make_examples(2), CHOSEN, dataclasses.replace(RECIPE, optimizer="pcgrad"))
+    for optimizer in ("pcgrad", "pcgrad-symmetric"):
+        with pytest.raises(ValueError, match=f"reference: {optimizer} needs"):
+            own.tune(make_examples(2), CHOSEN, dataclasses.replace(RECIPE, optimizer=optimizer))
     with pytest.raises(InputError, match="cannot be loaded"):
         own.choices(make_examples(2), "/nowhere/at/all")
     with pytest.raises(ValueError, match="silenced"):
@@ -260,40 +239,10 @@ def test_gradients_that_are_not_finite_end_with_a_line(torch_own, monkeypatch):
         list(torch_own.tune(make_examples(2), CHOSEN, RECIPE))
 
 
-# PCGrad
+# Resuming
 
 
-@pytest.mark.parametrize("project", [torch_tune.project, flax_tune.project])
-def test_projection_leaves_no_conflict(project):
-    as_tensors = torch.from_numpy if project is torch_tune.project else jnp.asarray
-    generator = np.random.default_rng(0)
-    projections = 0
-    for _ in range(50):
-        one, other = (
-            flax_tune.Trained(*(as_tensors(generator.normal(size=size).astype("f4")) for size in ((3, 4), 5)))
-            for _ in range(2)
-        )
-        dot = sum(float((a * b).sum()) for a, b in zip(one, other, strict=True))
-        found, cos, projected = project(one, other)
-        after = sum(float((a * b).sum()) for a, b in zip(found, other, strict=True))
-        assert projected == (dot < 0) and (cos < 0) == projected
-        assert after > -1e-5
-        if projected:
-            assert abs(after) < 1e-5
-            projections += 1
-        else:
-            assert all(np.array_equal(a, b) for a, b in zip(found, one, strict=True))
-    assert 10 < projections < 40
-
-
-def test_pcgrad_tunes_and_records_the_conflict(own):
-    recipe = dataclasses.replace(RECIPE, optimizer="pcgrad")
-    records = list(own.tune(make_examples(16, seed=4), CHOSEN, recipe, make_examples(6, seed=9)))
-    assert all(-1 <= record["cos"] <= 1 and record["util_loss"] > 0 for record in records)
-    assert all(record["projected"] == (record["cos"] < 0) for record in records)
-
-
-@pytest.mark.parametrize("optimizer", ["sft", "pcgrad"])
+@pytest.mark.parametrize("optimizer", ["sft", "pcgrad", "pcgrad-symmetric"])
 def test_a_run_that_was_stopped_goes_on_to_the_identical_adapter(own, scratch, monkeypatch, optimizer):
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     rows = make_examples(24, seed=4), CHOSEN
