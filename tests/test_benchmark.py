@@ -1,9 +1,12 @@
-"""The benchmark of the sweep runs, on a small shape, and its sweep and plain loop agree."""
+"""The benchmarks run, on a small shape; the sweep agrees with the plain loop, and PCGrad needs no memory."""
 
+import re
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+import pytest
+
+from tests.conftest import BACKENDS, ROOT
 
 
 def test_the_benchmark_of_a_random_shape():
@@ -17,3 +20,17 @@ def test_the_benchmark_of_a_random_shape():
     for part in ("choices", "responses"):
         assert "8 of 8 outputs equal" in told[part], done.stdout
     assert "layer-tokens" in done.stdout and "peak memory" in done.stdout and "extrapolated" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pcgrad_takes_hardly_more_memory_than_sft(backend):
+    options = ["--backend", backend, "--shape", "small", "--tokens", "256", "--steps", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmark_tuning", *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"^(\S+): memory (\d+) MiB, (\S+) of sft's", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in told] == ["sft", "pcgrad", "pcgrad-symmetric"]
+    assert int(told[0][1]) > 100, "activations must dominate, or the ratio says nothing"
+    assert all(float(ratio) < 1.15 for _, _, ratio in told), done.stdout

@@ -76,7 +76,8 @@ def test_twenty_steps_agree_and_adapters_go_both_ways(both, optimizer):
     runs = [backend.tune(examples, CHOSEN, recipe, reference_rows) for backend in both]
     records = [list(run) for run in runs]
     assert [len(steps) for steps in records] == [20, 20]
-    for name, apart in (("loss", 1e-5), ("util_loss", 1e-5), ("cos", 1e-4)):
+    # Rounding that Adam magnifies adds up over steps: losses of 5 to 6 here.
+    for name, apart in (("loss", 2e-5), ("util_loss", 2e-5), ("cos", 1e-4)):
         left, right = ([step[name] for step in steps] for steps in records)
         np.testing.assert_allclose(left, right, rtol=0, atol=apart, err_msg=name)
     assert [step["projected"] for step in records[0]] == [step["projected"] for step in records[1]]
