@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 
-from backends import models, torch_generate, torch_loss, torch_sweep
+from backends import models, torch_continuous, torch_generate, torch_loss, torch_sweep
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
 from backends.torch_decoder import Decoder
@@ -143,6 +143,8 @@ class TorchBackend:
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
         with self._adapted(adapter):
+            if torch_continuous.handles(self.model):
+                return torch_continuous.generate(self.model, prompts, max_new_tokens, self.eos)
             return torch_generate.generate(self.decoder, self.shape, prompts, max_new_tokens, self.eos)
 
     def sweep_choices(

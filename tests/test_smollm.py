@@ -6,6 +6,7 @@ import torch
 
 import backends
 from backends import models as folders
+from backends import torch_continuous
 from backends.base import Recipe
 from data.embedded import generate as embedded
 from data.rendering import Renderer, example
@@ -37,6 +38,15 @@ def test_generation_is_transformers_generate(real, rows):
     prompts = rows("safe", 4)
     for found, prompt in zip(real.generate(prompts, 12), prompts, strict=True):
         np.testing.assert_array_equal(found, reference.generate(real.model, prompt, 12))
+
+
+def test_continuous_batching_says_the_same(real, rows):
+    """As on CUDA: few rows side by side, prompts cut, one response ending while others go on."""
+    prompts = rows("safe", 4) + rows("facts", 2)
+    found = torch_continuous.generate(real.model, prompts, 24, real.eos)
+    assert len({len(tokens) for tokens in found}) > 1, "all of one length"
+    for one, other in zip(found, real.generate(prompts, 24), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("head", [(0, 4), (14, 7), (29, 0)])
