@@ -10,6 +10,10 @@ allocator's own count. PCGrad keeps one gradient more, which is LoRA's size, so 
 as they do here, it needs hardly more than a plain step. It takes two gradients, so twice the time.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as backends does, and before torch is imported here
+
 import ctypes
 import dataclasses
 import gc
