@@ -35,8 +35,10 @@ MEAN_OF = {
 """benchmarks of the paper's averages: no other average compares with them"""
 M = 4
 """buckets of the paper"""
-MAP_TABLES = {("mmlu_calibration", 100): 10, ("gsm8k_calibration", 100): 11}
-"""(pool, rows) of another map -> the paper's table of its buckets"""
+MAP_TABLES = {"mmlu_calibration": 10, "gsm8k_calibration": 11}
+"""pool of another map -> the paper's table of its buckets"""
+MAP_ROWS = 100
+"""rows of the paper's other maps: with another number its printed scores do not compare"""
 UNITS = "Scores and their standard deviations over seeds (_std) in percent."
 RATIOS = "Cost ratios: Eq. 7 and 8 on the averaged scores; their _std is that of the seeds' own ratios."
 
@@ -106,7 +108,8 @@ def all_tables(run: Run, others: Mapping[str, Map], found: Sequence[dict]) -> li
     """
     made = [main_table(run, 1, ("sft",)), main_table(run, 2, ("pcgrad", "pcgrad-symmetric"))]
     made += [bucket_table(run), correlation_table(run, found), ratio_table(run)]
-    made += [map_table(run, one) for one in others.values()]
+    first = {one.pool: one.name for one in reversed(others.values())}
+    made += [map_table(run, one, first[one.pool] == one.name) for one in others.values()]
     made.append(finer_table(run))
     shown = {(row["arm"], row["optimizer"]) for table in made if table for row in table.rows if "arm" in row}
     made.append(rest_table(run, shown))
@@ -160,16 +163,21 @@ def ratio_table(run: Run) -> Table | None:
     return build(run, "table9", title, ("selection", "percent"), entries, 9, ablation=True)
 
 
-def map_table(run: Run, one: Map) -> Table | None:
-    """Tables 10 and 11, and their like: buckets of the map from other utility rows."""
-    number = MAP_TABLES.get((one.pool, one.rows))
+def map_table(run: Run, one: Map, first: bool = True) -> Table | None:
+    """Tables 10 and 11, and their like: buckets of the map from other utility rows.
+
+    Args:
+        first: of the run's maps from that pool, which alone takes the paper's number.
+    """
+    number = MAP_TABLES.get(one.pool) if first else None
     entries = [
         Entry(_bucket(bucket, run.m, "C", one.name), {"map": one.name, "bucket": bucket}, {"bucket": bucket})
         for bucket in range(1, run.m + 1)
     ]
     name, head = (f"table{number}", f"Table {number}: ") if number else (f"table_map_{one.name}", "")
     title = f"{head}{'b' if head else 'B'}uckets of map {one.name} ({one.rows} rows of {one.pool})"
-    return build(run, name, title, ("bucket",), entries, number, ablation=True, costly=True)
+    printed = number if one.rows == MAP_ROWS else None
+    return build(run, name, title, ("bucket",), entries, printed, ablation=True, costly=True)
 
 
 def finer_table(run: Run) -> Table | None:

@@ -209,14 +209,19 @@ def test_rows_that_the_paper_lacks_are_told():
     assert not tables.ratio_table(run_of("qwen", PAPER_SIDES))  # no ratio was tuned
 
 
-def test_maps_are_the_papers_by_pool_and_rows():
+def test_maps_are_the_papers_by_pool_and_compare_by_rows():
     run = run_of("qwen", PAPER_SIDES)
     run.means["bucket2@m", "sft"] = run.means["full", "sft"] | {"arm": "bucket2@m"}
-    names = {
-        tables.map_table(run, Map("m", pool, rows)).name: (pool, rows)
-        for pool, rows in (("mmlu_calibration", 100), ("gsm8k_calibration", 100), ("mmlu_calibration", 20))
-    }
-    assert list(names) == ["table10", "table11", "table_map_m"]
+    for pool, rows, first, name in (
+        ("mmlu_calibration", 100, True, "table10"),
+        ("gsm8k_calibration", 100, True, "table11"),
+        ("mmlu_calibration", 20, True, "table10"),
+        ("mmlu_calibration", 20, False, "table_map_m"),
+        ("embedded/util", 100, True, "table_map_m"),
+    ):
+        assert tables.map_table(run, Map("m", pool, rows), first).name == name
+    (fewer,) = tables.map_table(run, Map("m", "mmlu_calibration", 20)).rows
+    assert not any(name.startswith("paper") for name in fewer)
     (row,) = tables.map_table(run, Map("m", "mmlu_calibration", 100)).rows
     assert row["paper_gsm8k"] == 58.8 and row["bucket"] == 2
 
