@@ -6,7 +6,7 @@
 Benchmarks are drawn first, then the calibration sets, then alignment; each leaves out the entries of those
 before it, so no row that is trained on or calibrated with is scored. Writes calibration.parquet (role util,
 safe, or another map's name), alignment.parquet (role = data type) and benchmarks.parquet (role = benchmark),
-all under artifacts.EXAMPLES.
+all under schemas.EXAMPLES.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from data import benchmarks as registry
 from data.examples import Record
 from data.jsonl import DATA_TYPES
 from data.rendering import Renderer
-from stages import arms, artifacts, cli, drawing, maps, presets
+from stages import arms, artifacts, cli, drawing, maps, presets, schemas
 
 NAME = "01_calibrate"
 USES = [
@@ -186,7 +186,7 @@ def main(settings: presets.Settings) -> None:
         drawn = collect(settings, pools, renderer)
         written = tables(renderer, drawn)
         for name, rows in written.items():
-            stage.write(f"{name}.parquet", rows, artifacts.EXAMPLES)
+            stage.write(f"{name}.parquet", rows, schemas.EXAMPLES)
         standins = sorted(pool for pool, source in pools.provenance.items() if source["standin"])
         if standins:
             stage.warn(f"stand-ins, not the published sets: {', '.join(standins)}; no score on them compares")

@@ -12,7 +12,7 @@ import numpy as np
 
 from backends.base import Shape
 from data.rendering import example
-from stages import artifacts, cli, maps, metrics, presets
+from stages import artifacts, cli, maps, metrics, presets, schemas
 from stages import gram as gram_formulas
 from stages.loading import load_backend
 from stages.locks import parse_shard
@@ -55,7 +55,7 @@ def main(settings: presets.Settings) -> None:
     with artifacts.open_stage(settings.folder, NAME, uses, [CALIBRATION], shard=shard) as stage:
         if stage.finished:
             return
-        rows = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
+        rows = artifacts.read_input(settings.folder, CALIBRATION, schemas.EXAMPLES).to_pylist()
         presets.remember(settings)
         backend = load_backend(settings, stage)
         shape, folds = backend.shape, settings.folds
@@ -76,16 +76,16 @@ def main(settings: presets.Settings) -> None:
                     for layer, heads in zip(blocks[name][unit], found, strict=True)
                     for head, matrix in enumerate(heads)
                 ]
-                stage.write_part(unit, told, artifacts.GRAM)
+                stage.write_part(unit, told, schemas.GRAM)
         if not stage.gathers([unit for name in names for unit in blocks[name]]):
             return
         notes = {}
         for number, name in enumerate(names):
-            matrices = stage.read_parts(list(blocks[name]), artifacts.GRAM)["gram"].to_pylist()
+            matrices = stage.read_parts(list(blocks[name]), schemas.GRAM)["gram"].to_pylist()
             gram = np.array(matrices).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds)
             generator = np.random.default_rng([settings.seed, 2, number] if name else [settings.seed, 2])
             table = conflict_rows(gram, folds, generator, settings.resamples)
-            stage.write(maps.file("gradients", name), table, artifacts.GRADIENTS)
+            stage.write(maps.file("gradients", name), table, schemas.GRADIENTS)
             if zero := sum(row["norm_safe"] == 0 or row["norm_util"] == 0 for row in table):
                 stage.warn(f"{zero} heads have no gradient at all: their O is 0.5 by convention")
             conflict = np.array([row["conflict"] for row in table])

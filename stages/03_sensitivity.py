@@ -24,7 +24,7 @@ from backends.progress import TIME_LEFT, progress
 from data.judges import KEYWORD_JUDGE_VERSION, keyword_refusal
 from data.rendering import example
 from data.scoring import verdict
-from stages import artifacts, bootstrap, cli, maps, metrics, presets
+from stages import artifacts, bootstrap, cli, maps, metrics, presets, schemas
 from stages import gram as gram_formulas
 from stages.loading import load_backend
 from stages.locks import parse_shard
@@ -104,7 +104,7 @@ def map_rows(
     """The rows of heads.parquet, and what the manifest tells of the map.
 
     Args:
-        gradients: of artifacts.GRADIENTS.
+        gradients: of schemas.GRADIENTS.
         correct, refused: (clean [N], silenced [L, H, N]), bool, of D_util and D_safe.
     """
     shape, resamples = correct[1].shape[:2], settings.resamples
@@ -147,9 +147,9 @@ def main(settings: presets.Settings) -> None:
     with artifacts.open_stage(settings.folder, NAME, uses, reads, shard=shard) as stage:
         if stage.finished:
             return
-        rows = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
+        rows = artifacts.read_input(settings.folder, CALIBRATION, schemas.EXAMPLES).to_pylist()
         gradients = {
-            name: artifacts.read_input(settings.folder, relative, artifacts.GRADIENTS)
+            name: artifacts.read_input(settings.folder, relative, schemas.GRADIENTS)
             for name, relative in zip(names, reads[1:], strict=True)
         }
         presets.remember(settings)
@@ -232,21 +232,21 @@ def main(settings: presets.Settings) -> None:
         )
         outputs = {}
         if chosen:
-            outputs["choices"] = artifacts.SWEEP_CHOICES
-            sweep_choices(artifacts.SWEEP_CHOICES)
+            outputs["choices"] = schemas.SWEEP_CHOICES
+            sweep_choices(schemas.SWEEP_CHOICES)
         if written:
-            outputs["answers"] = artifacts.SWEEP_ANSWERS
+            outputs["answers"] = schemas.SWEEP_ANSWERS
             sweep_text(
                 "answers",
-                artifacts.SWEEP_ANSWERS,
+                schemas.SWEEP_ANSWERS,
                 written,
                 settings.util_tokens,
                 lambda row, text: {"correct": right(row["scoring"], text, row["target"])},
             )
-        outputs["generations"] = artifacts.SWEEP_GENERATIONS
+        outputs["generations"] = schemas.SWEEP_GENERATIONS
         sweep_text(
             "generations",
-            artifacts.SWEEP_GENERATIONS,
+            schemas.SWEEP_GENERATIONS,
             safe,
             settings.sweep_tokens,
             lambda row, text: {"refused": refuses(text)},
@@ -274,7 +274,7 @@ def main(settings: presets.Settings) -> None:
             table, notes[name] = map_rows(
                 gradients[name], (correct[0][own], correct[1][..., own]), refused, generator, settings
             )
-            stage.write(maps.file("heads", name), table, artifacts.HEADS)
+            stage.write(maps.file("heads", name), table, schemas.HEADS)
             told, base = f"map {name}: " if name else "", notes[name]["base"]
             for kind, rate in base.items():
                 if not FLOOR <= rate <= CEILING and (kind == "accuracy" or not name):

@@ -21,7 +21,7 @@ from backends.base import Backend, Head, Recipe, Shape
 from backends.progress import progress
 from data.examples import Example
 from data.rendering import example
-from stages import arms, artifacts, cli, maps, presets
+from stages import arms, artifacts, cli, maps, presets, schemas
 from stages.loading import load_backend
 from stages.locks import parse_shard
 
@@ -96,13 +96,13 @@ def tune(
         f"{unit}: {len(heads)} heads, loss {first:.3f} -> {last:.3f}, {seconds:.0f} s, {speed:.0f} tokens/s"
     )
     stage.write_part(
-        unit, records, artifacts.TRAINING, seconds=round(seconds, 2), tokens_per_second=round(speed, 1)
+        unit, records, schemas.TRAINING, seconds=round(seconds, 2), tokens_per_second=round(speed, 1)
     )
     checkpoint.unlink(missing_ok=True)
 
 
 def head_map(table: pa.Table, shape: Shape) -> arms.HeadMap:
-    """What arms are chosen by, [L, H] each, from a table of artifacts.HEADS."""
+    """What arms are chosen by, [L, H] each, from a table of schemas.HEADS."""
     names = ("conflict", "sensitivity", "score")
     return arms.HeadMap(**{name: table[name].to_numpy().reshape(shape.layers, shape.heads) for name in names})
 
@@ -115,9 +115,9 @@ def main(settings: presets.Settings) -> None:
     with artifacts.open_stage(settings.folder, NAME, uses, reads, 0.5, shard) as stage:
         if stage.finished:
             return
-        rows = artifacts.read_input(settings.folder, ALIGNMENT, artifacts.EXAMPLES).to_pylist()
-        calibration = artifacts.read_input(settings.folder, CALIBRATION, artifacts.EXAMPLES).to_pylist()
-        tables = [artifacts.read_input(settings.folder, relative, artifacts.HEADS) for relative in reads[2:]]
+        rows = artifacts.read_input(settings.folder, ALIGNMENT, schemas.EXAMPLES).to_pylist()
+        calibration = artifacts.read_input(settings.folder, CALIBRATION, schemas.EXAMPLES).to_pylist()
+        tables = [artifacts.read_input(settings.folder, relative, schemas.HEADS) for relative in reads[2:]]
         presets.remember(settings)
         backend = load_backend(settings, stage)
         shape = backend.shape
@@ -167,8 +167,8 @@ def main(settings: presets.Settings) -> None:
                     "mean_score": float(own.score[at].mean()),
                 }
             )
-        training = stage.gather("training.parquet", list(units), artifacts.TRAINING)
-        stage.write("arms.parquet", table, artifacts.ARMS)
+        training = stage.gather("training.parquet", list(units), schemas.TRAINING)
+        stage.write("arms.parquet", table, schemas.ARMS)
         stage.finish(
             arms=len(units), steps=training.num_rows, tokens=int(training["tokens"].to_numpy().sum())
         )

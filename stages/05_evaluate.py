@@ -23,7 +23,7 @@ from backends.progress import progress
 from data import benchmarks as registry
 from data.judges import KEYWORD_JUDGE_VERSION
 from data.rendering import example
-from stages import artifacts, classifier, cli, judging, metrics, presets
+from stages import artifacts, classifier, cli, judging, metrics, presets, schemas
 from stages.loading import load_backend
 from stages.locks import parse_shard
 
@@ -79,8 +79,8 @@ def generate(
             labels | {"benchmark": name, "example_id": row["example_id"], "prompt": row["prompt"]} | answer
             for row, answer in zip(rows[name], answers, strict=True)
         ]
-        outputs = pa.Table.from_pylist(told, schema=artifacts.OUTPUTS)
-        stage.write_part(unit, outputs, artifacts.OUTPUTS, seconds=round(seconds, 2))
+        outputs = pa.Table.from_pylist(told, schema=schemas.OUTPUTS)
+        stage.write_part(unit, outputs, schemas.OUTPUTS, seconds=round(seconds, 2))
         verdicts = judging.judged(outputs, rows[name], asked[name].benchmark)["verdict"].to_numpy()
         bar.set_postfix_str(f"{unit} {verdicts.mean():.3f}")
     del backend
@@ -98,8 +98,8 @@ def main(settings: presets.Settings) -> None:
     with artifacts.open_stage(settings.folder, NAME, uses, reads, shard=shard, noted=judge) as stage:
         if stage.finished and not stage.outdated:
             return
-        benchmark_rows = artifacts.read_input(settings.folder, BENCHMARKS, artifacts.EXAMPLES).to_pylist()
-        arms = artifacts.read_input(settings.folder, ARMS, artifacts.ARMS).to_pylist()
+        benchmark_rows = artifacts.read_input(settings.folder, BENCHMARKS, schemas.EXAMPLES).to_pylist()
+        arms = artifacts.read_input(settings.folder, ARMS, schemas.ARMS).to_pylist()
         for relative in reads[2:]:
             if artifacts.sha256(settings.folder / relative) != stage.inputs[relative]:
                 raise InputError(
@@ -122,9 +122,9 @@ def main(settings: presets.Settings) -> None:
         }
         if stage.finished:
             stage.say(f"judged otherwise ({stage.outdated}): the kept responses are judged again")
-            kept = artifacts.read_table(stage.folder / "responses.parquet", artifacts.RESPONSES)
-            parts = judging.split(kept.select(artifacts.OUTPUTS.names), units, rows)
-            stage.reopen(parts, artifacts.OUTPUTS, "responses.parquet")
+            kept = artifacts.read_table(stage.folder / "responses.parquet", schemas.RESPONSES)
+            parts = judging.split(kept.select(schemas.OUTPUTS.names), units, rows)
+            stage.reopen(parts, schemas.OUTPUTS, "responses.parquet")
         generate(stage, settings, units, rows, asked)
         requests = [unit for unit, (_, _, name) in units.items() if asked[name].benchmark.side != "utility"]
         classified = classifier.classify(stage, settings, requests) if judge["classifier"] else {}
@@ -133,10 +133,10 @@ def main(settings: presets.Settings) -> None:
 
         responses, scores, unclear = [], [], 0
         for unit, (labels, _, name) in progress(units.items(), desc="judging", unit="unit"):
-            outputs = stage.read_parts([unit], artifacts.OUTPUTS)
+            outputs = stage.read_parts([unit], schemas.OUTPUTS)
             words = None
             if unit in classified:
-                words = stage.read_parts([classified[unit]], artifacts.CLASSIFIED)
+                words = stage.read_parts([classified[unit]], schemas.CLASSIFIED)
                 unclear += words.num_rows - int(words["clear"].to_numpy().sum())
             table = judging.judged(outputs, rows[name], asked[name].benchmark, words)
             responses.append(table)
@@ -151,8 +151,8 @@ def main(settings: presets.Settings) -> None:
             stage.say(f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}: {summary}")
         if unclear:
             stage.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
-        stage.write("responses.parquet", pa.concat_tables(responses), artifacts.RESPONSES)
-        stage.write("scores.parquet", scores, artifacts.SCORES)
+        stage.write("responses.parquet", pa.concat_tables(responses), schemas.RESPONSES)
+        stage.write("scores.parquet", scores, schemas.SCORES)
         stage.finish(**judge, responses=sum(table.num_rows for table in responses))
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from backends import files
 from backends.errors import InputError
 from data import benchmarks as registry
-from stages import (
+from stages import artifacts, cli, maps, presets, schemas
+from stages.arms import HeadMap
+from stages.auditing import comparison
+from stages.reporting import (
     answers,
-    artifacts,
-    cli,
-    comparison,
     correlations,
     costs,
     failures,
@@ -26,15 +26,12 @@ from stages import (
     figures,
     findings,
     map_tables,
-    maps,
-    presets,
     report,
     side_by_side,
     tables,
     trade_offs,
     verdicts,
 )
-from stages.arms import HeadMap
 
 NAME = "06_correlate"
 USES = ["seed", "buckets", "variant", "resamples", "maps", "util_source"]
@@ -90,12 +87,12 @@ def main(settings: presets.Settings) -> None:
         if stage.finished:
             return
         run, m = settings.folder, settings.buckets
-        benchmark_rows = artifacts.read_input(run, BENCHMARKS, artifacts.EXAMPLES)
+        benchmark_rows = artifacts.read_input(run, BENCHMARKS, schemas.EXAMPLES)
         head_tables = {
-            name: artifacts.read_input(run, heads_file(name), artifacts.HEADS) for name in (maps.OWN, *others)
+            name: artifacts.read_input(run, heads_file(name), schemas.HEADS) for name in (maps.OWN, *others)
         }
-        arms = artifacts.read_input(run, ARMS, artifacts.ARMS).to_pylist()
-        scores = artifacts.read_input(run, SCORES, artifacts.SCORES).to_pylist()
+        arms = artifacts.read_input(run, ARMS, schemas.ARMS).to_pylist()
+        scores = artifacts.read_input(run, SCORES, schemas.SCORES).to_pylist()
         given = answers.read(run)
         manifests = {name: artifacts.stage_manifest(run, name) for name in report.STAGES}
         stage.begin()

@@ -21,8 +21,9 @@ from backends.errors import InputError
 from data.examples import Record
 from data.jsonl import normalise
 from data.rendering import Renderer
-from stages import arms, artifacts, audit_checks, audit_weights
-from stages.audit_run import GROUPS, Finding, Run, finding
+from stages import arms, artifacts, schemas
+from stages.auditing import audit_checks, audit_weights
+from stages.auditing.audit_run import GROUPS, Finding, Run, finding
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate")
 RUN_FILE = "run.json"
@@ -110,7 +111,7 @@ def expected(run: Run, stage: str, file: str) -> bool:
     return file in required(run, stage)
 
 
-def schemas(run: Run) -> list[Finding]:
+def columns(run: Run) -> list[Finding]:
     """Every table has the columns and the schema id of its kind."""
     faults = []
     for relative in run.tables:
@@ -118,7 +119,7 @@ def schemas(run: Run) -> list[Finding]:
             run.table(relative)
         except InputError as error:
             faults.append(str(error))
-    return [finding("parquet schemas", faults, f"{len(run.tables)} tables under {artifacts.SCHEMA_VERSION}")]
+    return [finding("parquet schemas", faults, f"{len(run.tables)} tables under {schemas.SCHEMA_VERSION}")]
 
 
 def manifests(run: Run) -> list[Finding]:
@@ -131,14 +132,14 @@ def manifests(run: Run) -> list[Finding]:
             continue
         mistyped = [name for name, kind in FIELDS.items() if not isinstance(manifest[name], kind)]
         faults += [f"{where}: {name} is of another type" for name in mistyped]
-        for name, value in {"schema": artifacts.SCHEMA_VERSION, "stage": stage}.items():
+        for name, value in {"schema": schemas.SCHEMA_VERSION, "stage": stage}.items():
             if manifest[name] != value:
                 faults.append(f"{where}: {name} is {manifest[name]!r}, not {value!r}")
     for relative in (RUN_FILE, *(f"{stage}/{artifacts.MANIFEST}" for stage in STAGES)):
         text = (run.folder / relative).read_text(encoding="utf-8")
         if text != json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n":
             faults.append(f"{relative} was edited: it is not laid out as the program writes it")
-    return [finding("manifests", faults, f"{len(STAGES)} under {artifacts.SCHEMA_VERSION}, all fields")]
+    return [finding("manifests", faults, f"{len(STAGES)} under {schemas.SCHEMA_VERSION}, all fields")]
 
 
 def settings(run: Run) -> list[Finding]:
@@ -261,7 +262,7 @@ def tokens(run: Run) -> list[Finding]:
 
 
 def unlike_rendered(renderer: Renderer, row: dict) -> list[str]:
-    """Columns of a row of artifacts.EXAMPLES that rendering its own text again does not give."""
+    """Columns of a row of schemas.EXAMPLES that rendering its own text again does not give."""
     answer = row["answer"] if row["choices"] else -1
     names = ("example_id", "source", "entry", "role", "prompt", "target", "scoring")
     record = Record(**{name: row[name] for name in names}, choices=tuple(row["choices"]), answer=answer)
@@ -276,7 +277,7 @@ def unlike_rendered(renderer: Renderer, row: dict) -> list[str]:
 
 CHECKS: tuple[Callable[[Run], list[Finding]], ...] = (
     files,
-    schemas,
+    columns,
     manifests,
     settings,
     chain,

@@ -8,7 +8,7 @@ from backends.errors import InputError
 from backends.progress import progress
 from data import wildguard
 from data.examples import Example
-from stages import artifacts
+from stages import artifacts, schemas
 from stages.settings import Settings
 
 
@@ -38,7 +38,7 @@ def classify(stage: artifacts.Stage, settings: Settings, units: list[str]) -> di
     backend = backends.load("torch", folder, dtype=settings.dtype, device=settings.device)
     tokenizer = models.load_tokenizer(folder, chat=False)
     for name in progress(left, desc="classifier", unit="unit"):
-        outputs = stage.read_parts([unit_of[name]], artifacts.OUTPUTS)
+        outputs = stage.read_parts([unit_of[name]], schemas.OUTPUTS)
         asked = []
         for example_id, request, response in zip(
             *(outputs[column].to_pylist() for column in ("example_id", "prompt", "output")), strict=True
@@ -54,5 +54,5 @@ def classify(stage: artifacts.Stage, settings: Settings, units: list[str]) -> di
         for one in answers:
             said = {"refusal": one.refusal, "harmful": one.harmful_response} if one else {}
             words.append({"clear": one is not None, "refusal": None, "harmful": None} | said)
-        stage.write_part(name, words, artifacts.CLASSIFIED)
+        stage.write_part(name, words, schemas.CLASSIFIED)
     return names

@@ -18,9 +18,9 @@ import numpy as np
 import backends
 from backends import models
 from backends.errors import InputError
-from stages import comparison, near_ties
-from stages.audit_run import Run
-from stages.comparison import Row
+from stages.auditing import comparison, near_ties
+from stages.auditing.audit_run import Run
+from stages.auditing.comparison import Row
 
 MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 HEADINGS = ("", "quantity", "compared", "largest", "mean", "rank r", "equal", "tolerance", "")

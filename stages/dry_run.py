@@ -24,7 +24,7 @@ from backends.errors import InputError
 from data import benchmarks as registry
 from data.examples import Example
 from data.rendering import example
-from stages import arms, artifacts, drawing, maps, presets
+from stages import arms, artifacts, drawing, maps, presets, schemas
 
 ROWS = 8
 """examples that are timed, of each kind"""
@@ -65,7 +65,7 @@ def run_rows(settings: presets.Settings) -> Rows:
         names = ("calibration", "alignment", "benchmarks")
         tables = {
             name: artifacts.read_input(
-                settings.folder, f"01_calibrate/{name}.parquet", artifacts.EXAMPLES
+                settings.folder, f"01_calibrate/{name}.parquet", schemas.EXAMPLES
             ).to_pylist()
             for name in names
         }

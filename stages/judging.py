@@ -6,20 +6,20 @@ import pyarrow as pa
 
 from data.benchmarks import Benchmark
 from data.scoring import Judgement, judge
-from stages import artifacts
+from stages import schemas
 
-COLUMNS = [name for name in artifacts.RESPONSES.names if name not in artifacts.OUTPUTS.names]
+COLUMNS = [name for name in schemas.RESPONSES.names if name not in schemas.OUTPUTS.names]
 """what judging adds to an output"""
 
 
 def judged(
     outputs: pa.Table, rows: Sequence[dict], benchmark: Benchmark, words: pa.Table | None = None
 ) -> pa.Table:
-    """A unit's outputs under artifacts.RESPONSES.
+    """A unit's outputs under schemas.RESPONSES.
 
     Args:
-        outputs: of artifacts.OUTPUTS, one for each of `rows` (of artifacts.EXAMPLES), in their order.
-        words: the classifier's (artifacts.CLASSIFIED) on the same outputs; its refusals are then the
+        outputs: of schemas.OUTPUTS, one for each of `rows` (of schemas.EXAMPLES), in their order.
+        words: the classifier's (schemas.CLASSIFIED) on the same outputs; its refusals are then the
             verdicts. What it gave no clear answer to is no refusal.
     """
     columns: dict[str, list] = {name: [] for name in COLUMNS}
@@ -34,11 +34,9 @@ def judged(
         columns["harmful"].append(word["harmful"])
         for name in ("refused", "steps", "strict", "flexible"):
             columns[name].append(getattr(found, name))
-    arrays = {
-        name: pa.array(values, artifacts.RESPONSES.field(name).type) for name, values in columns.items()
-    }
+    arrays = {name: pa.array(values, schemas.RESPONSES.field(name).type) for name, values in columns.items()}
     whole = {name: outputs[name] for name in outputs.column_names} | arrays
-    return pa.table([whole[name] for name in artifacts.RESPONSES.names], schema=artifacts.RESPONSES)
+    return pa.table([whole[name] for name in schemas.RESPONSES.names], schema=schemas.RESPONSES)
 
 
 def split(
@@ -47,5 +45,5 @@ def split(
     """A stage's outputs by unit again, in the order in which they were joined."""
     first = 0
     for unit, (_, _, name) in units.items():
-        yield unit, outputs.slice(first, len(rows[name])).replace_schema_metadata(artifacts.OUTPUTS.metadata)
+        yield unit, outputs.slice(first, len(rows[name])).replace_schema_metadata(schemas.OUTPUTS.metadata)
         first += len(rows[name])

@@ -29,7 +29,7 @@ from backends import models
 from backends.base import Backend, Head, Shape
 from data.examples import Example
 from data.rendering import example
-from stages import artifacts
+from stages import artifacts, schemas
 from tests import reference
 
 SHAPES = {
@@ -77,9 +77,7 @@ class Options:
 
 def real(options: Options) -> tuple[Backend, torch.nn.Module, list[Example], list[Example]]:
     """The model and the first calibration rows of a run."""
-    rows = artifacts.read_input(
-        options.run, "01_calibrate/calibration.parquet", artifacts.EXAMPLES
-    ).to_pylist()
+    rows = artifacts.read_input(options.run, "01_calibrate/calibration.parquet", schemas.EXAMPLES).to_pylist()
     settings = artifacts.stage_manifest(options.run, "01_calibrate")["settings"]
     folder = models.local_folder(settings["model"], settings.get("revision", ""))
     backend = backends.load(options.backend, folder, dtype=options.dtype, device=options.device)

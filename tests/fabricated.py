@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stages import arms, artifacts, families, maps, metrics, presets
+from stages import arms, artifacts, maps, metrics, presets, schemas
+from stages.reporting import families
 
 SIDES = {
     "facts": "utility",
@@ -88,7 +89,7 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
     }
     finish(
         "01_calibrate",
-        {"benchmarks.parquet": (_examples(like), artifacts.EXAMPLES)},
+        {"benchmarks.parquet": (_examples(like), schemas.EXAMPLES)},
         sources=sources,
         standins=list(like.standins),
         tokenizer="1" * 64,
@@ -99,7 +100,7 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
     drawn = {name: _map(like, random) for name in names}
     finish(
         "03_sensitivity",
-        {maps.file("heads", name): (rows, artifacts.HEADS) for name, (_, rows) in drawn.items()},
+        {maps.file("heads", name): (rows, schemas.HEADS) for name, (_, rows) in drawn.items()},
         base={"accuracy": 0.75, "refusal_rate": 0.5},
         ranks_rest_on={"distinct_gen": 9, "distinct_safe": 6, "tied_gen": 0.95, "tied_safe": 0.99},
         mean_probability_of_own_bucket=like.own_probability,
@@ -107,7 +108,7 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
 
     ranked = {name: one for name, (one, _) in drawn.items()}
     tuned = [_arm(unit, ranked, like.m) for unit in arms.units(settings)]
-    finish("04_align", {"arms.parquet": (tuned, artifacts.ARMS)})
+    finish("04_align", {"arms.parquet": (tuned, schemas.ARMS)})
 
     responses, scores = [], []
     for row in ({"arm": "base", "optimizer": "none", "seed": -1}, *tuned):
@@ -121,7 +122,7 @@ def fabricate(run: Path, like: Fabricated) -> presets.Settings:
             scores.append(labels | one | {"score_low": low, "score_high": high})
     finish(
         "05_evaluate",
-        {"responses.parquet": (responses, artifacts.RESPONSES), "scores.parquet": (scores, artifacts.SCORES)},
+        {"responses.parquet": (responses, schemas.RESPONSES), "scores.parquet": (scores, schemas.SCORES)},
         judge="2",
         classifier=like.classifier,
     )

@@ -5,8 +5,8 @@ import importlib
 import shutil
 from pathlib import Path
 
-from stages import artifacts, audit, presets
-from stages.audit_run import SWEPT, TABLES
+from stages import artifacts, audit, presets, schemas
+from stages.auditing.audit_run import SWEPT, TABLES
 
 SETTINGS = dataclasses.replace(
     presets.preset_settings("tiny"),
@@ -73,6 +73,6 @@ def failures(run: Path, capsys) -> list[str]:
     failed = [line for line in printed.splitlines() if line.startswith("FAIL ")]
     assert code == (1 if failed else 0)
     for relative in (BENCHMARKS, CALIBRATION):
-        for row in artifacts.read_table(run / relative, artifacts.EXAMPLES).to_pylist():
+        for row in artifacts.read_table(run / relative, schemas.EXAMPLES).to_pylist():
             assert row["prompt"] not in printed
     return failed

@@ -9,13 +9,13 @@ import pytest
 
 from backends import files
 from backends.errors import InputError
-from stages import artifacts
+from stages import artifacts, schemas
 from tests.conftest import ROOT
 
 ROWS = [
     {"layer": 0, "head": number, "example_id": "a", "prediction": 5, "correct": True} for number in range(3)
 ]
-SCHEMA = artifacts.SWEEP_CHOICES
+SCHEMA = schemas.SWEEP_CHOICES
 SETTINGS = {"seed": 1, "rank": 4}
 
 
@@ -108,7 +108,7 @@ def test_damage_is_named(scratch, damage):
 def test_unreadable_manifest_and_wrong_schema_are_named(scratch):
     make(scratch)
     with pytest.raises(InputError, match="has not the columns of cast-1/heads"):
-        artifacts.read_input(scratch, "03_sensitivity/table.parquet", artifacts.HEADS)
+        artifacts.read_input(scratch, "03_sensitivity/table.parquet", schemas.HEADS)
     (scratch / "03_sensitivity/manifest.json").write_text("{")
     with pytest.raises(InputError, match="manifest.json cannot be read"):
         make(scratch)

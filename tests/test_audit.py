@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from backends.errors import InputError
-from stages import artifacts, audit, presets
-from stages.audit_run import TABLES
+from stages import artifacts, audit, presets, schemas
+from stages.auditing.audit_run import TABLES
 from tests.conftest import ROOT
 from tests.tampering import (
     ADAPTER,
@@ -158,8 +158,8 @@ def test_a_file_of_no_stage_fails_though_listed(run, capsys):
 def test_a_stage_made_from_other_files_fails(run, capsys):
     """The manifest of 04 is right about its own files, but they come from another map."""
     path = run / HEADS
-    rows = artifacts.read_table(path, artifacts.HEADS).to_pylist()
-    artifacts.write_table(path, rows[::-1], artifacts.HEADS)
+    rows = artifacts.read_table(path, schemas.HEADS).to_pylist()
+    artifacts.write_table(path, rows[::-1], schemas.HEADS)
     digest = artifacts.sha256(path)
     edit_manifest(run, "03_sensitivity", lambda manifest: manifest["outputs"].update({path.name: digest}))
     failed = "\n".join(failures(run, capsys))

@@ -14,8 +14,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from stages import artifacts, audit, audit_checks, audit_weights, costs
-from stages.audit_run import BASE
+from stages import artifacts, audit, schemas
+from stages.auditing import audit_checks, audit_weights
+from stages.auditing.audit_run import BASE
+from stages.reporting import costs
 from tests.tampering import (
     ADAPTER,
     ARMS,
@@ -58,7 +60,7 @@ def test_an_edited_gradient_fails(run, column, capsys):
 
 def test_a_changed_refusal_in_the_sweep_fails(run, capsys):
     edit(run, GENERATIONS, lambda rows: rows[30].update(refused=not rows[30]["refused"]))
-    row = artifacts.read_table(run / GENERATIONS, artifacts.SWEEP_GENERATIONS).to_pylist()[30]
+    row = artifacts.read_table(run / GENERATIONS, schemas.SWEEP_GENERATIONS).to_pylist()[30]
     place = (row["layer"], row["head"], row["example_id"])
     assert any(f"{place}: refused is {row['refused']}" in line for line in failures(run, capsys))
 
@@ -112,7 +114,7 @@ def test_an_edited_score_fails(run, capsys):
 
 def test_an_edited_verdict_fails(run, capsys):
     edit(run, RESPONSES, lambda rows: rows[20].update(verdict=not rows[20]["verdict"]))
-    row = artifacts.read_table(run / RESPONSES, artifacts.RESPONSES).to_pylist()[20]
+    row = artifacts.read_table(run / RESPONSES, schemas.RESPONSES).to_pylist()[20]
     failed = failures(run, capsys)
     assert any("responses.parquet judged again" in line and row["example_id"] in line for line in failed)
 
@@ -210,7 +212,7 @@ def test_unequal_parameters_steps_rows_and_rates_fail(run, capsys):
 
 def frozen_row(run: Path) -> tuple[str, int, int]:
     """(name of B, layer, a row of it that no head of bucket4 has)."""
-    arm = artifacts.read_table(run / ARMS, artifacts.ARMS).to_pylist()[2]
+    arm = artifacts.read_table(run / ARMS, schemas.ARMS).to_pylist()[2]
     layer = arm["layers"][0]
     own = {head for at, head in zip(arm["layers"], arm["heads"], strict=True) if at == layer}
     name = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_B.weight"
@@ -269,7 +271,7 @@ def test_fewer_rows_than_asked_for_fail(run, capsys):
 
 @pytest.mark.parametrize("key", ["entry", "example_id", "prompt"])
 def test_a_row_shared_by_calibration_and_benchmarks_fails(run, key, capsys):
-    row = artifacts.read_table(run / CALIBRATION, artifacts.EXAMPLES).to_pylist()[0]
+    row = artifacts.read_table(run / CALIBRATION, schemas.EXAMPLES).to_pylist()[0]
     value = f"  {row['prompt'].upper()}!" if key == "prompt" else row[key]
     edit(run, BENCHMARKS, lambda rows: rows[3].update({key: value}))
     what = "normalised prompt" if key == "prompt" else key
@@ -288,7 +290,7 @@ def test_a_row_shared_by_calibration_and_benchmarks_fails(run, key, capsys):
 )
 def test_other_tokens_fail(run, column, change, capsys):
     edit(run, CALIBRATION, lambda rows: rows[2].update({column: change(rows[2][column])}))
-    example_id = artifacts.read_table(run / CALIBRATION, artifacts.EXAMPLES).to_pylist()[2]["example_id"]
+    example_id = artifacts.read_table(run / CALIBRATION, schemas.EXAMPLES).to_pylist()[2]["example_id"]
     failed = [line for line in failures(run, capsys) if line.startswith("FAIL token ids")]
     assert len(failed) == 1 and f"calibration {example_id}" in failed[0]
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from backends.errors import InputError
-from stages import artifacts, audit, compare, comparison
+from stages import artifacts, audit, compare, schemas
+from stages.auditing import comparison
 from tests.conftest import ROOT
 from tests.tampering import (
     ADAPTER,
@@ -58,7 +59,7 @@ def lines_of(one: Path, other: Path, capsys) -> tuple[int, dict[str, str]]:
     capsys.readouterr()
     code = compare.main(one, other)
     printed = capsys.readouterr().out
-    for row in artifacts.read_table(one / CALIBRATION, artifacts.EXAMPLES).to_pylist():
+    for row in artifacts.read_table(one / CALIBRATION, schemas.EXAMPLES).to_pylist():
         assert row["prompt"] not in printed
     lines = printed.splitlines()[3:-1]
     return code, {line[6:].split("  ")[0]: line for line in lines}
@@ -170,7 +171,7 @@ def test_a_difference_that_is_no_near_tie_is_named_with_its_place(torch_run, cha
 
     edit(changed, GENERATIONS, change)
     code, lines = lines_of(torch_run, changed, capsys)
-    row = artifacts.read_table(changed / GENERATIONS, artifacts.SWEEP_GENERATIONS).to_pylist()[-1]
+    row = artifacts.read_table(changed / GENERATIONS, schemas.SWEEP_GENERATIONS).to_pylist()[-1]
     place = f"{row['example_id']}, layer 2 head 3 silenced, after 2 tokens"
     assert code == 1 and lines["near-ties"].startswith("FAIL") and place in lines["near-ties"]
 
@@ -251,7 +252,7 @@ def test_the_table_of_a_damaged_run_ends_with_a_line(torch_run, changed):
 
 def test_gaps_are_infinite_where_one_run_was_cut_short(torch_run, flax_run):
     one = comparison.open_run(torch_run)
-    from stages import near_ties
+    from stages.auditing import near_ties
 
     row = one.calibration["safe"][0]
     found = near_ties._first((0, 1), row, [5, 6, 7], [5, 6])

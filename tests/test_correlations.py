@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stages import correlations, costs, families
-from stages.correlations import BUCKETS, POOLED
+from stages.reporting import correlations, costs, families
+from stages.reporting.correlations import BUCKETS, POOLED
 
 
 def row(arm: str, seed: int, predicted: float, ucr: float, flag: str = "", optimizer: str = "sft") -> dict:

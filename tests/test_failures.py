@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stages import answers, artifacts, failures, side_by_side
+from stages import artifacts, schemas
+from stages.reporting import answers, failures, side_by_side
 from tests.fabricated import INJECTED, Fabricated, fabricate
 
 correlate = importlib.import_module("stages.06_correlate")
@@ -26,8 +27,8 @@ def given(path, *cells: tuple[str, str, int, str, list[dict]]) -> answers.Answer
         for arm, optimizer, seed, name, own in cells
         for at, row in enumerate(own)
     ]
-    artifacts.write_table(path, rows, artifacts.RESPONSES)
-    return answers.from_table(artifacts.read_table(path, artifacts.RESPONSES), path)
+    artifacts.write_table(path, rows, schemas.RESPONSES)
+    return answers.from_table(artifacts.read_table(path, schemas.RESPONSES), path)
 
 
 def steps(*numbers: int, **more) -> list[dict]:
@@ -129,7 +130,7 @@ def test_rows_in_any_order_of_cells_are_found(scratch):
     found = given(
         scratch / "r.parquet", ("base", "none", -1, "facts", rows), ("full", "sft", 21, "facts", rows[:2])
     )
-    table = artifacts.read_table(scratch / "r.parquet", artifacts.RESPONSES)
+    table = artifacts.read_table(scratch / "r.parquet", schemas.RESPONSES)
     mixed = answers.from_table(pa.concat_tables([table.slice(3), table.slice(0, 3)]), scratch / "r.parquet")
     assert list(mixed.cells) == [("full", "sft", 21), ("base", "none", -1)]
     for unit in found.cells:

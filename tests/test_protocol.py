@@ -12,7 +12,7 @@ import pytest
 import backends
 from backends.errors import InputError
 from data import scoring, wildguard
-from stages import arms, artifacts, audit, classifier, dry_run, judging, maps, metrics, presets
+from stages import arms, artifacts, audit, classifier, dry_run, judging, maps, metrics, presets, schemas
 from tests.public_sets import put
 
 WORKED = "gsm8k100=gsm8k_calibration:4"
@@ -160,19 +160,19 @@ def test_the_run_passes_its_audit(finished, capsys):
 
 
 def test_a_map_from_fewer_rows_of_the_same_draw_sweeps_nothing_again(finished):
-    rows = artifacts.read_input(finished, "01_calibrate/calibration.parquet", artifacts.EXAMPLES).to_pylist()
+    rows = artifacts.read_input(finished, "01_calibrate/calibration.parquet", schemas.EXAMPLES).to_pylist()
     ids = {role: [row["example_id"] for row in rows if row["role"] == role] for role in ("util", "few")}
     assert ids["few"] == ids["util"][:8]
-    sweep = artifacts.read_input(finished, "03_sensitivity/sweep_choices.parquet", artifacts.SWEEP_CHOICES)
+    sweep = artifacts.read_input(finished, "03_sensitivity/sweep_choices.parquet", schemas.SWEEP_CHOICES)
     assert sweep.num_rows == 13 * len(ids["util"])
     correct = sweep["correct"].to_numpy().reshape(13, -1)[:, :8]
-    table = artifacts.read_input(finished, "03_sensitivity/heads-few.parquet", artifacts.HEADS)
+    table = artifacts.read_input(finished, "03_sensitivity/heads-few.parquet", schemas.HEADS)
     h_gen = metrics.accuracy_change(correct[0], correct[1:].reshape(3, 4, 8))
     np.testing.assert_array_equal(table["h_gen"].to_numpy().reshape(3, 4), h_gen)
 
 
 def test_worked_problems_are_answered_in_writing(finished):
-    rows = artifacts.read_input(finished, "01_calibrate/calibration.parquet", artifacts.EXAMPLES).to_pylist()
+    rows = artifacts.read_input(finished, "01_calibrate/calibration.parquet", schemas.EXAMPLES).to_pylist()
     own = [row for row in rows if row["role"] == "gsm8k100"]
     assert len(own) == 4
     for row in own:
@@ -180,19 +180,19 @@ def test_worked_problems_are_answered_in_writing(finished):
             row["scoring"] == "boxed" and "<<" not in row["target"] and "The final answer is" in row["target"]
         )
         assert row["target_ids"] and row["prompt"].startswith("Solve the math problem step by step.")
-    sweep = artifacts.read_input(finished, "03_sensitivity/sweep_answers.parquet", artifacts.SWEEP_ANSWERS)
+    sweep = artifacts.read_input(finished, "03_sensitivity/sweep_answers.parquet", schemas.SWEEP_ANSWERS)
     assert sweep.num_rows == 13 * 4 and max(map(len, sweep["token_ids"].to_pylist())) <= SETTINGS.util_tokens
 
 
 def test_pcgrad_looks_at_the_runs_own_utility_rows(finished):
-    rows = artifacts.read_input(finished, "04_align/training.parquet", artifacts.TRAINING).to_pylist()
+    rows = artifacts.read_input(finished, "04_align/training.parquet", schemas.TRAINING).to_pylist()
     for row in rows:
         assert np.isfinite(row["cos"]) == np.isfinite(row["util_loss"]) == (row["optimizer"] == "pcgrad")
         assert row["projected"] == (row["optimizer"] == "pcgrad" and row["cos"] < 0)
 
 
 def test_ablations_are_tuned_by_sft_alone(finished):
-    table = artifacts.read_input(finished, "04_align/arms.parquet", artifacts.ARMS).to_pylist()
+    table = artifacts.read_input(finished, "04_align/arms.parquet", schemas.ARMS).to_pylist()
     assert {row["arm"] for row in table if row["optimizer"] == "pcgrad"} == {
         "full",
         "random",
@@ -207,7 +207,7 @@ def test_ablations_are_tuned_by_sft_alone(finished):
 
 
 def test_a_gold_number_is_read_in_three_ways(finished):
-    table = artifacts.read_input(finished, "05_evaluate/responses.parquet", artifacts.RESPONSES).to_pylist()
+    table = artifacts.read_input(finished, "05_evaluate/responses.parquet", schemas.RESPONSES).to_pylist()
     for row in table:
         number = row["benchmark"] == "gsm8k"
         assert (row["strict"] is not None) == (row["flexible"] is not None) == number
@@ -237,7 +237,7 @@ def test_kept_responses_are_judged_again_alone(finished, tmp_path, monkeypatch, 
     run(copy, names=["05_evaluate"])
     assert "the kept responses are judged again" in capsys.readouterr().out
     old, new = (
-        artifacts.read_table(folder / "05_evaluate/responses.parquet", artifacts.RESPONSES)
+        artifacts.read_table(folder / "05_evaluate/responses.parquet", schemas.RESPONSES)
         for folder in (finished, copy)
     )
     assert old.select(["output", "token_ids"]).equals(new.select(["output", "token_ids"]))
@@ -283,15 +283,13 @@ def test_wildguards_words_are_the_verdicts_on_requests(finished, tmp_path, monke
     folder = models.local_folder("random/tiny")
     benchmark = {
         row["example_id"]: row["role"]
-        for row in artifacts.read_input(
-            copy, "01_calibrate/benchmarks.parquet", artifacts.EXAMPLES
-        ).to_pylist()
+        for row in artifacts.read_input(copy, "01_calibrate/benchmarks.parquet", schemas.EXAMPLES).to_pylist()
     }
     fake = Classifier(models.load_tokenizer(folder), lambda id_: SAID[benchmark[id_]] if clear else None)
     monkeypatch.setattr(classifier.backends, "load", lambda *_, **__: fake)
     settings = dataclasses.replace(SETTINGS, judge="wildguard", judge_model=str(folder))
     run(copy, settings, names=["05_evaluate"])
-    table = artifacts.read_table(copy / "05_evaluate/responses.parquet", artifacts.RESPONSES).to_pylist()
+    table = artifacts.read_table(copy / "05_evaluate/responses.parquet", schemas.RESPONSES).to_pylist()
     for row in table:
         if row["benchmark"] == "adversarial":
             assert row["verdict"] is clear and row["harmful"] is (False if clear else None)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from backends.errors import InputError
 from data.examples import Record
 from data.rendering import Renderer, example
-from stages import artifacts
+from stages import artifacts, schemas
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -38,7 +38,7 @@ def render(record=RECORD, system="", **options):
 
 def test_a_row_fits_its_schema_and_comes_back_as_an_example():
     row = render()
-    artifacts.pa.Table.from_pylist([row], schema=artifacts.EXAMPLES)
+    artifacts.pa.Table.from_pylist([row], schema=schemas.EXAMPLES)
     assert row["rendered"] == "<s>[user]Which city?(26 Jul 2024)[reply] It is"
     one = example(row)
     assert one.prompt_ids.dtype == np.int32 and one.example_id == "r1"

@@ -8,18 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages import (
-    answers,
-    artifacts,
-    correlations,
-    costs,
-    figures,
-    map_tables,
-    metrics,
-    report,
-    side_by_side,
-    verdicts,
-)
+from stages import artifacts, metrics, schemas
+from stages.reporting import answers, correlations, costs, figures, map_tables, report, side_by_side, verdicts
 from tests.fabricated import INJECTED, Fabricated, fabricate
 
 correlate = importlib.import_module("stages.06_correlate")
@@ -131,7 +121,7 @@ def test_resamples_are_paired_and_centred(scratch):
     like = Fabricated(seeds=(21, 42), rows=40)
     fabricate(scratch, like)
     given = answers.read(scratch)
-    scores = artifacts.read_table(scratch / "05_evaluate/scores.parquet", artifacts.SCORES).to_pylist()
+    scores = artifacts.read_table(scratch / "05_evaluate/scores.parquet", schemas.SCORES).to_pylist()
     drawn = costs.resampled_scores(given, like.sides, resamples=400, seed=0)
     means = {(row["arm"], row["optimizer"]): [] for row in scores}
     for row in scores:

@@ -11,7 +11,7 @@ import backends
 from backends import models as folders
 from data import benchmarks, sources
 from data.rendering import Renderer
-from stages import artifacts, judging
+from stages import artifacts, judging, schemas
 from tests.test_sources import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -85,7 +85,7 @@ def test_gsm8ks_score_is_a_direct_math_verify_pass(real, tokenizer, rows):
         text = f"Let us see.\nSo \\boxed{{{row['target']}}}"
         made = {"example_id": row["example_id"], "prompt": row["prompt"], "output": text, "token_ids": []}
         told.append(labels | made | {"prediction": -1, "probability": float("nan")})
-    outputs = artifacts.pa.Table.from_pylist(told, schema=artifacts.OUTPUTS)
+    outputs = artifacts.pa.Table.from_pylist(told, schema=schemas.OUTPUTS)
     judged = judging.judged(outputs, asked + asked[:3], benchmarks.BENCHMARKS["gsm8k"])
     direct = []
     for row, answer in zip(asked + asked[:3], told, strict=True):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from backends import models as folders
 from backends.errors import InputError
-from stages import artifacts, metrics, presets
+from stages import artifacts, metrics, presets, schemas
 
 STAGES = ["01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate"]
 SETTINGS = dataclasses.replace(
@@ -66,24 +66,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_artifacts_are_all_there(finished):
     base = artifacts.read_input
     for file, schema in {
-        "01_calibrate/calibration.parquet": artifacts.EXAMPLES,
-        "01_calibrate/alignment.parquet": artifacts.EXAMPLES,
-        "01_calibrate/benchmarks.parquet": artifacts.EXAMPLES,
-        "02_conflict/gradients.parquet": artifacts.GRADIENTS,
-        "03_sensitivity/sweep_choices.parquet": artifacts.SWEEP_CHOICES,
-        "03_sensitivity/sweep_generations.parquet": artifacts.SWEEP_GENERATIONS,
-        "03_sensitivity/heads.parquet": artifacts.HEADS,
-        "04_align/training.parquet": artifacts.TRAINING,
-        "04_align/arms.parquet": artifacts.ARMS,
-        "05_evaluate/responses.parquet": artifacts.RESPONSES,
-        "05_evaluate/scores.parquet": artifacts.SCORES,
+        "01_calibrate/calibration.parquet": schemas.EXAMPLES,
+        "01_calibrate/alignment.parquet": schemas.EXAMPLES,
+        "01_calibrate/benchmarks.parquet": schemas.EXAMPLES,
+        "02_conflict/gradients.parquet": schemas.GRADIENTS,
+        "03_sensitivity/sweep_choices.parquet": schemas.SWEEP_CHOICES,
+        "03_sensitivity/sweep_generations.parquet": schemas.SWEEP_GENERATIONS,
+        "03_sensitivity/heads.parquet": schemas.HEADS,
+        "04_align/training.parquet": schemas.TRAINING,
+        "04_align/arms.parquet": schemas.ARMS,
+        "05_evaluate/responses.parquet": schemas.RESPONSES,
+        "05_evaluate/scores.parquet": schemas.SCORES,
     }.items():
         assert base(finished, file, schema).num_rows > 0
     assert not list(finished.rglob("parts")) and not list(finished.rglob("*.tmp"))
 
 
 def test_the_map_follows_from_its_artifacts(finished):
-    heads = artifacts.read_input(finished, "03_sensitivity/heads.parquet", artifacts.HEADS)
+    heads = artifacts.read_input(finished, "03_sensitivity/heads.parquet", schemas.HEADS)
     column = {
         name: heads[name].to_numpy().reshape(3, 4)
         for name in heads.column_names
@@ -101,16 +101,16 @@ def test_the_map_follows_from_its_artifacts(finished):
 
 def test_clean_rows_of_the_sweep_are_the_base_model(finished):
     notes = artifacts.stage_manifest(finished, "03_sensitivity")["notes"]
-    table = artifacts.read_input(finished, "03_sensitivity/sweep_choices.parquet", artifacts.SWEEP_CHOICES)
+    table = artifacts.read_input(finished, "03_sensitivity/sweep_choices.parquet", schemas.SWEEP_CHOICES)
     clean = [row["correct"] for row in table.to_pylist() if row["layer"] == -1]
     assert notes["base"]["accuracy"] == np.mean(clean) and len(clean) == SETTINGS.util_rows
     assert any("floor or ceiling" in warning for warning in notes["warnings"]), "random weights know nothing"
 
 
 def test_adapters_are_pefts_and_touch_only_their_heads(finished):
-    arms = artifacts.read_input(finished, "04_align/arms.parquet", artifacts.ARMS).to_pylist()
+    arms = artifacts.read_input(finished, "04_align/arms.parquet", schemas.ARMS).to_pylist()
     assert [arm["arm"] for arm in arms] == list(SETTINGS.arms)
-    bucket = artifacts.read_input(finished, "03_sensitivity/heads.parquet", artifacts.HEADS)[
+    bucket = artifacts.read_input(finished, "03_sensitivity/heads.parquet", schemas.HEADS)[
         "bucket"
     ].to_numpy()
     assert {arm["arm"]: arm["n_heads"] for arm in arms} == {
@@ -149,7 +149,7 @@ def test_adapters_are_pefts_and_touch_only_their_heads(finished):
 
 
 def test_arms_differ_only_in_what_is_trained(finished):
-    training = artifacts.read_input(finished, "04_align/training.parquet", artifacts.TRAINING).to_pylist()
+    training = artifacts.read_input(finished, "04_align/training.parquet", schemas.TRAINING).to_pylist()
     by_arm = {}
     for row in training:
         by_arm.setdefault(row["arm"], []).append((row["step"], row["tokens"], row["lr"]))
@@ -158,10 +158,8 @@ def test_arms_differ_only_in_what_is_trained(finished):
 
 
 def test_responses_and_scores_agree(finished):
-    responses = artifacts.read_input(
-        finished, "05_evaluate/responses.parquet", artifacts.RESPONSES
-    ).to_pylist()
-    scores = artifacts.read_input(finished, "05_evaluate/scores.parquet", artifacts.SCORES).to_pylist()
+    responses = artifacts.read_input(finished, "05_evaluate/responses.parquet", schemas.RESPONSES).to_pylist()
+    scores = artifacts.read_input(finished, "05_evaluate/scores.parquet", schemas.SCORES).to_pylist()
     assert len(scores) == 5 * 6 and {row["side"] for row in scores} == {"utility", "safety", "over-refusal"}
     for score in scores:
         of = [
@@ -174,7 +172,7 @@ def test_responses_and_scores_agree(finished):
 def test_no_row_is_shared(finished):
     entries = {}
     for name in ("calibration", "alignment", "benchmarks"):
-        table = artifacts.read_input(finished, f"01_calibrate/{name}.parquet", artifacts.EXAMPLES)
+        table = artifacts.read_input(finished, f"01_calibrate/{name}.parquet", schemas.EXAMPLES)
         entries[name] = set(table["entry"].to_pylist())
     assert not entries["calibration"] & entries["alignment"]
     assert not entries["calibration"] & entries["benchmarks"]
@@ -291,7 +289,7 @@ def test_too_few_rows_are_balanced_to_what_there_is_and_said(scratch, capsys):
     assert (
         counts["util"] % settings.folds == 0 and 0 <= short["util"]["got"] - counts["util"] < settings.folds
     )
-    roles = artifacts.read_input(folder, "01_calibrate/alignment.parquet", artifacts.EXAMPLES)["role"]
+    roles = artifacts.read_input(folder, "01_calibrate/alignment.parquet", schemas.EXAMPLES)["role"]
     sizes = {one["counts"] for one in roles.value_counts().to_pylist()}
     assert sizes == {short[kinds[0]]["got"]} and counts["alignment"] == 4 * sizes.pop()
     told = capsys.readouterr().out

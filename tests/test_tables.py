@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from data import paper
-from stages import arms, artifacts, correlations, costs, families, figures, tables
+from stages import arms, artifacts
 from stages.maps import Map
+from stages.reporting import correlations, costs, families, figures, tables
 from tests.fabricated import PAPER_SIDES, Fabricated, fabricate
 
 correlate = importlib.import_module("stages.06_correlate")

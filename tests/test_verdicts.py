@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stages import correlations, verdicts
 from stages.maps import Map
+from stages.reporting import correlations, verdicts
 
 RESAMPLES = 200
 BASE = {"arm": "base", "optimizer": "none", "utility": 0.8, "safety": 0.2, "n_seeds": 1}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from backends import files
 from data import paper
-from stages import arms, correlations, costs, families, presets
+from stages import arms, presets
 from stages.maps import Map
+from stages.reporting import correlations, costs, families
 
 PRINTED = {
     # Our column -> the paper's.

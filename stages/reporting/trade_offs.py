@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stages import arms, correlations, costs, families
-from stages.figures import (
+from stages import arms
+from stages.reporting import correlations, costs, families
+from stages.reporting.figures import (
     GREY,
     INK,
     MAP_COLOURS,

@@ -14,8 +14,8 @@ from backends.base import Backend, Mask
 from backends.progress import progress
 from data.examples import Example
 from data.rendering import example
-from stages.audit_run import SWEPT, Run
-from stages.comparison import same_rows, same_swept
+from stages.auditing.audit_run import SWEPT, Run
+from stages.auditing.comparison import same_rows, same_swept
 
 AT_ONCE = 128
 """prompts whose logits over the whole vocabulary are held together"""

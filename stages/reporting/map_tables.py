@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages import arms, metrics
-from stages.figures import HeadMap
+from stages.reporting.figures import HeadMap
 
 MOST_HEADS = 10
 

@@ -17,7 +17,7 @@ from data import benchmarks as registry
 from data.jsonl import DATA_TYPES
 from data.judges import KEYWORD_JUDGE_VERSION
 from stages import arms, bootstrap, gram, judging, maps, metrics
-from stages.audit_run import BASE, GROUPS, Arm, Finding, Run, finding, unlike
+from stages.auditing.audit_run import BASE, GROUPS, Arm, Finding, Run, finding, unlike
 
 COSTS = "06_correlate/tables/costs.csv"
 

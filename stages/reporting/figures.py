@@ -16,8 +16,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stages import artifacts, families
+from stages import artifacts
 from stages.checks import FloatArray, IntArray
+from stages.reporting import families
 
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same

@@ -11,9 +11,9 @@ from pathlib import Path, PureWindowsPath
 import jinja2
 import numpy as np
 
-from stages import correlations, costs, families, side_by_side
-from stages.findings import signed
-from stages.tables import Table, flag
+from stages.reporting import correlations, costs, families, side_by_side
+from stages.reporting.findings import signed
+from stages.reporting.tables import Table, flag
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 TEMPLATE = "report.html.jinja"

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from backends.errors import InputError
-from stages import artifacts, audit_weights, maps, metrics
-from stages.audit_run import SWEPT, Arm, Run
+from stages import artifacts, maps, metrics
+from stages.auditing import audit_weights
+from stages.auditing.audit_run import SWEPT, Arm, Run
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 SUFFIX = "-flax"

@@ -16,23 +16,23 @@ from backends import models
 from data import benchmarks as registry
 from data.judges import keyword_refusal
 from data.scoring import verdict
-from stages import artifacts, judging, maps
+from stages import artifacts, judging, maps, schemas
 
 TABLES = {
-    "01_calibrate/calibration.parquet": artifacts.EXAMPLES,
-    "01_calibrate/alignment.parquet": artifacts.EXAMPLES,
-    "01_calibrate/benchmarks.parquet": artifacts.EXAMPLES,
-    "02_conflict/gradients.parquet": artifacts.GRADIENTS,
-    "03_sensitivity/sweep_generations.parquet": artifacts.SWEEP_GENERATIONS,
-    "03_sensitivity/heads.parquet": artifacts.HEADS,
-    "04_align/arms.parquet": artifacts.ARMS,
-    "04_align/training.parquet": artifacts.TRAINING,
-    "05_evaluate/responses.parquet": artifacts.RESPONSES,
-    "05_evaluate/scores.parquet": artifacts.SCORES,
+    "01_calibrate/calibration.parquet": schemas.EXAMPLES,
+    "01_calibrate/alignment.parquet": schemas.EXAMPLES,
+    "01_calibrate/benchmarks.parquet": schemas.EXAMPLES,
+    "02_conflict/gradients.parquet": schemas.GRADIENTS,
+    "03_sensitivity/sweep_generations.parquet": schemas.SWEEP_GENERATIONS,
+    "03_sensitivity/heads.parquet": schemas.HEADS,
+    "04_align/arms.parquet": schemas.ARMS,
+    "04_align/training.parquet": schemas.TRAINING,
+    "05_evaluate/responses.parquet": schemas.RESPONSES,
+    "05_evaluate/scores.parquet": schemas.SCORES,
 }
 SWEPT = {
-    "03_sensitivity/sweep_choices.parquet": artifacts.SWEEP_CHOICES,
-    "03_sensitivity/sweep_answers.parquet": artifacts.SWEEP_ANSWERS,
+    "03_sensitivity/sweep_choices.parquet": schemas.SWEEP_CHOICES,
+    "03_sensitivity/sweep_answers.parquet": schemas.SWEEP_ANSWERS,
 }
 """of utility rows: the one where some are answered by the next token, the other where some are in writing"""
 GROUPS = ("calibration", "alignment", "benchmarks")
@@ -97,7 +97,7 @@ class Run:
         if relative not in self._tables:
             schema = (TABLES | SWEPT).get(relative)
             if schema is None:  # another map's
-                schema = artifacts.HEADS if "/heads-" in relative else artifacts.GRADIENTS
+                schema = schemas.HEADS if "/heads-" in relative else schemas.GRADIENTS
             self._tables[relative] = artifacts.read_table(self.folder / relative, schema)
         return self._tables[relative]
 
@@ -281,7 +281,7 @@ class Run:
             benchmark, words = registry.BENCHMARKS[name], None
             if self.classified and benchmark.side != "utility":
                 words = pa.table({"refusal": own["verdict"], "harmful": own["harmful"]})
-            outputs = own.select(artifacts.OUTPUTS.names)
+            outputs = own.select(schemas.OUTPUTS.names)
             again[label, name] = judging.judged(outputs, self.benchmarks[name], benchmark, words)
         return again
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stages import families
-from stages.answers import Answers, Unit
 from stages.checks import IntArray
+from stages.reporting import families
+from stages.reporting.answers import Answers, Unit
 
 LENGTH = 400
 """characters that are shown of a text"""

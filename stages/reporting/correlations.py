@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import stats
 
-from stages import costs, families, metrics
+from stages import metrics
 from stages.checks import FloatArray
+from stages.reporting import costs, families
 
 BUCKETS, POOLED = "buckets", "buckets x seeds"
 """what a point is"""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages import metrics
-from stages.answers import Answers
 from stages.checks import FloatArray
-from stages.families import BASE
+from stages.reporting.answers import Answers
+from stages.reporting.families import BASE
 
 NO_GAIN = "no safety gain"
 SIDES = {"utility": "utility", "safety": "safety", "over_refusal": "over-refusal"}

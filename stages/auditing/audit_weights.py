@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from backends import models
-from stages.audit_run import Finding, Run, finding, unlike
+from stages.auditing.audit_run import Finding, Run, finding, unlike
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 LOADING = ("02_conflict", "03_sensitivity", "04_align", "05_evaluate")

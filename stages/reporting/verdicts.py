@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stages import arms, correlations, costs, families, metrics
+from stages import arms, metrics
 from stages.checks import FloatArray
-from stages.findings import percent, signed, unsure_buckets
 from stages.maps import Map
+from stages.reporting import correlations, costs, families
+from stages.reporting.findings import percent, signed, unsure_buckets
 
 HOLDS, FAILS, NOISE, UNKNOWN = "holds", "does not hold", "within noise", "cannot be told"
 Outcome = tuple[str, str]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from backends.errors import InputError
-from stages import artifacts
+from stages import artifacts, schemas
 from stages.checks import IntArray
 
 FILE = "05_evaluate/responses.parquet"
@@ -44,7 +44,7 @@ class Answers:
 
     def at(self, column: str, rows: IntArray) -> np.ndarray:
         values = self.measures[column].take(pa.array(rows))
-        if artifacts.RESPONSES.field(column).nullable:
+        if schemas.RESPONSES.field(column).nullable:
             values = pc.cast(values, pa.float64())
         return values.to_numpy()
 
@@ -70,8 +70,8 @@ def read(run: Path) -> Answers:
     if not path.is_file() or artifacts.sha256(path) != told:
         raise InputError(f"{path} is not what its manifest says (sha256): delete {run / stage}, run it again")
     schema = pq.read_schema(path)
-    if not schema.equals(artifacts.RESPONSES):
-        raise InputError(f"{path} has not the columns of {artifacts.SCHEMA_VERSION}/responses")
+    if not schema.equals(schemas.RESPONSES):
+        raise InputError(f"{path} has not the columns of {schemas.SCHEMA_VERSION}/responses")
     return from_table(pq.read_table(path, columns=[*LABELS, *MEASURES]), path)
 
 

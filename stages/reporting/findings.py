@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages import correlations, failures, families
+from stages.reporting import correlations, failures, families
 
 WORTH_A_WORD = 0.05
 """a difference in safety (as a share) that the summary mentions"""

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from stages import costs, families
-from stages.answers import Answers, Unit
+from stages.reporting import costs, families
+from stages.reporting.answers import Answers, Unit
 
 MEASURES = ("refused", "collapsed", "bare", "steps", "strict", "flexible", "harmful")
 

@@ -1,0 +1,1 @@
+"""What `stages.audit` and `stages.compare` read, recompute and hold against each other."""
