@@ -48,7 +48,7 @@ class Recipe:
     accumulation: int = 2
     """forward passes a step; a step's loss is the mean over its batch * accumulation rows"""
     max_length: int = 1024
-    """tokens; a longer row is cut at its end"""
+    """tokens; a longer row of `examples` is cut at its end, never one of `reference`"""
     seed: int = 21
     """LoRA's A and the order of rows"""
     optimizer: Optimizer = "sft"

@@ -4,7 +4,7 @@ Axes as in `backends.base`; R rows of one batch, P tokens of the prefix that all
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -142,20 +142,22 @@ def candidates(examples: Sequence[Example]) -> np.ndarray | None:
     return np.unique(np.concatenate([example.choice_ids for example in examples])).astype(np.int64)
 
 
-def training_rows(examples: Sequence[Example], max_length: int = 0) -> tuple[list[np.ndarray], list[int]]:
-    """Prompt and target of each example as one sequence, and where its target begins.
-
-    Args:
-        max_length: tokens that a row is cut to at its end; 0: not cut. ValueError if no target token is left.
-    """
+def training_rows(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
+    """Prompt and target of each example as one sequence, and where its target begins."""
     sequences = [np.concatenate([example.prompt_ids, example.target_ids]) for example in examples]
-    if max_length:
-        sequences = [sequence[:max_length] for sequence in sequences]
-    starts = [len(example.prompt_ids) for example in examples]
-    for example, sequence, start in zip(examples, sequences, starts, strict=True):
-        if len(sequence) <= start:
+    return sequences, [len(example.prompt_ids) for example in examples]
+
+
+def cut_rows(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """The examples with targets cut so that a row has at most `max_length` tokens. ValueError names one
+    whose prompt leaves no room for its target."""
+    cut = []
+    for example in examples:
+        room = max_length - len(example.prompt_ids)
+        if room < 1 or len(example.target_ids) == 0:
             raise ValueError(f"example {example.example_id} has no target token within {max_length} tokens")
-    return sequences, starts
+        cut.append(replace(example, target_ids=example.target_ids[:room]))
+    return cut
 
 
 def check_folds(folds: int, **examples: Sequence[Example]) -> None:

@@ -35,9 +35,9 @@ class Rows(NamedTuple):
     """of each target token in the loss, float32 [R, G]; 0 where there is none"""
 
 
-def make_rows(model: Model, examples: Sequence[Example], filled: int, of: int, max_length: int = 0) -> Rows:
+def make_rows(model: Model, examples: Sequence[Example], filled: int, of: int) -> Rows:
     """Examples as arrays of `filled` rows, each weighing 1 / `of` in the loss, its tokens alike."""
-    sequences, starts = training_rows(examples, max_length)
+    sequences, starts = training_rows(examples)
     width = round_up(max(map(len, sequences)), WIDTH)
     most = max(len(sequence) - start for sequence, start in zip(sequences, starts, strict=True))
     shape = (filled, round_up(most, PLACES))

@@ -23,6 +23,7 @@ from backends.base import (
     reference_rows,
     step_tokens,
 )
+from backends.batching import cut_rows
 from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
 from backends.flax_decoder import Lora
@@ -55,7 +56,8 @@ class FlaxTuning:
         reference: Sequence[Example] | None,
     ):
         self.heads = check_tuning(examples, heads, recipe, reference, model.config.shape)
-        self.model, self.examples, self.recipe = model, examples, recipe
+        self.model, self.recipe = model, recipe
+        self.examples = cut_rows(examples, recipe.max_length)
         self.reference = list(reference or ())
         self._adapter: Path | None = None
         self.repeated = 0
@@ -137,7 +139,7 @@ class FlaxTuning:
         for start in range(0, len(batch), recipe.batch):
             some = batch[start : start + recipe.batch]
             filled = model.rows(min(recipe.batch, len(batch)))
-            rows = make_rows(model, some, filled, len(batch), recipe.max_length)
+            rows = make_rows(model, some, filled, len(batch))
             scale = np.float32(recipe.alpha / recipe.rank)
             loss, new = lora_gradients(
                 model.graph, model.weights, trained, scale, free, rows, recomputes(model, *rows.ids.shape)

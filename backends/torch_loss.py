@@ -15,14 +15,13 @@ from data.examples import Example
 TOKENS_CPU, TOKENS_CUDA = 1024, 8192
 
 
-def example_losses(model: torch.nn.Module, examples: Sequence[Example], max_length: int = 0) -> torch.Tensor:
+def example_losses(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
     """Mean cross-entropy over each example's target tokens, float32 [N].
 
     Args:
         model: a transformers causal LM (with or without PEFT layers inside).
-        max_length: tokens that a row is cut to at its end; 0: not cut. ValueError if no target token is left.
     """
-    sequences, starts = training_rows(examples, max_length)
+    sequences, starts = training_rows(examples)
     lengths = [len(sequence) for sequence in sequences]
     device = model.device
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)

@@ -21,6 +21,7 @@ from backends.base import (
     reference_rows,
     step_tokens,
 )
+from backends.batching import cut_rows
 from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
 from backends.torch_loss import example_losses
@@ -54,7 +55,8 @@ class TorchTuning:
         reference: Sequence[Example] | None,
     ):
         self.heads = check_tuning(examples, heads, recipe, reference, shape)
-        self.model, self.shape, self.examples, self.recipe = model, shape, examples, recipe
+        self.model, self.shape, self.recipe = model, shape, recipe
+        self.examples = cut_rows(examples, recipe.max_length)
         self.reference = list(reference or ())
         self._adapter: Path | None = None
         self.repeated = 0
@@ -153,7 +155,7 @@ class TorchTuning:
         total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(0, len(batch), self.recipe.batch):
             rows = batch[start : start + self.recipe.batch]
-            loss = example_losses(self.model, rows, self.recipe.max_length).sum() / len(batch)
+            loss = example_losses(self.model, rows).sum() / len(batch)
             for kept, new in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
                 kept += new
             total += float(loss.detach())

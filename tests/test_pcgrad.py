@@ -158,3 +158,16 @@ def test_pcgrad_tunes_and_records_the_conflict(own, optimizer):
     records = list(own.tune(make_examples(16, seed=4), CHOSEN, recipe, make_examples(6, seed=9)))
     assert all(-1 <= record["cos"] <= 1 and record["util_loss"] > 0 for record in records)
     assert all(record["projected"] == (record["cos"] < 0) for record in records)
+
+
+def test_utility_rows_are_never_cut(own):
+    """What max_length leaves of an alignment row is no limit to D_util, whose targets are short and come last."""
+    examples, long = make_examples(4, seed=9), make_examples(3, seed=10)
+    long = [dataclasses.replace(one, prompt_ids=np.tile(one.prompt_ids, 4)) for one in long]
+    limit = max(len(one.prompt_ids) + len(one.target_ids) for one in examples)
+    assert min(len(one.prompt_ids) for one in long) > limit
+    recipe = dataclasses.replace(RECIPE, optimizer="pcgrad", max_length=limit)
+    records = list(own.tune(examples, CHOSEN, recipe, long))
+    assert records and all(math.isfinite(record["util_loss"]) for record in records)
+    free = list(own.tune(examples, CHOSEN, dataclasses.replace(recipe, max_length=10 * limit), long))
+    assert records == free
