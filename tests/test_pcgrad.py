@@ -161,7 +161,7 @@ def test_pcgrad_tunes_and_records_the_conflict(own, optimizer):
 
 
 def test_utility_rows_are_never_cut(own):
-    """What max_length leaves of an alignment row is no limit to D_util, whose targets are short and come last."""
+    """max_length is of alignment rows: D_util has short targets that come last."""
     examples, long = make_examples(4, seed=9), make_examples(3, seed=10)
     long = [dataclasses.replace(one, prompt_ids=np.tile(one.prompt_ids, 4)) for one in long]
     limit = max(len(one.prompt_ids) + len(one.target_ids) for one in examples)
