@@ -44,9 +44,9 @@ class Recipe:
     lr: float = 1e-4
     epochs: int = 1
     batch: int = 4
-    """rows a forward pass"""
+    """rows a forward pass, at most: similar lengths go together, a far longer row alone"""
     accumulation: int = 2
-    """forward passes a step; a step's loss is the mean over its batch * accumulation rows"""
+    """a step's loss is the mean over its batch * accumulation rows"""
     max_length: int = 1024
     """tokens; a longer row of `examples` is cut at its end, never one of `reference`"""
     seed: int = 21

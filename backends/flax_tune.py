@@ -23,7 +23,7 @@ from backends.base import (
     reference_rows,
     step_tokens,
 )
-from backends.batching import cut_rows
+from backends.batching import cut_rows, passes
 from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
 from backends.flax_decoder import Lora
@@ -133,11 +133,10 @@ class FlaxTuning:
 
     def _gradients(self, batch: Sequence[Example], trained: Trained, free: Trained) -> tuple[float, Trained]:
         """Mean loss over the rows and its gradient, accumulated over forward passes of `recipe.batch`
-        rows."""
+        rows: of fewer, where others would be padded, each number would want a program of its own."""
         model, recipe = self.model, self.recipe
         total, gradients = 0.0, None
-        for start in range(0, len(batch), recipe.batch):
-            some = batch[start : start + recipe.batch]
+        for some in passes(batch, recipe.batch, padding=np.inf):
             filled = model.rows(min(recipe.batch, len(batch)))
             rows = make_rows(model, some, filled, len(batch))
             scale = np.float32(recipe.alpha / recipe.rank)

@@ -21,7 +21,7 @@ from backends.base import (
     reference_rows,
     step_tokens,
 )
-from backends.batching import cut_rows
+from backends.batching import cut_rows, passes
 from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
 from backends.torch_loss import example_losses
@@ -150,11 +150,10 @@ class TorchTuning:
     def _gradients(
         self, batch: Sequence[Example], parameters: list[torch.nn.Parameter]
     ) -> tuple[float, list[torch.Tensor]]:
-        """Mean loss over the rows and its gradient, accumulated over forward passes of `recipe.batch`
-        rows."""
+        """Mean loss over the rows and its gradient, accumulated over forward passes of at most
+        `recipe.batch` rows."""
         total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
-        for start in range(0, len(batch), self.recipe.batch):
-            rows = batch[start : start + self.recipe.batch]
+        for rows in passes(batch, self.recipe.batch):
             loss = example_losses(self.model, rows).sum() / len(batch)
             for kept, new in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
                 kept += new

@@ -7,6 +7,7 @@ from backends import batching, memory
 from backends.base import Shape
 from backends.errors import InputError
 from backends.responses import Responses
+from data.examples import Example
 
 
 def prompts(seed: int, count: int) -> list[np.ndarray]:
@@ -80,3 +81,25 @@ def test_a_containers_limit_counts(monkeypatch, scratch):
     for text, expected in (("max\n", whole), (f"{2**30}\n", 2**30)):
         limit.write_text(text)
         assert memory.machine_bytes() == expected
+
+
+def test_passes_keep_every_row_and_pad_little():
+    generator = np.random.default_rng(3)
+    for _ in range(50):
+        lengths = generator.integers(1, 200, int(generator.integers(1, 12)))
+        rows = [
+            Example(str(at), np.zeros(size, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32), 0)
+            for at, size in enumerate(lengths)
+        ]
+        found = batching.passes(rows, 4)
+        assert sorted(row.example_id for some in found for row in some) == sorted(
+            str(at) for at in range(len(rows))
+        )
+        for some in found:
+            own = [len(row.prompt_ids) + 1 for row in some]
+            assert len(some) <= 4 and len(some) * max(own) <= 1.25 * sum(own)
+        assert [len(some) for some in batching.passes(rows, 4, np.inf)[:-1]] == [4] * (-(-len(rows) // 4) - 1)
+        again = batching.passes(rows, 4)
+        assert [[row.example_id for row in some] for some in again] == [
+            [row.example_id for row in some] for some in found
+        ]
