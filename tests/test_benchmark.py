@@ -32,5 +32,6 @@ def test_pcgrad_takes_hardly_more_memory_than_sft(backend):
     assert done.returncode == 0, done.stderr
     told = re.findall(r"^(\S+): memory (\d+) MiB, (\S+) of sft's", done.stdout, re.MULTILINE)
     assert [name for name, _, _ in told] == ["sft", "pcgrad", "pcgrad-symmetric"]
-    assert int(told[0][1]) > 100, "activations must dominate, or the ratio says nothing"
+    # LoRA's gradients, what PCGrad keeps more of, are 0.4 MiB of this shape.
+    assert int(told[0][1]) > 50, "activations must dominate, or the ratio says nothing"
     assert all(float(ratio) < 1.15 for _, _, ratio in told), done.stdout
