@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from backends.neurons import Attribution, GainRecipe, Selection, Task
 from data.examples import Example
 
 Head = tuple[int, int]
@@ -154,6 +155,29 @@ class Backend(Protocol):
     ) -> Tuning:
         """LoRA on W_q, rows of B outside `heads` exactly zero; `reference` (D_util) is where pcgrad's utility
         gradient comes from."""
+        ...
+
+    def attribute_neurons(
+        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 16
+    ) -> Attribution:
+        """Integrated gradients of every MLP neuron at the last prompt token, of the loss of the target.
+
+        Args:
+            baselines: prompts whose neurons, at their own last token, the path begins at; all layers move
+                together (a plain request, the example being the same request inside an attack). None: the
+                path begins at zero, and each layer has its own while the layers above it answer freely: with
+                all layers at zero the model says nothing that a path could come back from.
+            steps: nodes of Gauss and Legendre's rule on a path.
+
+        A float32 model is differentiated in float64. ValueError where there is nothing to attribute;
+        InputError on a gradient that is not finite.
+        """
+        ...
+
+    def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
+        """Gains of neurons by first-order MAML over `tasks`, as a PEFT IA3 folder; all others stay 1. A
+        record's loss and util_loss are those of the query rows, cos that of their two gradients, projected
+        whether a bound held a gain back."""
         ...
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from backends.base import Head
+from backends.neurons import Task
 from data.examples import Example
 
 
@@ -174,6 +175,14 @@ def cut_rows(examples: Sequence[Example], max_length: int) -> list[Example]:
             raise ValueError(f"example {example.example_id} has no target token within {max_length} tokens")
         cut.append(replace(example, target_ids=example.target_ids[:room]))
     return cut
+
+
+def cut_tasks(tasks: Sequence[Task], max_length: int) -> list[Task]:
+    """`cut_rows` of every task."""
+    return [
+        replace(task, **{part: tuple(cut_rows(getattr(task, part), max_length)) for part in ("safe", "util")})
+        for task in tasks
+    ]
 
 
 def check_folds(folds: int, **examples: Sequence[Example]) -> None:

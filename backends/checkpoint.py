@@ -10,27 +10,27 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from backends.base import Head, Recipe
+from backends.base import Recipe
 from backends.errors import InputError
 from backends.files import write_atomic
+from backends.neurons import GainRecipe
 from data.examples import Example
 
 SECONDS = 60.0
 """work that a kill may cost"""
 
 
-def identity(
-    backend: str,
-    examples: Sequence[Example],
-    heads: Sequence[Head],
-    recipe: Recipe,
-    reference: Sequence[Example],
-) -> str:
-    """A digest of all that a tuning run follows from but the model."""
+def identity(backend: str, recipe: Recipe | GainRecipe, chosen: Sequence, rows: Sequence[Example]) -> str:
+    """A digest of all that a tuning run follows from but the model.
+
+    Args:
+        chosen: which heads or neurons are tuned, and how the rows divide, as JSON knows it.
+        rows: all that the run may see, in order.
+    """
     seen = hashlib.sha256()
     settings = {name: value for name, value in vars(recipe).items() if name not in ("folder", "checkpoint")}
-    seen.update(json.dumps([backend, settings, [list(head) for head in heads]], sort_keys=True).encode())
-    for example in (*examples, *reference):
+    seen.update(json.dumps([backend, settings, chosen], sort_keys=True).encode())
+    for example in rows:
         for ids in (example.prompt_ids, example.target_ids):
             seen.update(len(ids).to_bytes(4, "little") + ids.astype("<i4").tobytes())
     return seen.hexdigest()

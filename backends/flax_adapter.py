@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format, without PEFT (which needs torch): LoRA on W_q, read and written."""
+"""Adapters in PEFT's file format, without PEFT (which needs torch): LoRA on W_q, and gains (IA3)."""
 
 import json
 import re
@@ -31,6 +31,15 @@ _HANDLED = {
     "layer_replication": None,
     "trainable_token_indices": None,
 }
+_GAIN_NAME = "base_model.model.model.layers.{}.mlp.down_proj.ia3_l"
+_HANDLED_GAINS = {
+    "peft_type": "IA3",
+    "target_modules": ["down_proj"],
+    "feedforward_modules": ["down_proj"],
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "exclude_modules": None,
+}
 
 
 def write(folder: Path, a: np.ndarray, b: np.ndarray, layers: Sequence[int], recipe: Recipe) -> None:
@@ -60,15 +69,7 @@ def read(folder: Path, shape: Shape) -> tuple[np.ndarray, np.ndarray, float]:
 
     InputError on an adapter that is damaged, of another model's shape, or more than plain LoRA on W_q.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder}: the adapter cannot be loaded ({error})") from None
-    for name, value in _HANDLED.items():
-        if config.get(name, value) not in (value, None):
-            raise InputError(f"{folder}: the adapter's {name} = {config[name]!r} is not handled")
+    config, tensors = _load(folder, _HANDLED)
     rank = config["r"]
     a = np.zeros((shape.layers, rank, shape.model_dim), np.float32)
     b = np.zeros((shape.layers, shape.heads, shape.head_dim, rank), np.float32)
@@ -81,3 +82,57 @@ def read(folder: Path, shape: Shape) -> tuple[np.ndarray, np.ndarray, float]:
             raise InputError(f"{folder}: tensor {name} has shape {tensor.shape}, this model's has another")
         part[...] = tensor.reshape(part.shape)
     return a, b, config["lora_alpha"] / rank
+
+
+def write_gains(folder: Path, gains: np.ndarray) -> None:
+    """Writes gains [L, F] as PEFT would: IA3 on what W_down reads, in every layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        **_HANDLED_GAINS,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "",
+        "init_ia3_weights": True,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {_GAIN_NAME.format(layer): np.ascontiguousarray(row[None]) for layer, row in enumerate(gains)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def is_gains(folder: Path) -> bool:
+    """Whether an adapter is IA3. InputError where it cannot be read."""
+    return _config(folder).get("peft_type") == "IA3"
+
+
+def read_gains(folder: Path, shape: Shape) -> np.ndarray:
+    """Gains, float32 [L, F]. InputError on an adapter that is damaged, of another model's shape, or more than
+    IA3 on what W_down reads."""
+    _, tensors = _load(folder, _HANDLED_GAINS)
+    names = [_GAIN_NAME.format(layer) for layer in range(shape.layers)]
+    if odd := sorted(tensors.keys() ^ set(names)):
+        raise InputError(f"{folder}: gains of W_down's input are not those of this model's layers ({odd[0]})")
+    for name, tensor in tensors.items():
+        if tensor.shape != (1, shape.mlp_dim):
+            raise InputError(f"{folder}: tensor {name} has shape {tensor.shape}, not (1, {shape.mlp_dim})")
+    return np.concatenate([tensors[name] for name in names]).astype(np.float32)
+
+
+def _config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the adapter cannot be loaded ({error})") from None
+
+
+def _load(folder: Path, handled: dict) -> tuple[dict, dict[str, np.ndarray]]:
+    """Configuration and tensors. InputError on damage, or settings other than those handled."""
+    config = _config(folder)
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder}: the adapter cannot be loaded ({error})") from None
+    for name, value in handled.items():
+        if config.get(name, value) not in (value, None):
+            raise InputError(f"{folder}: the adapter's {name} = {config[name]!r} is not handled")
+    return config, tensors

@@ -12,13 +12,16 @@ from backends import (
     flax_generate,
     flax_loss,
     flax_model,
+    flax_neurons,
     flax_sweep,
     flax_weights,
     models,
 )
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
-from backends.flax_decoder import Lora
+from backends.flax_decoder import Adapter
+from backends.flax_gains import FlaxGainTuning
 from backends.flax_tune import FlaxTuning
+from backends.neurons import Attribution, GainRecipe, Selection, Task
 from data.examples import Example
 
 
@@ -42,11 +45,13 @@ class FlaxBackend:
         graph, weights = flax_weights.load(model_dir, config, mesh)
         self.model = flax_model.Model(graph, weights, config, mesh, np.array(models.eos_ids(model_dir), int))
 
-    def _lora(self, adapter: Path | None) -> Lora | None:
-        if adapter is None:
+    def _adapter(self, folder: Path | None) -> Adapter | None:
+        if folder is None:
             return None
-        a, b, scale = flax_adapter.read(Path(adapter), self.shape)
-        return Lora(self.model.put(a), self.model.put(b), np.float32(scale))
+        if flax_adapter.is_gains(Path(folder)):
+            return Adapter(gains=self.model.put(flax_adapter.read_gains(Path(folder), self.shape)))
+        a, b, scale = flax_adapter.read(Path(folder), self.shape)
+        return Adapter(self.model.put(a), self.model.put(b), np.float32(scale))
 
     def gradient_gram(
         self,
@@ -67,17 +72,17 @@ class FlaxBackend:
     ) -> np.ndarray:
         check_mask(mask)
         silenced = check_silenced(silenced, adapter, self.shape)
-        return flax_sweep.logits(self.model, examples, self._lora(adapter), silenced, mask)
+        return flax_sweep.logits(self.model, examples, self._adapter(adapter), silenced, mask)
 
     def choices(
         self, examples: Sequence[Example], adapter: Path | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        return flax_sweep.choices(self.model, examples, self._lora(adapter))
+        return flax_sweep.choices(self.model, examples, self._adapter(adapter))
 
     def generate(
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
-        return flax_generate.generate(self.model, prompts, max_new_tokens, self._lora(adapter))
+        return flax_generate.generate(self.model, prompts, max_new_tokens, self._adapter(adapter))
 
     def sweep_choices(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
@@ -100,3 +105,11 @@ class FlaxBackend:
         reference: Sequence[Example] | None = None,
     ) -> Tuning:
         return FlaxTuning(self.model, examples, heads, recipe, reference)
+
+    def attribute_neurons(
+        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 16
+    ) -> Attribution:
+        return flax_neurons.attribute(self.model, examples, baselines, steps)
+
+    def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
+        return FlaxGainTuning(self.model, tasks, neurons, recipe)

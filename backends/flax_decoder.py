@@ -52,14 +52,16 @@ class Config:
     dtype: str
 
 
-class Lora(NamedTuple):
-    """LoRA on W_q, float32. `scale` is alpha / r."""
+class Adapter(NamedTuple):
+    """What a PEFT folder holds, float32: LoRA on W_q (`scale` is alpha / r), or gains of neurons (IA3)."""
 
-    a: jax.Array
+    a: jax.Array | None = None
     """[L, r, E]"""
-    b: jax.Array
+    b: jax.Array | None = None
     """[L, H, D, r]; zero where a head is frozen"""
-    scale: jax.Array
+    scale: jax.Array | None = None
+    gains: jax.Array | None = None
+    """[L, F], what each neuron (a unit that W_down reads) is multiplied by"""
 
 
 class At(NamedTuple):
@@ -69,8 +71,12 @@ class At(NamedTuple):
     window: jax.Array
     keep: jax.Array | None
     """[n, H]: 0 silences a head of a copy or row, 1 does not"""
-    a: jax.Array | None
-    b: jax.Array | None
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+    gains: jax.Array | None = None
+    """[F]"""
+    put: tuple[jax.Array, jax.Array] | None = None
+    """[n, F] and bool [n]: what neurons are set to at each row's first token, and in which rows"""
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -130,8 +136,9 @@ class MLP(nnx.Module):
         self.up = Projection("...e,em->...m", into, wide, dtype)
         self.down = Projection("...m,me->...e", (size.layers, size.mlp_dim, size.model_dim), narrow, dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+    def neurons(self, x: jax.Array) -> jax.Array:
+        """What W_down reads, [..., F]."""
+        return nnx.silu(self.gate(x)) * self.up(x)
 
 
 class Layer(nnx.Module):
@@ -159,12 +166,23 @@ class Layer(nnx.Module):
         x = self.before_attention(x)
         return KeyValue(rotate(self.attention.key(x), turn), self.attention.value(x))
 
-    def finish(self, x, heads, at: At, mask: str) -> jax.Array:
-        """The layer's output [n, T, E] from its input and what its heads read, [n, T, H, D]."""
+    def attended(self, x, heads, at: At, mask: str) -> jax.Array:
+        """The stream [n, T, E] between attention and MLP, from the layer's input and what its heads read,
+        [n, T, H, D]."""
         if at.keep is not None and mask == "output":
             heads = heads * at.keep[:, None, :, None].astype(heads.dtype)
-        x = x + self.attention.output(heads)
-        return x + self.mlp(self.before_mlp(x))
+        return x + self.attention.output(heads)
+
+    def finish(self, x, heads, at: At, mask: str) -> jax.Array:
+        """The layer's output [n, T, E]."""
+        x = self.attended(x, heads, at, mask)
+        neurons = self.mlp.neurons(self.before_mlp(x))
+        if at.gains is not None:
+            neurons = (wide(neurons) * at.gains).astype(neurons.dtype)
+        if at.put is not None:
+            values, rows = at.put
+            neurons = neurons.at[:, 0].set(jnp.where(rows[:, None], values, neurons[:, 0]))
+        return x + self.mlp.down(neurons)
 
 
 class Decoder(nnx.Module):
@@ -188,11 +206,12 @@ class Decoder(nnx.Module):
         matrix = matrix if vocabulary is None else matrix[vocabulary]
         return wide(jnp.einsum("...e,ve->...v", self.norm(hidden), matrix, precision=PRECISION))
 
-    def _stacked(self, keep: jax.Array | None, lora: Lora | None) -> tuple[nnx.GraphDef, At]:
+    def stacked(self, keep: jax.Array | None, adapter: Adapter | None) -> tuple[nnx.GraphDef, At]:
+        """One layer's structure, and what all layers work with, each array with a leading axis L."""
         graph, weights = nnx.split(self.layers)
         each = None if keep is None else jnp.moveaxis(keep, 1, 0)  # (L, n, H)
-        a, b = (None, None) if lora is None else (lora.a, lora.b)
-        return graph, At(weights, jnp.array(self.config.windows), each, a, b)
+        a, b, _, gains = adapter or Adapter()
+        return graph, At(weights, jnp.array(self.config.windows), each, a, b, gains)
 
     def _at(self, stacked: At, index) -> At:
         return jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
@@ -205,7 +224,7 @@ class Decoder(nnx.Module):
         stop: jax.Array,
         keep: jax.Array | None = None,
         mask: str = "output",
-        lora: Lora | None = None,
+        adapter: Adapter | None = None,
         caches: KeyValue | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Layers start..stop-1 (traced) for copies of a line, each with its own heads silenced.
@@ -218,8 +237,8 @@ class Decoder(nnx.Module):
         Returns the residual stream after layer stop-1, and the caches.
         """
         turn = turns(line.positions, self.config.frequencies)
-        scale = None if lora is None else lora.scale
-        graph, stacked = self._stacked(keep, lora)
+        scale = None if adapter is None else adapter.scale
+        graph, stacked = self.stacked(keep, adapter)
 
         def body(index, carry):
             hidden, caches = carry
@@ -240,15 +259,15 @@ class Decoder(nnx.Module):
         start: jax.Array,
         keep: jax.Array | None = None,
         mask: str = "output",
-        lora: Lora | None = None,
+        adapter: Adapter | None = None,
         caches: KeyValue | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """As `run` to the model's end: the last layer's residual stream of the prompts' last tokens only,
         [n, R, E]."""
         final = self.config.shape.layers - 1
-        hidden, caches = self.run(hidden, line, start, final, keep, mask, lora, caches)
+        hidden, caches = self.run(hidden, line, start, final, keep, mask, adapter, caches)
         turn = turns(line.positions, self.config.frequencies)
-        graph, stacked = self._stacked(keep, lora)
+        graph, stacked = self.stacked(keep, adapter)
         at = jax.tree.map(lambda whole: whole[final], stacked)
         layer: Layer = nnx.merge(graph, at.weights)
         own = layer.key_values(hidden, turn)
@@ -256,7 +275,7 @@ class Decoder(nnx.Module):
             caches = jax.tree.map(lambda whole, new: whole.at[final].set(new), caches, own)
         last = line.columns[:, -1]
         hidden, turn = hidden[:, last], tuple(part[last] for part in turn)
-        query = layer.queries(hidden, turn, at, mask, None if lora is None else lora.scale)
+        query = layer.queries(hidden, turn, at, mask, None if adapter is None else adapter.scale)
         return layer.finish(hidden, attend_last(query, own, line, at.window), at, mask), caches
 
     def extend(
@@ -268,7 +287,7 @@ class Decoder(nnx.Module):
         stop: jax.Array,
         keep: jax.Array | None = None,
         mask: str = "output",
-        lora: Lora | None = None,
+        adapter: Adapter | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         """Layers start..stop-1 (traced) for w further tokens of each row, [n, w, E] at positions [n, w].
 
@@ -279,8 +298,8 @@ class Decoder(nnx.Module):
         turn = turns(positions, self.config.frequencies)
         rows = jnp.arange(len(hidden))[:, None]
         apart = positions[..., None] - jnp.arange(cache.keys.shape[-2])  # (n, w, C)
-        scale = None if lora is None else lora.scale
-        graph, stacked = self._stacked(keep, lora)
+        scale = None if adapter is None else adapter.scale
+        graph, stacked = self.stacked(keep, adapter)
 
         def body(index, carry):
             hidden, cache = carry
@@ -295,7 +314,7 @@ class Decoder(nnx.Module):
 
         return jax.lax.fori_loop(start, stop, body, (hidden, cache))
 
-    def forward(self, ids: jax.Array, lora: Lora | None = None, recompute: bool = False) -> jax.Array:
+    def forward(self, ids: jax.Array, adapter: Adapter | None = None, recompute: bool = False) -> jax.Array:
         """Last layer's residual stream [B, T, E] of right-padded ids [B, T]; can be differentiated.
 
         Args:
@@ -304,8 +323,8 @@ class Decoder(nnx.Module):
         columns = jnp.arange(ids.shape[1])
         apart = columns[:, None] - columns[None, :]
         turn = turns(columns, self.config.frequencies)
-        scale = None if lora is None else lora.scale
-        graph, stacked = self._stacked(None, lora)
+        scale = None if adapter is None else adapter.scale
+        graph, stacked = self.stacked(None, adapter)
 
         def body(x, at: At):
             layer: Layer = nnx.merge(graph, at.weights)

@@ -14,7 +14,7 @@ from flax import nnx
 from backends import batching, memory
 from backends.base import Head
 from backends.flax_attention import KeyValue, Line
-from backends.flax_decoder import Decoder, Lora
+from backends.flax_decoder import Adapter, Decoder
 from backends.flax_model import Batch, Frontier, Model, empty_caches, make_batch, make_batches
 from backends.flax_sweep import groups, keep_mask, token_limit
 from backends.responses import CLEAN, WIDTH, Decoding, Draft, Row
@@ -31,7 +31,7 @@ COLUMNS = 64
 
 
 @partial(jax.jit, static_argnames=("graph", "mask"))
-def begin(graph, weights, hidden, within, line: Line, layer, keep, lora, mask: str):
+def begin(graph, weights, hidden, within, line: Line, layer, keep, adapter, mask: str):
     """First tokens [n, R] of silenced copies of a line, and its keys and values [L, n, T, K, D] from `layer`
     on.
 
@@ -44,7 +44,7 @@ def begin(graph, weights, hidden, within, line: Line, layer, keep, lora, mask: s
     copies = 1 if keep is None else len(keep)
     stream = jnp.broadcast_to(stream, (copies, *stream.shape[1:]))
     caches = empty_caches(decoder.config, copies, stream.shape[1])
-    last, caches = decoder.end(stream, line, layer, keep, mask, lora, caches)
+    last, caches = decoder.end(stream, line, layer, keep, mask, adapter, caches)
     return decoder.logits(last).argmax(axis=-1), caches
 
 
@@ -66,7 +66,7 @@ def fill(cache: KeyValue, caches: KeyValue, places, rows) -> KeyValue:
 
 
 @partial(jax.jit, static_argnames=("graph", "mask"), donate_argnames=("cache", "lower"))
-def step(graph, weights, cache, lower, stream, ids, positions, places, off, layer, keep, lora, mask: str):
+def step(graph, weights, cache, lower, stream, ids, positions, places, off, layer, keep, adapter, mask: str):
     """Greedy tokens [R, w] after ids [R, w], and the caches with these in them.
 
     Args:
@@ -83,7 +83,7 @@ def step(graph, weights, cache, lower, stream, ids, positions, places, off, laye
         below, lower = decoder.extend(decoder.embed(own), lower, at, 0, layer)
         hidden = stream[0, places].at[off].set(below, mode="drop")
     layers = decoder.config.shape.layers
-    hidden, cache = decoder.extend(hidden, cache, positions, layer, layers, keep, mask, lora)
+    hidden, cache = decoder.extend(hidden, cache, positions, layer, layers, keep, mask, adapter)
     return decoder.logits(hidden).argmax(axis=-1), cache, lower
 
 
@@ -122,12 +122,12 @@ class _Engine:
         self,
         model: Model,
         cache: KeyValue,
-        lora: Lora | None = None,
+        adapter: Adapter | None = None,
         keep: np.ndarray | None = None,
         frontier: Frontier | None = None,
         mask: str = "output",
     ):
-        self.model, self.cache, self.lora, self.frontier, self.mask = model, cache, lora, frontier, mask
+        self.model, self.cache, self.adapter, self.frontier, self.mask = model, cache, adapter, frontier, mask
         self.keep, self.layer = keep, 0 if frontier is None else frontier.layer
         self.sent = None if keep is None else model.put(keep)
         columns = cache.keys.shape[-2]
@@ -160,7 +160,7 @@ class _Engine:
             lines,
             np.int32(self.layer),
             self.sent,
-            self.lora,
+            self.adapter,
             self.mask,
         )
         return np.asarray(told)[: len(rows)]
@@ -205,7 +205,7 @@ def _eos(model: Model) -> set[int]:
 
 
 def generate(
-    model: Model, prompts: Sequence[Example], max_new_tokens: int, lora: Lora | None
+    model: Model, prompts: Sequence[Example], max_new_tokens: int, adapter: Adapter | None
 ) -> list[np.ndarray]:
     """See Backend.generate."""
     outputs: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
@@ -216,7 +216,7 @@ def generate(
     shared = min(map(len, sequences))
     for batch in make_batches(model, sequences, token_limit(model), shared, False, most):
         first, caches = begin(
-            model.graph, model.weights, None, None, batch.line, np.int32(0), None, lora, "output"
+            model.graph, model.weights, None, None, batch.line, np.int32(0), None, adapter, "output"
         )
         size, count = model.decode_rows(batch.filled), len(batch.rows)
         columns = batching.round_up(batch.line.columns.shape[1] + max_new_tokens + WIDTH, COLUMNS)
@@ -224,7 +224,11 @@ def generate(
         cache = fill(_empty(model, size, columns), caches, batch.line.columns, into)
         rows = [Row(row, len(sequences[row])) for row in batch.rows]
         decoding = Decoding(
-            _Engine(model, cache, lora), rows, max_new_tokens, _eos(model), model.limit(STEP_CPU, STEP_DEVICE)
+            _Engine(model, cache, adapter),
+            rows,
+            max_new_tokens,
+            _eos(model),
+            model.limit(STEP_CPU, STEP_DEVICE),
         )
         decoding.run(np.asarray(first)[0, :count].tolist())
         for row in rows:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from backends.batching import by_tokens, check_folds, round_up, training_rows
 from backends.errors import InputError
-from backends.flax_decoder import Config, Decoder, Lora
+from backends.flax_decoder import Adapter, Config, Decoder
 from backends.flax_model import Model
 from backends.progress import progress
 from data.examples import Example
@@ -52,9 +52,9 @@ def make_rows(model: Model, examples: Sequence[Example], filled: int, of: int) -
     return Rows(*(model.put(array, 0) for array in (ids, places, targets, share)))
 
 
-def loss_of(decoder: Decoder, rows: Rows, lora: Lora | None, recompute: bool) -> jax.Array:
+def loss_of(decoder: Decoder, rows: Rows, adapter: Adapter | None, recompute: bool) -> jax.Array:
     """Sum over target tokens of share * cross-entropy."""
-    hidden = decoder.forward(rows.ids, lora, recompute)
+    hidden = decoder.forward(rows.ids, adapter, recompute)
     # The output matrix sees only the places that predict a target.
     asked = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)  # (R, G, E)
     logits = decoder.logits(asked)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from backends import batching, memory
 from backends.flax_attention import KeyValue, Line
-from backends.flax_decoder import Config, Decoder, Lora
+from backends.flax_decoder import Adapter, Config, Decoder
 from backends.flax_devices import place
 from data.examples import Example
 
@@ -148,10 +148,10 @@ def advance(graph, weights, hidden, line: Line, start, stop, caches: KeyValue | 
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def clean_logits(graph, weights, line: Line, lora: Lora | None) -> jax.Array:
+def clean_logits(graph, weights, line: Line, adapter: Adapter | None) -> jax.Array:
     """float32 [R, V] after each prompt."""
     decoder: Decoder = nnx.merge(graph, weights)
-    hidden, _ = decoder.end(decoder.embed(line.ids)[None], line, 0, lora=lora)
+    hidden, _ = decoder.end(decoder.embed(line.ids)[None], line, 0, adapter=adapter)
     return decoder.logits(hidden[0])
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from backends import batching, memory
 from backends.base import Head
 from backends.flax_attention import Line
-from backends.flax_decoder import Config, Decoder, Lora
+from backends.flax_decoder import Adapter, Config, Decoder
 from backends.flax_model import Frontier, Model, clean_logits, prompt_batches
 from data.examples import Example
 
@@ -93,11 +93,13 @@ def _asked(examples: Sequence[Example], rows: int, vocabulary: np.ndarray | None
 # Verbs
 
 
-def choices(model: Model, examples: Sequence[Example], lora: Lora | None) -> tuple[np.ndarray, np.ndarray]:
+def choices(
+    model: Model, examples: Sequence[Example], adapter: Adapter | None
+) -> tuple[np.ndarray, np.ndarray]:
     """See Backend.choices."""
     prediction, probability = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32)
     for batch in prompt_batches(model, examples, token_limit(model)):
-        found = clean_logits(model.graph, model.weights, batch.line, lora)
+        found = clean_logits(model.graph, model.weights, batch.line, adapter)
         asked = _asked([examples[row] for row in batch.rows], batch.filled, None)
         told = clean_choices(found, model.put(asked, 0))
         prediction[batch.rows], probability[batch.rows] = (
@@ -107,13 +109,13 @@ def choices(model: Model, examples: Sequence[Example], lora: Lora | None) -> tup
 
 
 def logits(
-    model: Model, examples: Sequence[Example], lora: Lora | None, silenced: Head | None, mask: str
+    model: Model, examples: Sequence[Example], adapter: Adapter | None, silenced: Head | None, mask: str
 ) -> np.ndarray:
     """See Backend.logits."""
     found = np.zeros((len(examples), model.config.shape.vocab), np.float32)
     for batch in prompt_batches(model, examples, token_limit(model)):
         if silenced is None:
-            told = clean_logits(model.graph, model.weights, batch.line, lora)
+            told = clean_logits(model.graph, model.weights, batch.line, adapter)
         else:
             frontier = Frontier(model, batch)
             frontier.move(0)

@@ -26,7 +26,7 @@ from backends.base import (
 from backends.batching import cut_rows, passes
 from backends.checkpoint import Checkpoint, identity
 from backends.errors import InputError
-from backends.flax_decoder import Lora
+from backends.flax_decoder import Adapter
 from backends.flax_loss import loss_of, make_rows, recomputes
 from backends.flax_model import Model
 from data.examples import Example
@@ -90,7 +90,7 @@ class FlaxTuning:
         )
         state = optimizer.init(trained)
         update = jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
-        of = identity("flax", self.examples, self.heads, recipe, self.reference)
+        of = identity("flax", recipe, self.heads, [*self.examples, *self.reference])
         checkpoint = Checkpoint(recipe.checkpoint, of)
         if checkpoint.arrays:
             leaves, tree = jax.tree.flatten((trained, state))
@@ -154,7 +154,7 @@ def lora_gradients(graph, weights, trained, scale, free, rows, recompute: bool):
 
     def loss(trained: Trained) -> jax.Array:
         decoder = nnx.merge(graph, weights)
-        return loss_of(decoder, rows, Lora(trained.a, trained.b, scale), recompute)
+        return loss_of(decoder, rows, Adapter(trained.a, trained.b, scale), recompute)
 
     value, gradients = jax.value_and_grad(loss)(trained)
     return value, jax.tree.map(jnp.multiply, gradients, free)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import transformers
 
-from backends import models, torch_continuous, torch_generate, torch_loss, torch_sweep
+from backends import models, torch_continuous, torch_generate, torch_loss, torch_neurons, torch_sweep
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
+from backends.neurons import Attribution, GainRecipe, Selection, Task
 from backends.torch_decoder import Decoder
 from data.examples import Example
 
@@ -173,3 +174,13 @@ class TorchBackend:
         from backends.torch_tune import TorchTuning
 
         return TorchTuning(self.model, self.shape, examples, heads, recipe, reference)
+
+    def attribute_neurons(
+        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 16
+    ) -> Attribution:
+        return torch_neurons.attribute(self.decoder, examples, baselines, steps)
+
+    def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
+        from backends.torch_gains import TorchGainTuning
+
+        return TorchGainTuning(self.model, self.shape, tasks, neurons, recipe)

@@ -108,9 +108,9 @@ class TorchTuning:
             parameters, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
         )
         order = batch_order(len(self.examples), recipe)
-        of = identity("torch", self.examples, self.heads, recipe, self.reference)
+        of = identity("torch", recipe, self.heads, [*self.examples, *self.reference])
         checkpoint = Checkpoint(recipe.checkpoint, of)
-        _restore(checkpoint.arrays, parameters, optimizer)
+        restore(checkpoint.arrays, parameters, optimizer)
         self.repeated = len(checkpoint.records)
         yield from (records := checkpoint.records)
         for step, rows in enumerate(order[len(records) :], len(records)):
@@ -144,7 +144,7 @@ class TorchTuning:
             }
             records.append(record)
             if checkpoint.due:
-                checkpoint.save(records, _state(parameters, optimizer))
+                checkpoint.save(records, state(parameters, optimizer))
             yield record
 
     def _gradients(
@@ -167,7 +167,7 @@ class TorchTuning:
         return folder
 
 
-def _state(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+def state(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
     """All that later steps follow from: parameters and Adam's moments."""
     arrays = {}
     for number, parameter in enumerate(parameters):
@@ -177,7 +177,7 @@ def _state(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimize
     return arrays
 
 
-def _restore(
+def restore(
     arrays: dict[str, np.ndarray], parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     for name, array in arrays.items():

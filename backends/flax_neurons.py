@@ -1,0 +1,197 @@
+"""NeuronTune's attribution: integrated gradients of MLP neurons along a path of activations. Mirrors
+`torch_neurons`.
+
+A pass begins at the prompt's last token, on kept keys and values of those before it. Widths are rounded up;
+what only fills them is seen by nobody and counts for nothing.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from backends.batching import round_up
+from backends.errors import InputError
+from backends.flax_attention import KeyValue, attend, by_head, turns
+from backends.flax_decoder import Decoder, Layer
+from backends.flax_loss import PLACES, WIDTH
+from backends.flax_model import Model
+from backends.neurons import Attribution, blocks, check_attribution, quadrature
+from backends.progress import progress
+from data.examples import Example
+
+ROWS_CPU, ROWS_DEVICE = 128, 1024
+"""points of paths that go through the model together, where each layer has a path of its own"""
+
+
+class Held(NamedTuple):
+    """The clean model on a prompt of T tokens and its target of t: what every path through it starts from.
+    P and W fill up T - 1 and t."""
+
+    known: KeyValue
+    """of the tokens before the prompt's last, [L, K, P, D]"""
+    hidden: jax.Array
+    """residual stream of the tokens that predict the target, before each layer, [L, W, E]"""
+    neurons: jax.Array
+    """of the last prompt token, [L, F]"""
+    before: jax.Array
+    """T - 1"""
+    targets: jax.Array
+    """token ids, [W]"""
+    share: jax.Array
+    """of each target token in the loss, [W]; 0 where there is none"""
+
+
+@partial(jax.jit, static_argnames=("graph", "width"))
+def clean(graph, weights, ids, before, width: int):
+    """Keys and values, hidden and neurons of `Held` from ids [P + W], those at `before` and on being the last
+    prompt token's and the target's."""
+    decoder: Decoder = nnx.merge(graph, weights)
+    stacked_graph, stacked = decoder.stacked(None, None)
+    columns = jnp.arange(len(ids))
+    distance = columns[:, None] - columns
+    turn = turns(columns, decoder.config.frequencies)
+
+    def body(x, at):
+        layer: Layer = nnx.merge(stacked_graph, at.weights)
+        own = by_head(layer.key_values(x, turn))  # (1, K, P + W, D)
+        seen = (distance >= 0) & (distance < at.window)
+        between = layer.attended(
+            x, attend(layer.queries(x, turn, at, "output", None), own, seen), at, "output"
+        )
+        neurons = layer.mlp.neurons(layer.before_mlp(between))
+        asked = jax.lax.dynamic_slice_in_dim(x[0], before, width)
+        return between + layer.mlp.down(neurons), (own, asked, neurons[0, before])
+
+    _, (own, hidden, neurons) = jax.lax.scan(body, decoder.embed(ids)[None], stacked)
+    return jax.tree.map(lambda part: part[:, 0, :, : len(ids) - width], own), hidden, neurons
+
+
+def hold(model: Model, weights: nnx.State, example: Example) -> Held:
+    """The clean model on an example."""
+    before, count = len(example.prompt_ids) - 1, len(example.target_ids)
+    width = round_up(count, PLACES)
+    ids = np.zeros(round_up(before, WIDTH) + width, np.int32)
+    ids[: before + count] = np.concatenate([example.prompt_ids, example.target_ids[:-1]])
+    targets, share = np.zeros(width, np.int32), np.zeros(width)
+    targets[:count], share[:count] = example.target_ids, 1 / count
+    found = clean(model.graph, weights, ids, np.int32(before), width)
+    return Held(*found, np.int32(before), targets, share)
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def losses_and_gradient(graph, weights, held: Held, start, values, rows):
+    """Loss of the target in each of n rows, [n], and the gradient of their sum in `values`.
+
+    Args:
+        start: the layer that the rows enter; below it they are the clean model.
+        values: what neurons are set to at each row's first token, [L, n, F], or for all layers [1, n, F].
+        rows: bool [L, n], in which rows.
+    """
+
+    def loss(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        decoder: Decoder = nnx.merge(graph, weights)
+        stacked_graph, stacked = decoder.stacked(None, None)
+        width, filled = held.hidden.shape[1], held.known.keys.shape[2]
+        positions = held.before + jnp.arange(width)
+        turn = turns(positions, decoder.config.frequencies)
+        columns = jnp.concatenate([jnp.arange(filled), positions])
+        there = jnp.concatenate([jnp.arange(filled) < held.before, jnp.ones(width, bool)])
+        distance = positions[:, None] - columns  # query minus key position, (W, P + W)
+
+        def run(x, index, at, known):
+            layer: Layer = nnx.merge(stacked_graph, at.weights)
+            own = by_head(layer.key_values(x, turn))  # (n, K, W, D)
+            every = jax.tree.map(
+                lambda old, new: jnp.concatenate([jnp.broadcast_to(old, (len(x), *old.shape)), new], axis=2),
+                known,
+                own,
+            )
+            seen = (distance >= 0) & (distance < at.window) & there
+            heads = attend(layer.queries(x, turn, at, "output", None), every, seen)
+            put = values[jnp.minimum(index, len(values) - 1)], rows[index]
+            return layer.finish(x, heads, at._replace(put=put), "output")
+
+        def body(x, each):
+            index, at, known = each
+            below = index < start
+            return jax.lax.cond(below, lambda x, *_: x, run, x, index, at, known), None
+
+        first = jnp.broadcast_to(held.hidden[start], (values.shape[1], *held.hidden.shape[1:]))
+        layers = jnp.arange(len(held.hidden))
+        hidden, _ = jax.lax.scan(body, first, (layers, stacked, held.known))
+        logits = decoder.logits(hidden)  # (n, W, V)
+        picked = jnp.take_along_axis(logits, held.targets[None, :, None], axis=-1)[..., 0]
+        each = ((jax.nn.logsumexp(logits, axis=-1) - picked) * held.share).sum(axis=-1)
+        return each.sum(), each
+
+    (_, each), gradient = jax.value_and_grad(loss, has_aux=True)(values)
+    return each, gradient
+
+
+def together(
+    model: Model, weights: nnx.State, held: Held, start: np.ndarray, points: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """See `torch_neurons.together`."""
+    path = start[:, None] + points[:, None] * (np.asarray(held.neurons) - start)[:, None]
+    rows = np.ones(path.shape[:2], bool)
+    along, gradient = losses_and_gradient(model.graph, weights, held, np.int32(0), path, rows)
+    return np.asarray(along), np.asarray(gradient)
+
+
+def apart(
+    model: Model, weights: nnx.State, held: Held, points: np.ndarray, layers: range, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """See `torch_neurons.apart`; `size` layers are computed, so that all blocks are one program."""
+    neurons, count = np.asarray(held.neurons), len(points)
+    path = np.zeros((size, count, neurons.shape[1]), neurons.dtype)
+    path[: len(layers)] = points[:, None] * neurons[layers.start : layers.stop, None]
+    rows = np.zeros((len(neurons), size, count), bool)
+    rows[layers, np.arange(len(layers))] = True
+    flat = path.reshape(1, size * count, -1), rows.reshape(len(neurons), -1)
+    along, gradient = losses_and_gradient(model.graph, weights, held, np.int32(layers.start), *flat)
+    along, gradient = np.asarray(along), np.asarray(gradient)[0]
+    return (
+        along.reshape(size, count)[: len(layers)],
+        gradient.reshape(size, count, -1)[: len(layers)],
+    )
+
+
+def attribute(
+    model: Model, examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int
+) -> Attribution:
+    """See Backend.attribute_neurons. A float32 model is differentiated in float64."""
+    check_attribution(examples, baselines, steps)
+    nodes, quota = quadrature(steps)
+    layers = model.config.shape.layers
+    rows = model.limit(ROWS_CPU, ROWS_DEVICE)
+    score, total, change = 0.0, [], []
+    with jax.enable_x64(model.config.dtype == "float32"):
+        weights = model.weights
+        if model.config.dtype == "float32":
+            weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
+        points = np.array([0.0, *nodes, 1.0])
+        for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
+            held = hold(model, weights, example)
+            if baselines is None:
+                start = np.zeros_like(held.neurons)
+                size = min(layers, max(1, rows // (len(points) * len(held.targets))))
+                found = [apart(model, weights, held, points, some, size) for some in blocks(layers, size)]
+                along, gradient = (np.concatenate(each) for each in zip(*found, strict=True))
+            else:
+                start = np.asarray(hold(model, weights, baselines[number]).neurons)
+                along, gradient = together(model, weights, held, start, points)
+            along, gradient = along.astype(np.float64), gradient[:, 1:-1].astype(np.float64)
+            own = (np.asarray(held.neurons) - start).astype(np.float64)
+            own *= np.einsum("m,lmf->lf", quota, gradient)
+            if not np.isfinite(own).all():
+                where = example.example_id
+                raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
+            score = score + np.abs(own) / len(examples)
+            total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
+            change.append(np.atleast_1d(along[..., -1] - along[..., 0]))
+    return Attribution(score, np.array(total), np.array(change))
