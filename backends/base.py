@@ -169,8 +169,9 @@ class Backend(Protocol):
                 all layers at zero the model says nothing that a path could come back from.
             steps: nodes of Gauss and Legendre's rule on a path.
 
-        A float32 model is differentiated in float64. ValueError where there is nothing to attribute;
-        InputError on a gradient that is not finite.
+        In the model's own precision: float64, which `gradient_gram` needs, would move a score by 5e-5 of the
+        largest on SmolLM2 and take twice the time. ValueError where there is nothing to attribute; InputError
+        on a gradient that is not finite.
         """
         ...
 

@@ -71,15 +71,15 @@ def clean(graph, weights, ids, before, width: int):
     return jax.tree.map(lambda part: part[:, 0, :, : len(ids) - width], own), hidden, neurons
 
 
-def hold(model: Model, weights: nnx.State, example: Example) -> Held:
+def hold(model: Model, example: Example) -> Held:
     """The clean model on an example."""
     before, count = len(example.prompt_ids) - 1, len(example.target_ids)
     width = round_up(count, PLACES)
     ids = np.zeros(round_up(before, WIDTH) + width, np.int32)
     ids[: before + count] = np.concatenate([example.prompt_ids, example.target_ids[:-1]])
-    targets, share = np.zeros(width, np.int32), np.zeros(width)
+    targets, share = np.zeros(width, np.int32), np.zeros(width, np.float32)
     targets[:count], share[:count] = example.target_ids, 1 / count
-    found = clean(model.graph, weights, ids, np.int32(before), width)
+    found = clean(model.graph, model.weights, ids, np.int32(before), width)
     return Held(*found, np.int32(before), targets, share)
 
 
@@ -134,17 +134,17 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
 
 
 def together(
-    model: Model, weights: nnx.State, held: Held, start: np.ndarray, points: np.ndarray
+    model: Model, held: Held, start: np.ndarray, points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """See `torch_neurons.together`."""
     path = start[:, None] + points[:, None] * (np.asarray(held.neurons) - start)[:, None]
     rows = np.ones(path.shape[:2], bool)
-    along, gradient = losses_and_gradient(model.graph, weights, held, np.int32(0), path, rows)
+    along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(0), path, rows)
     return np.asarray(along), np.asarray(gradient)
 
 
 def apart(
-    model: Model, weights: nnx.State, held: Held, points: np.ndarray, layers: range, size: int
+    model: Model, held: Held, points: np.ndarray, layers: range, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """See `torch_neurons.apart`; `size` layers are computed, so that all blocks are one program."""
     neurons, count = np.asarray(held.neurons), len(points)
@@ -153,7 +153,7 @@ def apart(
     rows = np.zeros((len(neurons), size, count), bool)
     rows[layers, np.arange(len(layers))] = True
     flat = path.reshape(1, size * count, -1), rows.reshape(len(neurons), -1)
-    along, gradient = losses_and_gradient(model.graph, weights, held, np.int32(layers.start), *flat)
+    along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(layers.start), *flat)
     along, gradient = np.asarray(along), np.asarray(gradient)[0]
     return (
         along.reshape(size, count)[: len(layers)],
@@ -164,34 +164,30 @@ def apart(
 def attribute(
     model: Model, examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int
 ) -> Attribution:
-    """See Backend.attribute_neurons. A float32 model is differentiated in float64."""
+    """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
     nodes, quota = quadrature(steps)
     layers = model.config.shape.layers
     rows = model.limit(ROWS_CPU, ROWS_DEVICE)
     score, total, change = 0.0, [], []
-    with jax.enable_x64(model.config.dtype == "float32"):
-        weights = model.weights
-        if model.config.dtype == "float32":
-            weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
-        points = np.array([0.0, *nodes, 1.0])
-        for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
-            held = hold(model, weights, example)
-            if baselines is None:
-                start = np.zeros_like(held.neurons)
-                size = min(layers, max(1, rows // (len(points) * len(held.targets))))
-                found = [apart(model, weights, held, points, some, size) for some in blocks(layers, size)]
-                along, gradient = (np.concatenate(each) for each in zip(*found, strict=True))
-            else:
-                start = np.asarray(hold(model, weights, baselines[number]).neurons)
-                along, gradient = together(model, weights, held, start, points)
-            along, gradient = along.astype(np.float64), gradient[:, 1:-1].astype(np.float64)
-            own = (np.asarray(held.neurons) - start).astype(np.float64)
-            own *= np.einsum("m,lmf->lf", quota, gradient)
-            if not np.isfinite(own).all():
-                where = example.example_id
-                raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
-            score = score + np.abs(own) / len(examples)
-            total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
-            change.append(np.atleast_1d(along[..., -1] - along[..., 0]))
+    points = np.array([0.0, *nodes, 1.0]).astype(model.config.dtype)
+    for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
+        held = hold(model, example)
+        if baselines is None:
+            start = np.zeros_like(held.neurons)
+            size = min(layers, max(1, rows // (len(points) * len(held.targets))))
+            found = [apart(model, held, points, some, size) for some in blocks(layers, size)]
+            along, gradient = (np.concatenate(each) for each in zip(*found, strict=True))
+        else:
+            start = np.asarray(hold(model, baselines[number]).neurons)
+            along, gradient = together(model, held, start, points)
+        along, gradient = along.astype(np.float64), gradient[:, 1:-1].astype(np.float64)
+        own = (np.asarray(held.neurons) - start).astype(np.float64)
+        own *= np.einsum("m,lmf->lf", quota, gradient)
+        if not np.isfinite(own).all():
+            where = example.example_id
+            raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
+        score = score + np.abs(own) / len(examples)
+        total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
+        change.append(np.atleast_1d(along[..., -1] - along[..., 0]))
     return Attribution(score, np.array(total), np.array(change))

@@ -45,7 +45,7 @@ def example_losses(model: torch.nn.Module, examples: Sequence[Example]) -> torch
 
 
 @contextmanager
-def float64(model: torch.nn.Module) -> Iterator[None]:
+def _float64(model: torch.nn.Module) -> Iterator[None]:
     """A float32 model in float64 for a while; the way back is exact.
 
     Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 arithmetic
@@ -79,7 +79,7 @@ def gradient_gram(
     for weight in weights:
         weight.requires_grad_(True)
     try:
-        with float64(model):
+        with _float64(model):
             for kind, examples in enumerate((safe, util)):
                 for fold in range(folds):
                     members = examples[fold::folds]

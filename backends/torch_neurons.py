@@ -11,7 +11,6 @@ from backends.errors import InputError
 from backends.neurons import Attribution, blocks, check_attribution, quadrature
 from backends.progress import progress
 from backends.torch_decoder import Cache, Decoder
-from backends.torch_loss import float64
 from data.examples import Example
 
 ROWS_CPU, ROWS_CUDA = 128, 1024
@@ -129,29 +128,27 @@ def apart(decoder: Decoder, held: Held, points: torch.Tensor, layers: range) -> 
 def attribute(
     decoder: Decoder, examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int
 ) -> Attribution:
-    """See Backend.attribute_neurons. A float32 model is differentiated in float64."""
+    """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
     nodes, weights = quadrature(steps)
     rows = ROWS_CUDA if decoder.device.type == "cuda" else ROWS_CPU
     score, total, change = 0.0, [], []
-    with float64(decoder.model):
-        dtype = decoder.model.dtype
-        points = torch.tensor([0.0, *nodes, 1.0], dtype=dtype, device=decoder.device)
-        for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
-            held = hold(decoder, example)
-            if baselines is None:
-                start, size = torch.zeros_like(held.neurons), rows // (len(points) * len(held.targets))
-                found = [apart(decoder, held, points, some) for some in blocks(decoder.layers, size)]
-                along, gradient = (torch.cat(each) for each in zip(*found, strict=True))
-            else:
-                start = hold(decoder, baselines[number]).neurons
-                along, gradient = together(decoder, held, start, points)
-            own, ends = (held.neurons - start).double().cpu().numpy(), along.double().cpu().numpy()
-            own *= np.einsum("m,lmf->lf", weights, gradient[:, 1:-1].double().cpu().numpy())
-            if not np.isfinite(own).all():
-                where = example.example_id
-                raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
-            score = score + np.abs(own) / len(examples)
-            total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
-            change.append(np.atleast_1d(ends[..., -1] - ends[..., 0]))
+    points = torch.tensor([0.0, *nodes, 1.0], dtype=decoder.model.dtype, device=decoder.device)
+    for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
+        held = hold(decoder, example)
+        if baselines is None:
+            start, size = torch.zeros_like(held.neurons), rows // (len(points) * len(held.targets))
+            found = [apart(decoder, held, points, some) for some in blocks(decoder.layers, size)]
+            along, gradient = (torch.cat(each) for each in zip(*found, strict=True))
+        else:
+            start = hold(decoder, baselines[number]).neurons
+            along, gradient = together(decoder, held, start, points)
+        own, ends = (held.neurons - start).double().cpu().numpy(), along.double().cpu().numpy()
+        own *= np.einsum("m,lmf->lf", weights, gradient[:, 1:-1].double().cpu().numpy())
+        if not np.isfinite(own).all():
+            where = example.example_id
+            raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
+        score = score + np.abs(own) / len(examples)
+        total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
+        change.append(np.atleast_1d(ends[..., -1] - ends[..., 0]))
     return Attribution(score, np.array(total), np.array(change))

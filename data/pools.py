@@ -4,7 +4,7 @@ App. A, Table 4). `data.sources` reads them.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,12 @@ _TEST = (("test", "wildguard_test"),)
 _prompt, _adversarial = partial(_request, column="prompt"), partial(_request, column="adversarial")
 
 
+def _paired(row: Row, column: str) -> dict[str, Any]:
+    """One of the two forms of a request, with the completion of the attacked one."""
+    fields = _request(row, column, row.text("vanilla"))
+    return fields | {"target": row.text("completion")}
+
+
 def _train(data_type: str, role: str = "") -> Pool:
     form = {"role": role, "keep": ("data_type", data_type), "skip_empty": True, **_GATED_TSV}
     return Pool(*_WILDJAILBREAK, "train", TRAIN, _TRAIN_COLUMNS, _completed, **form)
@@ -175,5 +181,11 @@ POOLS: dict[str, Pool] = {
     "mmlu_calibration": Pool(*_MMLU, _CALIBRATION, _MC, _mmlu, role="util"),
     "gsm8k_calibration": Pool(*_GSM8K, (("train", "gsm8k_train"),), _QA, _gsm8k_worked, role="util"),
     "wildjailbreak_safe": _train("vanilla_harmful", role="safe"),
+    **{
+        f"wildjailbreak_{role}": replace(
+            _train("adversarial_harmful", role), fields=partial(_paired, column=column)
+        )
+        for role, column in (("plain", "vanilla"), ("attacked", "adversarial"))
+    },
     **{data_type: _train(data_type) for data_type in DATA_TYPES},  # alignment
 }

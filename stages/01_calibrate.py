@@ -5,8 +5,8 @@
 
 Benchmarks are drawn first, then the calibration sets, then alignment; each leaves out the entries of those
 before it, so no row that is trained on or calibrated with is scored. Writes calibration.parquet (role util,
-safe, or another map's name), alignment.parquet (role = data type) and benchmarks.parquet (role = benchmark),
-all under schemas.EXAMPLES.
+safe, another map's name, or plain and attacked: a request's two forms, row by row), alignment.parquet (role =
+data type) and benchmarks.parquet (role = benchmark), all under schemas.EXAMPLES.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ USES = [
     "align_rows",
     "folds",
     "maps",
+    "pairs",
     "benchmarks",
     "date",
     "system",
@@ -51,6 +52,8 @@ class Drawn(NamedTuple):
     util: dict[str, list[Record]]
     """of each map by name; maps.OWN is D_util"""
     safe: list[Record]
+    pairs: list[tuple[Record, Record]]
+    """a request plainly, and inside an attack"""
     aligned: list[Record]
     scored: dict[str, list[Record]]
     """by benchmark"""
@@ -115,6 +118,10 @@ def collect(settings: presets.Settings, pools: drawing.Pools, renderer: Renderer
         taken |= drawing.identities(records)
         drawing.check_calibration(name or "util", records)
     drawing.check_calibration("safe", safe)
+    pairs, less = drawing.draw_pairs(settings, pools, taken, [seed, 2, 2])
+    short += less
+    for pair in pairs:
+        taken |= drawing.identities(pair)
     drawing.check_benchmarks(scored, asked)
     aligned, less = drawing.draw_balanced(
         {kind: drawing.alignment_records(settings, pools, kind) for kind in DATA_TYPES},
@@ -124,7 +131,7 @@ def collect(settings: presets.Settings, pools: drawing.Pools, renderer: Renderer
         # Of a prompt that fills the whole length nothing would be learned.
         lambda record: len(renderer.ids(renderer.prompt(record))) < settings.max_length,
     )
-    return Drawn(util, safe, aligned, scored, short + less)
+    return Drawn(util, safe, pairs, aligned, scored, short + less)
 
 
 def tables(renderer: Renderer, drawn: Drawn) -> dict[str, list[dict]]:
@@ -136,6 +143,8 @@ def tables(renderer: Renderer, drawn: Drawn) -> dict[str, list[dict]]:
     calibration = as_rows(drawn.util[maps.OWN], "util") + as_rows(drawn.safe, "safe")
     for name, records in drawn.util.items():
         calibration += as_rows(records, name) if name else []
+    for at, role in enumerate(drawing.PAIR):
+        calibration += as_rows([pair[at] for pair in drawn.pairs], role)
     return {
         "calibration": calibration,
         "alignment": [renderer.row(record) for record in drawn.aligned],

@@ -1,4 +1,5 @@
-"""Stage 02: gradients of every head's W_q rows, and from them the optimization conflict O(h) (§3.2, Eq. 2).
+"""Stage 02: gradients of every head's W_q rows, and from them the optimization conflict O(h) (§3.2, Eq. 2);
+and, for NeuronTune, what every MLP neuron contributes to safety and to utility.
 
     python -m stages.02_conflict --run outputs/smollm
 
@@ -6,19 +7,31 @@ Reads calibration.parquet; writes gradients.parquet: for each head the Gram matr
 gradients of D_safe and of D_util, and what follows from it: dot, norms, O, and O's bootstrap interval over
 folds. Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as BLOCK
 bytes of gradients allow are a unit (a small model is one unit).
+
+With --pairs also neurons.parquet: integrated gradients of every neuron at the last prompt token. Safety: of
+the refusal's loss, from a plain request to the same one inside an attack. Utility: of the right answer's
+loss on as many rows of D_util, from zero. NeuronTune's abstract says "attribution"; integrated gradients is a
+third party's reading of the paper, the paths, losses and rows are ours.
 """
 
-import numpy as np
+import time
 
-from backends.base import Shape
+import numpy as np
+import pyarrow as pa
+
+from backends.base import Backend, Shape
 from data.rendering import example
-from stages import artifacts, cli, maps, metrics, presets, schemas
+from stages import artifacts, cli, maps, metrics, neurons, presets, schemas
 from stages import gram as gram_formulas
 from stages.loading import load_backend
 from stages.locks import parse_shard
 
 NAME = "02_conflict"
-USES = ["backend", "dtype", "device", "seed", "folds", "maps", "resamples"]
+USES = ["backend", "dtype", "device", "seed", "folds", "maps", "resamples", "pairs", "attribution_steps"]
+NEURONS = {"neurons-safety": "safety", "neurons-utility": "utility"}
+"""units of the attribution"""
+INCOMPLETE = 0.1
+"""share of the losses' change by which attributions may miss it without a warning"""
 CALIBRATION = "01_calibrate/calibration.parquet"
 BLOCK = 16 * 2**30
 """bytes of fold gradients that a unit holds in memory; fixed, so that units are the same on every machine"""
@@ -49,6 +62,43 @@ def conflict_rows(gram: np.ndarray, folds: int, generator: np.random.Generator, 
     ]
 
 
+def attribute(stage: artifacts.Stage, backend: Backend, unit: str, rows: list[dict], steps: int) -> None:
+    """Keeps one side's score of every neuron, and what the attributions sum to beside what the loss did."""
+    plain, attacked, util = (
+        [example(row) for row in rows if row["role"] == role] for role in ("plain", "attacked", "util")
+    )
+    began = time.monotonic()
+    if NEURONS[unit] == "safety":
+        found = backend.attribute_neurons(attacked, plain, steps)
+    else:
+        found = backend.attribute_neurons(util[: len(plain)], None, steps)
+    table = [
+        {"layer": layer, "neuron": neuron, "score": found.score[layer, neuron]}
+        for layer, neuron in np.ndindex(*found.score.shape)
+    ]
+    stage.write_part(unit, table, schemas.SCORED, seconds=round(time.monotonic() - began, 2), gap=found.gap)
+
+
+def join_neurons(stage: artifacts.Stage) -> dict:
+    """Writes neurons.parquet from its two units. Returns what the manifest tells of them."""
+    parts = {side: stage.read_parts([unit], schemas.SCORED) for unit, side in NEURONS.items()}
+    table = {name: parts["safety"][name] for name in ("layer", "neuron")}
+    shape = tuple(int(table[name].to_numpy().max()) + 1 for name in table)
+    for side, part in parts.items():
+        table[side] = part["score"]
+        table[f"{side}_rank"] = neurons.ranks(part["score"].to_numpy().reshape(shape)).ravel()
+    gaps = {side: stage.units[unit]["gap"] for unit, side in NEURONS.items()}
+    for side, gap in gaps.items():
+        if gap > INCOMPLETE:
+            stage.warn(
+                f"{side} attributions of neurons miss {100 * gap:.0f} % of what the loss does along their "
+                f"paths: raise --attribution-steps"
+            )
+    columns = [table[name] for name in schemas.NEURONS.names]
+    stage.write("neurons.parquet", pa.table(columns, schema=schemas.NEURONS), schemas.NEURONS)
+    return {"attribution_gap": gaps}
+
+
 def main(settings: presets.Settings) -> None:
     uses = settings.subset(*USES)
     shard = parse_shard(settings.shard)
@@ -63,7 +113,8 @@ def main(settings: presets.Settings) -> None:
         safe = [example(row) for row in rows if row["role"] == "safe"]
         util = {name: [example(row) for row in rows if row["role"] == (name or "util")] for name in names}
         blocks = {name: units(shape, folds, name) for name in names}
-        left = stage.left([unit for name in names for unit in blocks[name]])
+        every = [unit for name in names for unit in blocks[name]] + (list(NEURONS) if settings.pairs else [])
+        left = stage.left(every)
         for name in names:
             stage.say(
                 f"gradients of {len(safe)} safety and {len(util[name])} utility rows in {folds} folds each"
@@ -77,7 +128,10 @@ def main(settings: presets.Settings) -> None:
                     for head, matrix in enumerate(heads)
                 ]
                 stage.write_part(unit, told, schemas.GRAM)
-        if not stage.gathers([unit for name in names for unit in blocks[name]]):
+        for unit in (unit for unit in NEURONS if unit in left):
+            stage.say(f"{NEURONS[unit]} attributions of {shape.layers * shape.mlp_dim} neurons")
+            attribute(stage, backend, unit, rows, settings.attribution_steps)
+        if not stage.gathers(every):
             return
         notes = {}
         for number, name in enumerate(names):
@@ -100,7 +154,8 @@ def main(settings: presets.Settings) -> None:
                 "interval_width_mean": float(width),
             }
         others = {name: notes[name] for name in names if name}
-        stage.finish(**notes[maps.OWN], **({"maps": others} if others else {}))
+        told = join_neurons(stage) if settings.pairs else {}
+        stage.finish(**notes[maps.OWN], **({"maps": others} if others else {}), **told)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from stages.reporting import (
     figures,
     findings,
     map_tables,
+    neuron_figures,
     report,
     side_by_side,
     tables,
@@ -109,6 +110,7 @@ def main(settings: presets.Settings) -> None:
         draws = {"resamples": settings.resamples, "seed": settings.seed}
         drawn = costs.resampled_scores(given, sides, **draws)
         means = costs.with_intervals(costs.mean_over_seeds(rows, source), drawn)
+        of_heads, _ = neuron_figures.split(means, m)
         found = correlations.correlations(rows, m, **draws)
         failed = failures.failures(given, sides)
         own = head_tables[maps.OWN]
@@ -137,11 +139,13 @@ def main(settings: presets.Settings) -> None:
             drawings = {
                 "figure7_conflict_map": figures.conflict_map(heads),
                 "conflict_sensitivity": figures.conflict_against_sensitivity(heads),
-            } | trade_offs.all_figures(heads, means, found, m, source)
+            }
+            drawings |= trade_offs.all_figures(heads, of_heads, found, m, source)
+            drawings |= neuron_figures.all_figures(means, m)
             for name, drawing in drawings.items():
                 figures.save(drawing, stage.folder / "figures", name)
 
-        claims = verdicts.claims(means, rows, found, drawn, m, source, others, settings.util_source)
+        claims = verdicts.claims(of_heads, rows, found, drawn, m, source, others, settings.util_source)
         sentences = findings.findings(means, found, failed, manifests, m)
         ids, references = (benchmark_rows[name].to_pylist() for name in ("example_id", "target"))
         targets = dict(zip(ids, references, strict=True))

@@ -8,6 +8,7 @@
     top50, bottom75             the 25, 50 or 75 % of heads of highest, of lowest C (Table 9)
     bucket1@mmlu100             by a map from other utility rows (--maps; Tables 10, 11)
     buckets, buckets_O, bucketsof8, buckets@mmlu100         all buckets of a kind
+    neurons256, neurons256_lam0.8, randomneurons256         neurons: NeuronTune (stages/neurons.py)
 
 Ratios are whole quarters, so that bottom25 is bucket4 (of four) and is not tuned twice.
 """
@@ -28,21 +29,32 @@ _NAME = re.compile(
     r"(?P<kind>full|random|bucket|buckets|top|bottom)(?P<number>[1-9]\d*)?(?:of(?P<of>[1-9]\d*))?"
     r"(?:_(?P<score>[OS]))?(?:@(?P<map>[a-z0-9]+))?"
 )
+_NEURONS = re.compile(r"(?P<kind>neurons|randomneurons)(?P<number>0|[1-9]\d*)(?:_lam(?P<lam>0(?:\.\d+)?|1))?")
+LAM = 0.5
+"""weight of the safety loss in an arm of neurons that names none"""
+MAML = "maml"
+"""the optimizer of arms of neurons"""
 
 
 @dataclass(frozen=True)
 class Arm:
     """An arm, taken apart."""
 
-    kind: Literal["full", "random", "bucket", "top", "bottom"]
+    kind: Literal["full", "random", "bucket", "top", "bottom", "neurons", "randomneurons"]
     number: int = 0
-    """of the bucket, from 1; of top and bottom the percentage; else 0"""
+    """of the bucket, from 1; of top and bottom the percentage; of neurons how many of each kind; else 0"""
     of: int = 0
     """how many buckets there are; 0 where it is none"""
     score: Literal["C", "O", "S"] = "C"
     """what heads are ranked by"""
     map: str = ""
     """the map's name; empty: the run's own"""
+    lam: float = 0.0
+    """of neurons: weight of the safety loss"""
+
+    @property
+    def of_neurons(self) -> bool:
+        return self.kind in ("neurons", "randomneurons")
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,10 @@ def parse(name: str, m: int) -> Arm:
     before.
 
     >>> parse("bucket2_O", 4)
-    Arm(kind='bucket', number=2, of=4, score='O', map='')
+    Arm(kind='bucket', number=2, of=4, score='O', map='', lam=0.0)
     """
+    if found := _NEURONS.fullmatch(name):
+        return Arm(found["kind"], int(found["number"]), lam=float(found["lam"] or LAM))
     found = _NAME.fullmatch(name)
     if not found or found["kind"] == "buckets":
         raise ValueError(f"unknown arm {name!r}")
@@ -91,6 +105,8 @@ def name_of(arm: Arm, m: int) -> str:
         arm = replace(arm, kind="bucket", number=1 if arm.kind == "top" else QUARTERS, of=QUARTERS)
     if arm.kind in ("full", "random"):
         return arm.kind
+    if arm.of_neurons:
+        return f"{arm.kind}{arm.number}{f'_lam{arm.lam:g}' if arm.lam != LAM else ''}"
     of = f"of{arm.of}" if arm.of not in (0, m) else ""
     score = f"_{arm.score}" if arm.score != "C" else ""
     return f"{arm.kind}{arm.number}{of}{score}{f'@{arm.map}' if arm.map else ''}"
@@ -114,30 +130,40 @@ def expand(names: Iterable[str], m: int) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check(option: str, names: Iterable[str], m: int, maps: Iterable[str]) -> None:
-    """InputError names an arm that there is not, or whose map is not asked for."""
+def check(option: str, names: Iterable[str], m: int, maps: Iterable[str], pairs: int) -> None:
+    """InputError names an arm that there is not, whose map is not asked for, or whose neurons are not
+    attributed (`pairs` is 0)."""
     try:
         arms = [parse(name, m) for name in expand(names, m)]
     except ValueError as error:
         raise InputError(
             f"{option}: {error}: there are full, random, bucket1 to bucket{m} (also _O, _S, of8, …), top50, "
-            f"bottom50, … (stages/arms.py)"
+            f"bottom50, neurons256, … (stages/arms.py)"
         ) from None
     for arm in arms:
         if arm.map and arm.map not in set(maps):
             raise InputError(f"{option}: @{arm.map} needs --maps {arm.map}=POOL:ROWS")
+        if arm.of_neurons and not pairs:
+            raise InputError(f"{option}: arms of neurons need --pairs (32, say), which they are found by")
 
 
 def units(settings) -> list[dict]:
-    """What stage 04 tunes: arm, optimizer and seed of each, by seed; ablations by plain fine-tuning only."""
+    """What stage 04 tunes: arm, optimizer and seed of each, by seed; ablations by plain fine-tuning only, and
+    neurons as they are tuned."""
     m = settings.buckets
     named = [(arm, optimizer) for optimizer in settings.optimizers for arm in expand(settings.arms, m)]
-    named += [(arm, "sft") for arm in expand(settings.ablations, m)]
+    named += [(arm, "sft") for arm in expand((*settings.ablations, *neuron_arms(settings)), m)]
+    named = [(arm, MAML if parse(arm, m).of_neurons else optimizer) for arm, optimizer in named]
     return [
         {"arm": arm, "optimizer": optimizer, "seed": seed}
         for seed in settings.seeds
         for arm, optimizer in dict.fromkeys(named)
     ]
+
+
+def neuron_arms(settings) -> list[str]:
+    """The arms that --neurons and --lam ask for."""
+    return [f"neurons{count}_lam{lam:g}" for count in settings.neurons for lam in settings.lam]
 
 
 def heads(name: str, maps: Mapping[str, HeadMap], m: int, seed: int) -> list[Head]:

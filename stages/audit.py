@@ -22,8 +22,8 @@ from data.examples import Record
 from data.jsonl import normalise
 from data.rendering import Renderer
 from stages import arms, artifacts, schemas
-from stages.auditing import audit_checks, audit_weights
-from stages.auditing.audit_run import GROUPS, Finding, Run, finding
+from stages.auditing import audit_checks, audit_neurons, audit_weights
+from stages.auditing.audit_run import GROUPS, NEURONS, SAFETY_ROLES, Finding, Run, finding
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate")
 RUN_FILE = "run.json"
@@ -161,6 +161,8 @@ def chain(run: Run) -> list[Finding]:
         wanted = set(READS[stage])
         if stage in MAP_READS:
             wanted |= {f"{MAP_READS[stage]}-{name}.parquet" for name in run.map_names if name}
+        if stage == "04_align" and any(arm["n_neurons"] for arm in run.arms):
+            wanted.add(NEURONS)
         if stage == "05_evaluate":
             outputs = run.manifests["04_align"]["outputs"]
             wanted |= {f"04_align/{file}" for file in outputs if file.startswith("adapters/")}
@@ -221,9 +223,9 @@ def leaks(run: Run) -> list[Finding]:
         # A prompt of signs only stands for itself.
         "normalised prompt": lambda table: [normalise(text) or text for text in table["prompt"].to_pylist()],
     }
-    # Entries may recur within the benchmarks, in the forms of an alignment request and in the utility rows of
-    # several maps, not in util and safe.
-    roles = ["safe" if role == "safe" else "util" for role in tables["calibration"]["role"].to_pylist()]
+    # Entries may recur within the benchmarks, in the forms of an alignment request, in both forms of a pair's
+    # and in the utility rows of several maps, not in util and safe.
+    roles = ["safe" if role in SAFETY_ROLES else "util" for role in tables["calibration"]["role"].to_pylist()]
     for key, values_of in keys.items():
         seen: dict[str, dict[str, str]] = {}
         for name, table in tables.items():
@@ -288,8 +290,11 @@ CHECKS: tuple[Callable[[Run], list[Finding]], ...] = (
     audit_checks.gradients,
     audit_checks.sweep,
     audit_checks.conflict_map,
+    audit_neurons.scores,
     audit_checks.budgets,
+    audit_neurons.arms_of_neurons,
     audit_weights.adapters,
+    audit_neurons.adapters,
     audit_checks.responses,
     audit_checks.costs,
     notes,

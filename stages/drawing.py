@@ -158,6 +158,40 @@ def draw_own(
     return drawn, rest
 
 
+PAIR = ("plain", "attacked")
+"""roles of a pair's rows"""
+
+
+def draw_pairs(
+    settings: Settings, pools: Pools, taken: set[str], seed: list[int]
+) -> tuple[list[tuple[Record, Record]], list[Short]]:
+    """`pairs` harmful requests, each plainly and inside an attack, that share no identity with `taken`."""
+    if not settings.pairs:
+        return [], []
+    plain, attacked = (pools.records(pool) for pool in pair_pools(settings))
+    # One record of a pair may have been left out, where a text is empty.
+    other = {_within(record): record for record in plain}
+    pairs = [(other[_within(record)], record) for record in attacked if _within(record) in other]
+    free = [pair for pair in pairs if not identities(pair) & taken]
+    drawn = [free[at] for at in np.random.default_rng(seed).permutation(len(free))[: settings.pairs]]
+    if not drawn:
+        raise InputError(f"--pairs: none of {len(pairs)} pairs is left")
+    return drawn, shortage("pairs (plain and attacked)", settings.pairs, drawn, pairs)
+
+
+def _within(record: Record) -> str:
+    """A record's id without its pool: the same for both forms of a request."""
+    return record.example_id.split("/", 2)[-1]
+
+
+def pair_pools(settings: Settings) -> tuple[str, str]:
+    """Pools of the two forms of harmful requests, whose ids differ in the pool only: of WildJailbreak where
+    the run's safety rows are, else embedded (attacks of the families that alignment has, none scored)."""
+    if settings.safe_source.startswith("wildjailbreak") and not settings.safe:
+        return "wildjailbreak_plain", "wildjailbreak_attacked"
+    return "embedded/plain", "embedded/attacked"
+
+
 def needed_pools(settings: Settings, asked: list[registry.Asked]) -> list[str]:
     """Every pool that this run draws from, for the check before any work."""
     align = "own/align" if settings.align else settings.align_source
@@ -165,6 +199,7 @@ def needed_pools(settings: Settings, asked: list[registry.Asked]) -> list[str]:
     pools += ["own/util" if settings.util else settings.util_source]
     pools += ["own/safe" if settings.safe else settings.safe_source]
     pools += [one.pool for one in maps.asked(settings.maps, settings.folds).values()]
+    pools += pair_pools(settings) if settings.pairs else ()
     if align == "embedded":
         pools += [f"embedded/{kind}" for kind in DATA_TYPES]
     elif align == "wildjailbreak":

@@ -21,10 +21,11 @@ import backends
 from backends import models
 from backends.base import Backend, Recipe, Shape
 from backends.errors import InputError
+from backends.neurons import GainRecipe, Selection, outer_steps
 from data import benchmarks as registry
 from data.examples import Example
 from data.rendering import example
-from stages import arms, artifacts, drawing, maps, presets, schemas
+from stages import arms, artifacts, drawing, maps, neurons, presets, schemas
 
 ROWS = 8
 """examples that are timed, of each kind"""
@@ -55,6 +56,8 @@ class Rows(NamedTuple):
     util: dict[str, list[dict]]
     """by map"""
     safe: list[dict]
+    pairs: tuple[list[dict], list[dict]]
+    """plain and attacked"""
     aligned: list[dict]
     scored: dict[str, list[dict]]
 
@@ -83,8 +86,10 @@ def run_rows(settings: presets.Settings) -> Rows:
     scored: dict[str, list[dict]] = {}
     for row in tables["benchmarks"]:
         scored.setdefault(row["role"], []).append(row)
-    safe = [row for row in tables["calibration"] if row["role"] == "safe"]
-    return Rows(util, safe, tables["alignment"], scored)
+    safe, *pairs = (
+        [row for row in tables["calibration"] if row["role"] == role] for role in ("safe", *drawing.PAIR)
+    )
+    return Rows(util, safe, tuple(pairs), tables["alignment"], scored)
 
 
 def done(settings: presets.Settings, stage: str, total: int, prefixes: tuple[str, ...] = ("",)) -> int:
@@ -136,6 +141,38 @@ def plan_gradients(settings: presets.Settings, backend: Backend, rows: Rows) -> 
     )
 
 
+def plan_neurons(settings: presets.Settings, backend: Backend, rows: Rows) -> Work:
+    shape, steps = backend.shape, settings.attribution_steps
+    plain, attacked = (examples(some[:1]) for some in rows.pairs)
+    util = examples(rows.util[maps.OWN][:1])
+    took = seconds(lambda: backend.attribute_neurons(attacked, plain, steps))
+    took += seconds(lambda: backend.attribute_neurons(util, None, steps))
+    count, disk = len(rows.pairs[0]), shape.layers * shape.mlp_dim * 32
+    what = f"attributions of {shape.layers * shape.mlp_dim} neurons, {count} pairs"
+    return Work("02_conflict", what, 2, done(settings, "02_conflict", 2, ("neurons-",)), took * count, disk)
+
+
+def plan_gains(settings: presets.Settings, backend: Backend, rows: Rows) -> list[Work]:
+    own = [unit for unit in arms.units(settings) if unit["optimizer"] == arms.MAML]
+    tasks = neurons.tasks(rows.aligned, examples(rows.aligned))
+    recipe = GainRecipe(batch=settings.batch * settings.accumulation, max_length=settings.max_length)
+    found = []
+    if own:
+        one = Selection(((0, 0),), ())
+        tuning, times = backend.tune_gains(tasks, one, recipe), []
+        began = time.perf_counter()
+        for _, _ in zip(range(STEPS + 1), tuning, strict=False):
+            times.append(time.perf_counter() - began)
+        each = (times[-1] - times[0]) / max(1, len(times) - 1) * (1 + settings.gain_inner_steps) / 2
+        steps = outer_steps(tasks, one, recipe) * settings.epochs
+        names = tuple(f"{unit['arm']}-{arms.MAML}-{unit['seed']}." for unit in own)
+        disk = backend.shape.layers * backend.shape.mlp_dim * 4 * len(own)
+        what = f"{len(own)} arms of neurons, {steps} outer steps"
+        finished = done(settings, "04_align", len(own), names)
+        found.append(Work("04_align", what, len(own), finished, each * steps * len(own), disk))
+    return found
+
+
 def plan_sweep(settings: presets.Settings, backend: Backend, rows: Rows) -> list[Work]:
     shape, middle = backend.shape, backend.shape.layers // 2
     heads = [(middle, head) for head in range(shape.heads)]
@@ -184,7 +221,8 @@ def plan_sweep(settings: presets.Settings, backend: Backend, rows: Rows) -> list
 
 
 def plan_tuning(settings: presets.Settings, backend: Backend, rows: Rows) -> list[Work]:
-    shape, units = backend.shape, arms.units(settings)
+    shape = backend.shape
+    units = [unit for unit in arms.units(settings) if unit["optimizer"] != arms.MAML]
     heads = [(layer, head) for layer in range(shape.layers) for head in range(shape.heads)]
     size = settings.batch * settings.accumulation
     ordered = sorted(rows.aligned, key=lambda row: len(row["prompt_ids"]))
@@ -308,8 +346,10 @@ def main(settings: presets.Settings) -> None:
         f"{backend.device}; run folder {settings.folder}"
     )
     plan = [plan_gradients(settings, backend, rows)]
+    plan += [plan_neurons(settings, backend, rows)] if settings.pairs else []
     plan += plan_sweep(settings, backend, rows)
     plan += plan_tuning(settings, backend, rows)
+    plan += plan_gains(settings, backend, rows)
     plan += plan_benchmarks(settings, backend, rows)
     print("\n".join(table(plan)))
     place = next(

@@ -20,6 +20,8 @@ def _interval(*names: str) -> dict[str, pa.DataType]:
 
 _text, _int, _float, _bool = pa.string(), pa.int32(), pa.float64(), pa.bool_()
 _ids = pa.list_(pa.int32())
+_neurons = pa.list_(pa.list_(pa.int32()))
+"""(layer, neuron) each"""
 _head = {"layer": _int, "head": _int}
 _arm = {"arm": _text, "optimizer": _text, "seed": _int}
 
@@ -56,6 +58,17 @@ SWEEP_GENERATIONS = _schema(
 )
 # Calibration rows whose answer is written (a map from GSM8K).
 SWEEP_ANSWERS = _schema("sweep_answers", **_head, example_id=_text, token_ids=_ids, text=_text, correct=_bool)
+SCORED = _schema("scored", layer=_int, neuron=_int, score=_float)
+# NeuronTune's scores; rank 0 is the highest.
+NEURONS = _schema(
+    "neurons",
+    layer=_int,
+    neuron=_int,
+    safety=_float,
+    utility=_float,
+    safety_rank=_int,
+    utility_rank=_int,
+)
 HEADS = _schema(
     "heads",
     **_head,
@@ -65,14 +78,19 @@ HEADS = _schema(
     bucket_high=_int,
     bucket_probability=pa.list_(pa.float64()),
 )
+# An arm of neurons has no heads, and means of none; an arm of heads no neurons.
 ARMS = _schema(
     "arms",
+    may_lack=("mean_conflict", "mean_sensitivity", "mean_score"),
     **_arm,
     adapter=_text,
     layers=_ids,
     heads=_ids,
     n_heads=_int,
     n_layers=_int,
+    safety_neurons=_neurons,
+    utility_neurons=_neurons,
+    n_neurons=_int,
     trainable_parameters=pa.int64(),
     mean_conflict=_float,
     mean_sensitivity=_float,

@@ -83,6 +83,26 @@ class Settings:
     resamples: int = 1000
     """bootstrap resamples of the map"""
 
+    # 02, 04: NeuronTune
+    pairs: int = 0
+    """harmful requests, each plainly and inside an attack, that neurons are attributed by, and as many rows
+    of D_util; 0: no neuron is"""
+    attribution_steps: int = 16
+    """nodes on a path of the integrated gradients"""
+    neurons: tuple[int, ...] = ()
+    """NeuronTune's threshold K: an arm for each, of the K neurons of highest safety and of highest utility
+    score; 0: all gains 1"""
+    lam: tuple[float, ...] = (arms.LAM,)
+    """weights of the safety loss against the utility loss, an arm of neurons for each"""
+    gain_lr: float = 0.05
+    """peak rate of the outer steps (Adam); decays linearly to 0"""
+    gain_inner_lr: float = 1.0
+    """rate of the inner steps"""
+    gain_inner_steps: int = 1
+    """inner steps on a task's support rows"""
+    utility_objective: Literal["preserve", "suppress"] = "preserve"
+    """preserve: the utility loss is minimised; suppress: maximised, as a third party's code does"""
+
     # 04: tuning
     arms: tuple[str, ...] = ("full", "random", "buckets")
     """what is tuned: full, random (as many heads as a bucket), bucket1 (risky) .. bucketM (safe), all of them
@@ -139,6 +159,7 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) % settings.folds:
             raise InputError(f"--{name.replace('_', '-')} must be a multiple of --folds {settings.folds}")
     positive = "folds align_rows sweep_tokens util_tokens buckets resamples rank alpha lr epochs batch"
+    positive += " attribution_steps gain_lr gain_inner_lr gain_inner_steps"
     for name in (*positive.split(), "accumulation", "max_length"):
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
@@ -151,11 +172,16 @@ def check(settings: Settings) -> None:
             f"--align-rows {settings.align_rows} must be a multiple of 4 (a quarter of each type)"
         )
     others = maps.asked(settings.maps, settings.folds)
-    arms.check("--arms", settings.arms, settings.buckets, others)
-    arms.check("--ablations", settings.ablations, settings.buckets, others)
-    for option in ("arms", "optimizers", "seeds", "benchmarks", "ablations", "maps"):
+    for option in ("arms", "ablations"):
+        arms.check(f"--{option}", getattr(settings, option), settings.buckets, others, settings.pairs)
+    if min(settings.neurons, default=0) < 0 or not all(0 <= lam <= 1 for lam in settings.lam):
+        raise InputError("--neurons must not be negative, and --lam is a share of 1")
+    arms.check("--neurons", arms.neuron_arms(settings), settings.buckets, others, settings.pairs)
+    if settings.pairs < 0:
+        raise InputError(f"--pairs must not be negative, not {settings.pairs}")
+    for option in ("arms", "optimizers", "seeds", "benchmarks", "ablations", "maps", "neurons", "lam"):
         values = getattr(settings, option)
-        if not values and option not in ("ablations", "maps"):
+        if not values and option not in ("ablations", "maps", "neurons"):
             raise InputError(f"--{option} must not be empty")
         if len(set(values)) < len(values):
             raise InputError(f"--{option} names something twice: {' '.join(map(str, values))}")

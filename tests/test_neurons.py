@@ -109,11 +109,11 @@ def test_attributions_are_those_of_plain_loops(pair):
         assert (wanted > 1e-4 * wanted.max()).mean() > 0.5, "most neurons must count"
 
 
-def test_attributions_are_complete(pair):
+def test_attributions_are_complete(gqa):
     """They sum to what the loss changes along the path."""
     examples = make_examples(3, seed=2)
     for baselines, paths in ((None, LAYERS), (make_examples(3, seed=7), 1)):
-        found = pair.backend.attribute_neurons(examples, baselines, steps=64)
+        found = gqa.backend.attribute_neurons(examples, baselines, steps=64)
         assert found.total.shape == found.change.shape == (3, paths)
         assert np.abs(found.change).max() > 1e-2, "the loss must change"
         assert found.gap < 1e-3

@@ -5,7 +5,7 @@
 Every row was written for this project. A lexicon entry (a country of "capitals", an action-object pair of a
 harmful request, a benign act, a problem's template and numbers) belongs to one group, whatever the seed:
 
-    calibration   util, safe
+    calibration   util, safe, plain and attacked (a request's two forms, ids alike but for the role)
     alignment     vanilla_harmful, adversarial_harmful, vanilla_benign, adversarial_benign
     benchmarks    facts, words, problems, vanilla, adversarial, benign
 
@@ -39,9 +39,12 @@ ROLES = (
     "vanilla",
     "adversarial",
     "benign",
+    "plain",
+    "attacked",
 )
 GROUPS = {
-    role: "calibration" if i < 2 else "alignment" if i < 6 else "benchmarks" for i, role in enumerate(ROLES)
+    role: "calibration" if i < 2 or i > 11 else "alignment" if i < 6 else "benchmarks"
+    for i, role in enumerate(ROLES)
 }
 
 SPLIT_SEED = 20_240
@@ -198,6 +201,7 @@ def _request_rows(
     wordings = {
         "safe": [{family: phrasing["calibration"]}],
         "adversarial_harmful": [phrasing["attacks"]],
+        "attacked": [phrasing["attacks"]],
         "adversarial_benign": [phrasing["attacks"]],
         "adversarial": [phrasing["held_out_attacks"]],
         "benign": [plain, phrasing["held_out_attacks"]] if family == "lookalike" else [plain],
@@ -210,7 +214,8 @@ def _request_rows(
             name, number = every[i]
             rows.append(
                 Record(
-                    example_id=f"embedded/{role}/{entry}/{_slug(name)}-{number}",
+                    example_id=f"embedded/{role}/{entry}"
+                    + ("" if role in ("plain", "attacked") else f"/{_slug(name)}-{number}"),
                     source=f"embedded/{name}",
                     entry=entry,
                     role=role,
@@ -237,6 +242,8 @@ _BUILDERS: dict[str, Callable[[str, np.random.Generator], list[Record]]] = {
     "vanilla": _harmful,
     "adversarial": _harmful,
     "benign": _benign,
+    "plain": _harmful,
+    "attacked": _harmful,
 }
 
 

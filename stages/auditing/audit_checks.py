@@ -16,7 +16,7 @@ from backends.base import Recipe, batch_order, learning_rate
 from data import benchmarks as registry
 from data.jsonl import DATA_TYPES
 from data.judges import KEYWORD_JUDGE_VERSION
-from stages import arms, bootstrap, gram, judging, maps, metrics
+from stages import arms, bootstrap, drawing, gram, judging, maps, metrics
 from stages.auditing.audit_run import BASE, GROUPS, Arm, Finding, Run, finding, unlike
 
 COSTS = "06_correlate/tables/costs.csv"
@@ -32,6 +32,7 @@ def rows_asked(run: Run) -> list[Finding]:
     wanted |= {name: one.rows for name, one in maps.asked(tuple(settings["maps"]), settings["folds"]).items()}
     wanted |= dict.fromkeys(DATA_TYPES, settings["align_rows"] // len(DATA_TYPES))
     wanted |= {name: one.rows for name, one in run.asked.items()}
+    wanted |= dict.fromkeys(drawing.PAIR, settings["pairs"]) if settings["pairs"] else {}
     roles = [run.table(f"01_calibrate/{name}.parquet")["role"].to_pylist() for name in GROUPS]
     counts = Counter(role for group in roles for role in group)
     told = [short["what"] for short in run.manifests["01_calibrate"]["notes"].get("short", [])]
@@ -192,6 +193,8 @@ def budgets(run: Run) -> list[Finding]:
     faults = [] if run.labels[1:] == wanted else [f"arms.parquet has {run.labels[1:]}, asked were {wanted}"]
     for arm in run.arms:
         unit = f"{arm['arm']}-{arm['optimizer']}-{arm['seed']}"
+        if arm["optimizer"] == arms.MAML:
+            continue  # audit_neurons
         expected = arms.heads(arm["arm"], ranked, settings["buckets"], arm["seed"])
         own = list(zip(arm["layers"], arm["heads"], strict=True))
         if own != expected:
@@ -207,7 +210,7 @@ def budgets(run: Run) -> list[Finding]:
             computed[f"mean_{name}"] = getattr(by, name)[tuple(np.array(expected).T)].mean()
         for column, value in computed.items():
             faults += unlike(column, [unit], [arm[column]], [value])
-    sizes = {arm["arm"]: arm["n_heads"] for arm in run.arms}
+    sizes = {arm["arm"]: arm["n_heads"] for arm in run.arms if arm["optimizer"] != arms.MAML}
     return [finding("arms are the heads of their buckets", faults, f"{sizes}"), steps(run, settings)]
 
 
@@ -219,7 +222,8 @@ def steps(run: Run, settings: dict) -> Finding:
     lengths = [min(length, settings["max_length"]) for length in whole]
     rows = run.table("04_align/training.parquet").to_pylist()
     faults, count = [], 0
-    for label in run.labels[1:]:
+    labels = [label for label in run.labels[1:] if label[1] != arms.MAML]
+    for label in labels:
         own = [row for row in rows if (row["arm"], row["optimizer"], row["seed"]) == label]
         names = ("lr", "epochs", "batch", "accumulation")
         recipe = Recipe(seed=label[2], **{name: settings[name] for name in names})
@@ -233,9 +237,12 @@ def steps(run: Run, settings: dict) -> Finding:
         rates = [learning_rate(step, count, recipe) for step in range(count)]
         faults += unlike("tokens", places, [row["tokens"] for row in own], tokens)
         faults += unlike("lr", places, [row["lr"] for row in own], rates)
-    if len(rows) != count * len(run.arms):
-        faults.append(f"training.parquet has {len(rows)} rows, not {len(run.arms)} arms x {count} steps")
-    figure = f"{count} steps of the same rows and learning rates in each of {len(run.arms)} arms"
+    others = sum(row["optimizer"] == arms.MAML for row in rows)
+    if len(rows) - others != count * len(labels):
+        faults.append(
+            f"training.parquet has {len(rows) - others} rows, not {len(labels)} arms x {count} steps"
+        )
+    figure = f"{count} steps of the same rows and learning rates in each of {len(labels)} arms"
     return finding("budgets equal", faults, figure)
 
 

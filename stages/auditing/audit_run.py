@@ -16,7 +16,7 @@ from backends import models
 from data import benchmarks as registry
 from data.judges import keyword_refusal
 from data.scoring import verdict
-from stages import artifacts, judging, maps, schemas
+from stages import artifacts, drawing, judging, maps, schemas
 
 TABLES = {
     "01_calibrate/calibration.parquet": schemas.EXAMPLES,
@@ -35,6 +35,10 @@ SWEPT = {
     "03_sensitivity/sweep_answers.parquet": schemas.SWEEP_ANSWERS,
 }
 """of utility rows: the one where some are answered by the next token, the other where some are in writing"""
+NEURONS = "02_conflict/neurons.parquet"
+"""where neurons were attributed (--pairs)"""
+SAFETY_ROLES = ("safe", "plain", "attacked")
+"""of calibration rows; all other roles are utility rows"""
 GROUPS = ("calibration", "alignment", "benchmarks")
 """the tables of stage 01"""
 BASE = ("base", "none", -1)
@@ -95,7 +99,7 @@ class Run:
 
     def table(self, relative: str) -> pa.Table:
         if relative not in self._tables:
-            schema = (TABLES | SWEPT).get(relative)
+            schema = (TABLES | SWEPT | {NEURONS: schemas.NEURONS}).get(relative)
             if schema is None:  # another map's
                 schema = schemas.HEADS if "/heads-" in relative else schemas.GRADIENTS
             self._tables[relative] = artifacts.read_table(self.folder / relative, schema)
@@ -112,7 +116,7 @@ class Run:
         """Utility rows by the table that their sweep is in; a row that several maps have stands once."""
         distinct = {}
         for role, rows in self.calibration.items():
-            distinct |= {} if role == "safe" else {row["example_id"]: row for row in rows}
+            distinct |= {} if role in SAFETY_ROLES else {row["example_id"]: row for row in rows}
         kinds = [[], []]
         for row in distinct.values():
             kinds[row["scoring"] != "choice"].append(row)
@@ -126,15 +130,17 @@ class Run:
         return [
             *TABLES,
             *(relative for relative in SWEPT if relative.split("/")[1] in swept),
+            *([NEURONS] if self.settings("02_conflict")["pairs"] else []),
             *(f"02_conflict/{maps.file('gradients', name)}" for name in others),
             *(f"03_sensitivity/{maps.file('heads', name)}" for name in others),
         ]
 
     @cached_property
     def calibration(self) -> dict[str, list[dict]]:
-        """Rows by role: util, safe, and each other map's."""
+        """Rows by role: util, safe, each other map's, and a pair's two where there are pairs."""
         rows = self.table("01_calibrate/calibration.parquet").to_pylist()
         roles = ["util", "safe", *(name for name in self.map_names if name)]
+        roles += drawing.PAIR if self.settings("01_calibrate")["pairs"] else ()
         return {role: [row for row in rows if row["role"] == role] for role in roles}
 
     @cached_property

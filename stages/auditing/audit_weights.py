@@ -1,4 +1,5 @@
-"""The audit's checks of weights: the base model, and adapters that move only their heads' rows of W_q."""
+"""The audit's checks of weights: the base model, and adapters that move only their heads' rows of W_q
+(those of neurons: audit_neurons)."""
 
 import json
 import re
@@ -10,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from backends import models
+from stages.arms import MAML
 from stages.auditing.audit_run import Finding, Run, finding, unlike
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -67,7 +69,7 @@ class Rows:
 def adapters(run: Run) -> list[Finding]:
     """Every adapter: PEFT's settings, frozen rows of B exactly zero, and what merging it would change."""
     weights = base_weights(run)
-    return [one for arm in run.arms for one in adapter(run, arm, weights)]
+    return [one for arm in run.arms if arm["optimizer"] != MAML for one in adapter(run, arm, weights)]
 
 
 def adapter(run: Run, arm: dict, weights: dict[int, Path] | None) -> list[Finding]:

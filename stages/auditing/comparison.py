@@ -5,16 +5,17 @@ Pure tables; no model is needed. `stages.compare` prints the rows and traces wha
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from backends.errors import InputError
-from stages import artifacts, maps, metrics
-from stages.auditing import audit_weights
-from stages.auditing.audit_run import SWEPT, Arm, Run
+from stages import artifacts, drawing, maps, metrics
+from stages.arms import MAML
+from stages.auditing import audit_neurons, audit_weights
+from stages.auditing.audit_run import NEURONS, SWEPT, Arm, Run
+from stages.auditing.tolerances import FLOAT32, HALF, Tolerances
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 SUFFIX = "-flax"
@@ -39,66 +40,6 @@ class Row(NamedTuple):
     ok: bool | None = None
     """None: not held to a tolerance, or not comparable"""
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Tolerances:
-    """How far two runs of the same settings and rows may differ; None: the quantity is only reported."""
-
-    gradients: float | None
-    """largest difference of two fold gradients' inner product, in units of their norms"""
-    conflict: float | None
-    """largest difference of O"""
-    predictions: float | None
-    """least share of equal ones"""
-    generations: float | None
-    """least share of equal ones, and of the base model's responses"""
-    near: float | None
-    """largest difference of two logits that is called a near-tie"""
-    change: float | None
-    """mean difference of H_gen and H_safe"""
-    rank: float | None
-    """least rank correlation of S and C"""
-    buckets: float | None
-    """least share of heads in the same one"""
-    loss: float | None
-    """mean difference of a step's training loss"""
-    update: float | None
-    """largest difference of an arm's update of W_q, relative to its length"""
-    score: float | None
-    """largest difference of a benchmark's score"""
-
-
-# What two backends showed on SmolLM2 is in docs/LOG.md; the bounds leave room for another processor's
-# rounding. Half precision decides most responses' near-ties otherwise, and with them refusals, H_safe, S and
-# buckets (bfloat16 against float32, one backend: 40 % of responses and 53 % of buckets equal): it is held to
-# what does not hang on those.
-FLOAT32 = Tolerances(
-    gradients=1e-5,
-    conflict=1e-5,
-    predictions=0.99,
-    generations=0.99,
-    near=1e-3,
-    change=0.005,
-    rank=0.99,
-    buckets=0.99,
-    loss=1e-3,
-    update=0.01,
-    score=0.03,
-)
-HALF = Tolerances(
-    gradients=None,
-    conflict=0.1,
-    predictions=0.95,
-    generations=None,
-    near=None,
-    change=None,
-    rank=None,
-    buckets=None,
-    loss=0.2,
-    update=None,
-    score=None,
-)
 
 
 def open_run(folder: Path) -> Run:
@@ -135,8 +76,10 @@ def compare(one: Run, other: Run) -> list[Row]:
         predictions,
         generations,
         conflict_map,
+        neurons,
         training,
         adapters,
+        gains,
         responses,
         scores,
     )
@@ -262,12 +205,36 @@ def _map(one: Run, other: Run, name: str, allowed: Tolerances) -> list[Row]:
     ]
 
 
+def neurons(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    """Both scores of every neuron, in units of the largest."""
+    if NEURONS not in one.tables or NEURONS not in other.tables:
+        return []
+    if not all(same_rows(one, other, role) for role in ("util", *drawing.PAIR)):
+        return [_other_rows("neurons", "util or pairs")]
+    found = []
+    for side in ("safety", "utility"):
+        left, right = (run.table(NEURONS)[side].to_numpy() for run in (one, other))
+        told, values = f"{len(left)} neurons, by the largest", (left / left.max(), right / left.max())
+        found.append(_numbers(f"neurons' {side}", told, values, largest=allowed.neurons))
+    return found
+
+
+def gains(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
+    """Gains of the arms that both runs tuned with the same neurons."""
+    labels = [label for label in common_arms(one, other) if label[1] == MAML]
+    if not (labels and _same_alignment(one, other)):
+        return []
+    values = tuple(np.stack([audit_neurons.gains(run, label) for label in labels]) for run in (one, other))
+    return [_numbers("gains", f"{len(labels)} arms", values, largest=allowed.gains)]
+
+
 def common_arms(one: Run, other: Run) -> list[Arm]:
-    """Arms that both runs tuned with the same heads."""
+    """Arms that both runs tuned with the same heads or neurons."""
 
     def heads(run: Run) -> dict[Arm, tuple]:
+        names = ("layers", "heads", "safety_neurons", "utility_neurons")
         return {
-            (arm["arm"], arm["optimizer"], arm["seed"]): (tuple(arm["layers"]), tuple(arm["heads"]))
+            (arm["arm"], arm["optimizer"], arm["seed"]): tuple(arm[name] for name in names)
             for arm in run.arms
         }
 
@@ -301,7 +268,7 @@ def _same_alignment(one: Run, other: Run) -> bool:
 
 def adapters(one: Run, other: Run, allowed: Tolerances) -> list[Row]:
     """Each common arm's update of W_q: the difference's length relative to the update's own."""
-    labels = common_arms(one, other)
+    labels = [label for label in common_arms(one, other) if label[1] != MAML]
     if not labels or not _same_alignment(one, other):
         return [Row("adapters' ΔW", "not compared", note="no arm with the same heads, seed and rows")]
     relative, lengths = [], ([], [])

@@ -21,6 +21,7 @@ RATIOS = ("ucr", "source_cr", "over_refusal_cr")
 SELECTION = (
     "n_heads",
     "n_layers",
+    "n_neurons",
     "trainable_parameters",
     "mean_conflict",
     "mean_sensitivity",

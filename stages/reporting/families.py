@@ -66,14 +66,23 @@ def is_main(name: str, m: int) -> bool:
     return arm is None or arm.kind in ("full", "random") or family(name, m) == own(m)
 
 
-def predicted(row: Mapping, maps: Mapping[str, arms.HeadMap], m: int) -> float:
+def of_neurons(name: str, m: int) -> bool:
+    """Whether an arm is NeuronTune's."""
+    arm = parse(name, m)
+    return arm is not None and arm.of_neurons
+
+
+def predicted(row: Mapping, maps: Mapping[str, arms.HeadMap], m: int) -> float | None:
     """Mean over an arm's heads of what it was ranked by, in the map that ranked it: the x of Figures 5 and 6.
 
     Args:
         row: of arms.parquet (arm, layers, heads).
-        maps: by name; "" is the run's own. All heads and random ones count as ranked by the run's own C.
+        maps: by name; "" is the run's own. All heads and random ones count as ranked by the run's own C; arms
+            of neurons by none.
     """
     arm = arms.parse(row["arm"], m)
+    if arm.of_neurons:
+        return None
     return float(maps[arm.map].by(arm.score)[np.array(row["layers"]), np.array(row["heads"])].mean())
 
 
@@ -91,6 +100,10 @@ def words(name: str, m: int) -> str:
     arm = parse(name, m)
     if arm is None or arm.kind in ("full", "random"):
         return {"full": "all heads", "random": "random heads"}.get(name, name)
+    if arm.of_neurons:
+        drawn = "random " if arm.kind == "randomneurons" else ""
+        lam = f" at lam {arm.lam:g}" if arm.lam != arms.LAM else ""
+        return f"{arm.number} + {arm.number} {drawn}neurons{lam}"
     if arm.kind != "bucket":
         where = f" of map {arm.map}" if arm.map else ""
         return f"{arm.kind} {arm.number} % of {arm.score}{where}"

@@ -10,7 +10,7 @@ averaged scores, `_std` that of the seeds' own ratios. A row that gained no safe
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends import files
@@ -40,6 +40,13 @@ MAP_TABLES = {"mmlu_calibration": 10, "gsm8k_calibration": 11}
 """pool of another map -> the paper's table of its buckets"""
 MAP_ROWS = 100
 """rows of the paper's other maps: with another number its printed scores do not compare"""
+NEURON_NOTE = (
+    "NeuronTune's abstract fixes neurons of all layers, attribution to safety and to utility, meta-learning "
+    "that amplifies the first and suppresses the second, and a neuron-count threshold. Integrated gradients "
+    "and a split of the data for two loops are a third party's reading; paths, losses, selection, bounds and "
+    "first-order MAML are ours (backends/neurons.py), so that these are no numbers of that paper's method. "
+    "K + K neurons: the K of highest safety and of highest utility score, those of both once."
+)
 UNITS = "Scores and their standard deviations over seeds (_std) in percent."
 RATIOS = "Cost ratios: Eq. 7 and 8 on the averaged scores; their _std is that of the seeds' own ratios."
 
@@ -111,7 +118,7 @@ def all_tables(run: Run, others: Mapping[str, Map], found: Sequence[dict]) -> li
     made += [bucket_table(run), correlation_table(run, found), ratio_table(run)]
     first = {one.pool: one.name for one in reversed(others.values())}
     made += [map_table(run, one, first[one.pool] == one.name) for one in others.values()]
-    made.append(finer_table(run))
+    made += [finer_table(run), neuron_table(run)]
     shown = {(row["arm"], row["optimizer"]) for table in made if table for row in table.rows if "arm" in row}
     made.append(rest_table(run, shown))
     return [table for table in made if table]
@@ -192,6 +199,22 @@ def finer_table(run: Run) -> Table | None:
     entries.sort(key=lambda entry: (entry.labels["buckets"], entry.labels["bucket"], entry.optimizer))
     labels, title = ("buckets", "bucket"), "Buckets of C in other numbers (not in the paper)"
     return build(run, "table_buckets", title, labels, entries, ablation=True, costly=True)
+
+
+def neuron_table(run: Run) -> Table | None:
+    """NeuronTune's arms beside the base model, all heads and the Safe Zone: no table of either paper."""
+    own = sorted(
+        (arm for arm, _ in run.means if families.of_neurons(arm, run.m)),
+        key=lambda arm: (families.parse(arm, run.m).lam, families.parse(arm, run.m).number, arm),
+    )
+    if not own:
+        return None
+    entries = [Entry(costs.BASE, {"tuned": "nothing (base model)"}, None, "none")]
+    entries += [Entry(arm, {"tuned": families.words(arm, run.m)}) for arm in ("full", f"bucket{run.m}")]
+    entries += [Entry(arm, {"tuned": families.words(arm, run.m)}, None, arms.MAML) for arm in own]
+    title = "NeuronTune beside CAST, on the same rows and seeds"
+    made = build(run, "table_neurons", title, ("tuned",), entries, ablation=True, costly=True)
+    return made and replace(made, note=NEURON_NOTE)
 
 
 def rest_table(run: Run, shown: Iterable[tuple[str, str]]) -> Table | None:

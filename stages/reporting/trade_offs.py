@@ -54,18 +54,18 @@ def _bars(means: Sequence[dict]) -> str:
     return "s.d. over seeds" if several(means) else "95 % over benchmark rows"
 
 
-def _plane(axes: Axes) -> None:
+def plane(axes: Axes) -> None:
     """Safety against utility, at least two points wide: arms that are all alike should look alike."""
     axes.margins(0.08)
     for limits, widen in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
         if limits[1] - limits[0] < 2:
             widen(limits[0] - 1, limits[1] + 1)
-    _grid(axes)
+    grid(axes)
     axes.set_xlabel(AXES["safety"])
     axes.set_ylabel(AXES["utility"])
 
 
-def _grid(axes: Axes) -> None:
+def grid(axes: Axes) -> None:
     axes.grid(color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -111,7 +111,7 @@ def localisation(heads: HeadMap, means: Sequence[dict], m: int) -> Figure | None
         bottom.errorbar(x, y, **bars, **look, markersize=9, zorder=3)
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 7, "shrinkB": 6}
         bottom.annotate("", (x, y), start, arrowprops=arrow, zorder=2)
-    _plane(bottom)
+    plane(bottom)
     left, right = bottom.get_xlim()
     bottom.set_xticks([at for at in bottom.get_xticks() if left <= at <= min(right, 100)])
     bottom.set_xlim(left, right + 0.16 * (right - left))  # room for the names
@@ -156,22 +156,22 @@ def pareto(means: Sequence[dict], m: int, optimizers: Sequence[str]) -> Figure |
         axes.errorbar(safety, utility, **bars, **look, markersize=12 if base else 8, linestyle="", zorder=3)
     named = list(dict.fromkeys(row["arm"] for row in shown))
     handles = {
-        arm_name(arm, m): _handle(**_marker(arm_look(arm, m), 0), markersize=12 if arm == costs.BASE else 8)
+        arm_name(arm, m): handle(**_marker(arm_look(arm, m), 0), markersize=12 if arm == costs.BASE else 8)
         for arm in named
     }
     if len(there) > 1:
         grey = {"color": GREY, "marker": "o"}
-        handles |= {name: _handle(**_marker(grey, turn), markersize=8) for turn, name in enumerate(there)}
+        handles |= {name: handle(**_marker(grey, turn), markersize=8) for turn, name in enumerate(there)}
     handles["Pareto front"] = Line2D([], [], color=GREY, linewidth=1.2, linestyle="--")
     if faint:
-        handles[f"{len(faint)} ablation arms"] = _handle(marker="o", markersize=3.5, color="#bbbbbb")
+        handles[f"{len(faint)} ablation arms"] = handle(marker="o", markersize=3.5, color="#bbbbbb")
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-    _plane(axes)
+    plane(axes)
     axes.set_title(f"Safety gained and utility kept (bars: {_bars(means)})")
     return figure
 
 
-def _handle(**look) -> Line2D:
+def handle(**look) -> Line2D:
     return Line2D([], [], linestyle="", **look)
 
 
@@ -226,7 +226,7 @@ def _cost_axes(axes: Axes, any_cost: bool, cost: str, source: str | None, lines:
     axes.set_ylim(-0.06 * top, top)  # never negative; the room below is for points and names at 0
     axes.set_ylabel(f"{costs.cost_name(cost, source)}: utility lost per safety gained")
     axes.set_title(f"{costs.cost_name(cost, source)} against predicted conflict")
-    _grid(axes)
+    grid(axes)
 
 
 def _cost_points(axes: Axes, rows: list[dict], one: dict, m: int, turn: int = 0) -> None:
@@ -303,7 +303,7 @@ def trajectories(means: Sequence[dict], m: int) -> Figure | None:
         axes.set_xticks([25, 50, 75, 100])
         axes.set_xlabel("heads tuned (%)")
         axes.set_ylabel(AXES[side])
-        _grid(axes)
+        grid(axes)
     axes.legend(loc="best")
     figure.suptitle(f"More and more heads (bars: {_bars(means)})", x=0.01, ha="left", fontsize=9.5)
     return figure
