@@ -107,7 +107,7 @@ class FlaxBackend:
         return FlaxTuning(self.model, examples, heads, recipe, reference)
 
     def attribute_neurons(
-        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 16
+        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
         return flax_neurons.attribute(self.model, examples, baselines, steps)
 

@@ -20,7 +20,7 @@ from backends.flax_attention import KeyValue, attend, by_head, turns
 from backends.flax_decoder import Decoder, Layer
 from backends.flax_loss import PLACES, WIDTH
 from backends.flax_model import Model
-from backends.neurons import Attribution, blocks, check_attribution, quadrature
+from backends.neurons import Attribution, blocks, check_attribution, integrate
 from backends.progress import progress
 from data.examples import Example
 
@@ -74,7 +74,7 @@ def clean(graph, weights, ids, before, width: int):
 def hold(model: Model, example: Example) -> Held:
     """The clean model on an example."""
     before, count = len(example.prompt_ids) - 1, len(example.target_ids)
-    width = round_up(count, PLACES)
+    width = count if count <= 2 else round_up(count, PLACES)  # most answers are a token or two
     ids = np.zeros(round_up(before, WIDTH) + width, np.int32)
     ids[: before + count] = np.concatenate([example.prompt_ids, example.target_ids[:-1]])
     targets, share = np.zeros(width, np.int32), np.zeros(width, np.float32)
@@ -144,21 +144,18 @@ def together(
 
 
 def apart(
-    model: Model, held: Held, points: np.ndarray, layers: range, size: int
+    model: Model, held: Held, points: np.ndarray, layers: list[int], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """See `torch_neurons.apart`; `size` layers are computed, so that all blocks are one program."""
+    """See `torch_neurons.apart`; `size` layers are computed, so that blocks are one program."""
     neurons, count = np.asarray(held.neurons), len(points)
     path = np.zeros((size, count, neurons.shape[1]), neurons.dtype)
-    path[: len(layers)] = points[:, None] * neurons[layers.start : layers.stop, None]
+    path[: len(layers)] = points[:, None] * neurons[layers, None]
     rows = np.zeros((len(neurons), size, count), bool)
     rows[layers, np.arange(len(layers))] = True
     flat = path.reshape(1, size * count, -1), rows.reshape(len(neurons), -1)
-    along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(layers.start), *flat)
+    along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(layers[0]), *flat)
     along, gradient = np.asarray(along), np.asarray(gradient)[0]
-    return (
-        along.reshape(size, count)[: len(layers)],
-        gradient.reshape(size, count, -1)[: len(layers)],
-    )
+    return along.reshape(size, count)[: len(layers)], gradient.reshape(size, count, -1)[: len(layers)]
 
 
 def attribute(
@@ -166,28 +163,32 @@ def attribute(
 ) -> Attribution:
     """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
-    nodes, quota = quadrature(steps)
     layers = model.config.shape.layers
     rows = model.limit(ROWS_CPU, ROWS_DEVICE)
     score, total, change = 0.0, [], []
-    points = np.array([0.0, *nodes, 1.0]).astype(model.config.dtype)
     for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
         held = hold(model, example)
-        if baselines is None:
-            start = np.zeros_like(held.neurons)
-            size = min(layers, max(1, rows // (len(points) * len(held.targets))))
-            found = [apart(model, held, points, some, size) for some in blocks(layers, size)]
-            along, gradient = (np.concatenate(each) for each in zip(*found, strict=True))
-        else:
+        start = np.zeros_like(held.neurons)
+        if baselines is not None:
             start = np.asarray(hold(model, baselines[number]).neurons)
-            along, gradient = together(model, held, start, points)
-        along, gradient = along.astype(np.float64), gradient[:, 1:-1].astype(np.float64)
-        own = (np.asarray(held.neurons) - start).astype(np.float64)
-        own *= np.einsum("m,lmf->lf", quota, gradient)
+        length = (np.asarray(held.neurons) - start).astype(np.float64)
+
+        def evaluate(paths, points, held=held, start=start, length=length):
+            places = points.astype(start.dtype)
+            if baselines is not None:
+                along, gradient = together(model, held, start, places)
+                return along[None].astype(float), gradient.swapaxes(0, 1)[None] * length
+            size = min(len(paths), max(1, rows // (len(points) * len(held.targets))))
+            found = [apart(model, held, places, some, size) for some in blocks(paths, size)]
+            along, gradient = (np.concatenate(each) for each in zip(*found, strict=True))
+            return along.astype(float), gradient * length[paths, None]
+
+        found, *sums = integrate(evaluate, layers if baselines is None else 1, steps)
+        own = np.concatenate(found).reshape(length.shape)
         if not np.isfinite(own).all():
             where = example.example_id
             raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
         score = score + np.abs(own) / len(examples)
-        total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
-        change.append(np.atleast_1d(along[..., -1] - along[..., 0]))
+        total.append(sums[0])
+        change.append(sums[1])
     return Attribution(score, np.array(total), np.array(change))

@@ -8,7 +8,7 @@ paths, the selection, the losses, the bounds, first-order MAML, its schedule.
 Axes: L layers, F neurons of a layer, N examples, m steps of a path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,8 @@ import numpy as np
 
 from data.examples import Example
 
+FIRST, COMPLETE = 8, 0.01
+"""nodes that a path begins with; how far its attributions may be from the loss's change without more"""
 Neuron = tuple[int, int]
 """(layer, neuron), both from 0: a unit of an MLP's intermediate activation, which W_down reads"""
 
@@ -98,10 +100,41 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1) / 2, weights / 2
 
 
-def blocks(layers: int, size: int) -> list[range]:
+Paths = Callable[[list[int], np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(paths, points [m + 2] from 0 to 1) -> losses along each [p, m + 2], their gradients [p, m + 2, ...]"""
+
+
+def integrate(evaluate: Paths, paths: int, steps: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Mean gradient along each of some paths, by as many nodes as it needs.
+
+    A path begins with `FIRST` nodes and gets twice as many until what its attributions sum to is within
+    COMPLETE of what the loss does (of the largest change on any of the paths), at most `steps`.
+
+    Args:
+        evaluate: for some of the paths; its gradients are already times the path's length, so that their
+            weighted sum is the attributions.
+
+    Returns attributions of each path, what they sum to [P], and the loss's change [P].
+    """
+    found: list[np.ndarray] = [np.zeros(0)] * paths
+    total, change = np.zeros((2, paths))
+    left, count = list(range(paths)), min(FIRST, steps)
+    while left:
+        nodes, weights = quadrature(count)
+        along, gradient = evaluate(left, np.array([0.0, *nodes, 1.0]))
+        for at, path in enumerate(left):
+            found[path] = np.tensordot(weights, gradient[at, 1:-1], axes=1)
+            total[path], change[path] = found[path].sum(), along[at, -1] - along[at, 0]
+        missed = np.abs(total - change) > COMPLETE * np.abs(change).max()
+        count *= 2
+        left = [path for path in left if missed[path]] if count <= steps else []
+    return found, total, change
+
+
+def blocks(layers: Sequence[int], size: int) -> list[list[int]]:
     """Layers in runs of at most `size` (one at the least)."""
     size = max(1, size)
-    return [range(first, min(first + size, layers)) for first in range(0, layers, size)]
+    return [list(layers[first : first + size]) for first in range(0, len(layers), size)]
 
 
 def check_attribution(examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int) -> None:

@@ -176,7 +176,7 @@ class TorchBackend:
         return TorchTuning(self.model, self.shape, examples, heads, recipe, reference)
 
     def attribute_neurons(
-        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 16
+        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
         return torch_neurons.attribute(self.decoder, examples, baselines, steps)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from backends.errors import InputError
-from backends.neurons import Attribution, blocks, check_attribution, quadrature
+from backends.neurons import Attribution, blocks, check_attribution, integrate
 from backends.progress import progress
 from backends.torch_decoder import Cache, Decoder
 from data.examples import Example
@@ -103,24 +103,23 @@ def together(decoder: Decoder, held: Held, start: torch.Tensor, points: torch.Te
     return found.detach(), gradient
 
 
-def apart(decoder: Decoder, held: Held, points: torch.Tensor, layers: range) -> tuple:
+def apart(decoder: Decoder, held: Held, points: torch.Tensor, layers: list[int]) -> tuple:
     """A path from zero to the prompt's own neurons for each of some layers, all others answering freely.
 
     Returns the losses along each [l, m + 2] and their gradients in that layer's neurons [l, m + 2, F].
     """
-    path = points[:, None] * held.neurons[layers.start : layers.stop, None]  # (l, m + 2, F)
-    path = path.requires_grad_(True)
+    path = (points[:, None] * held.neurons[layers, None]).requires_grad_(True)  # (l, m + 2, F)
     size = len(points)
 
     def put(layer: int, neurons: torch.Tensor) -> torch.Tensor | None:
         if layer not in layers:
             return None
-        own = (layer - layers.start) * size
-        first = torch.cat([neurons[:own, 0], path[layer - layers.start], neurons[own + size :, 0]])
+        own = layers.index(layer) * size
+        first = torch.cat([neurons[:own, 0], path[layers.index(layer)], neurons[own + size :, 0]])
         return torch.cat([first[:, None], neurons[:, 1:]], dim=1)
 
     with torch.enable_grad():
-        found = losses(decoder, held, layers.start, len(layers) * size, put)
+        found = losses(decoder, held, layers[0], len(layers) * size, put)
         (gradient,) = torch.autograd.grad(found.sum(), path)
     return found.detach().unflatten(0, (len(layers), size)), gradient
 
@@ -130,25 +129,35 @@ def attribute(
 ) -> Attribution:
     """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
-    nodes, weights = quadrature(steps)
     rows = ROWS_CUDA if decoder.device.type == "cuda" else ROWS_CPU
     score, total, change = 0.0, [], []
-    points = torch.tensor([0.0, *nodes, 1.0], dtype=decoder.model.dtype, device=decoder.device)
     for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
         held = hold(decoder, example)
-        if baselines is None:
-            start, size = torch.zeros_like(held.neurons), rows // (len(points) * len(held.targets))
-            found = [apart(decoder, held, points, some) for some in blocks(decoder.layers, size)]
-            along, gradient = (torch.cat(each) for each in zip(*found, strict=True))
-        else:
+        start = torch.zeros_like(held.neurons)
+        if baselines is not None:
             start = hold(decoder, baselines[number]).neurons
-            along, gradient = together(decoder, held, start, points)
-        own, ends = (held.neurons - start).double().cpu().numpy(), along.double().cpu().numpy()
-        own *= np.einsum("m,lmf->lf", weights, gradient[:, 1:-1].double().cpu().numpy())
+        length = (held.neurons - start).double().cpu().numpy()
+
+        def evaluate(paths, points, held=held, start=start, length=length):
+            places = torch.from_numpy(points).to(held.neurons)
+            if baselines is not None:
+                along, gradient = together(decoder, held, start, places)
+                return _numbers(along)[None], _numbers(gradient).swapaxes(0, 1)[None] * length
+            size = rows // (len(points) * len(held.targets))
+            found = [apart(decoder, held, places, some) for some in blocks(paths, size)]
+            along, gradient = (_numbers(torch.cat(each)) for each in zip(*found, strict=True))
+            return along, gradient * length[paths, None]
+
+        found, *sums = integrate(evaluate, decoder.layers if baselines is None else 1, steps)
+        own = np.concatenate(found).reshape(length.shape)
         if not np.isfinite(own).all():
             where = example.example_id
             raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
         score = score + np.abs(own) / len(examples)
-        total.append(own.sum(axis=-1) if baselines is None else np.atleast_1d(own.sum()))
-        change.append(np.atleast_1d(ends[..., -1] - ends[..., 0]))
+        total.append(sums[0])
+        change.append(sums[1])
     return Attribution(score, np.array(total), np.array(change))
+
+
+def _numbers(values: torch.Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()

@@ -137,3 +137,34 @@ def test_tuning_agrees(real, flax, rows):
     answers = [real.logits(examples, run.adapter) for run in runs]
     moved = np.abs(answers[0] - real.logits(examples)).max()
     assert np.abs(answers[0] - answers[1]).max() < 1e-2 * moved
+
+
+# NeuronTune
+
+
+def pair(rows):
+    """A request inside an attack, and plainly."""
+    (attacked,) = rows("attacked", 1)
+    name = attacked.example_id.removeprefix("embedded/attacked/")
+    return attacked, next(one for one in rows("plain", 200) if one.example_id.endswith(f"/{name}"))
+
+
+def test_attributions_are_complete(real, rows):
+    """Within 2 % at 64 steps: safety on its way from the plain request, utility from zero."""
+    attacked, plain = pair(rows)
+    for found in (
+        real.attribute_neurons([attacked], [plain], 64),
+        real.attribute_neurons(rows("util", 1), None, 64),
+    ):
+        assert found.score.shape == (30, 1536) and np.abs(found.change).max() > 1e-3
+        assert found.gap < 0.02
+
+
+def test_attributions_agree(real, flax, rows):
+    """Rounding of float32, which a single row shows most: 1e-4 of the largest score."""
+    attacked, plain = pair(rows)
+    for asked in (([attacked], [plain], 4), (rows("util", 1), None, 4)):
+        left, right = (backend.attribute_neurons(*asked).score for backend in (real, flax))
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-4 * left.max())
+        best = [set(np.argsort(-one.ravel(), kind="stable")[:256].tolist()) for one in (left, right)]
+        assert len(best[0] & best[1]) >= 254
