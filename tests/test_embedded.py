@@ -25,9 +25,19 @@ SIZES = {
     "vanilla": 120,
     "adversarial": 150,
     "benign": 150,
+    "plain": 120,
+    "attacked": 120,
 }
 KNOWLEDGE = ("util", "facts", "words")
-HARMFUL = ("safe", "vanilla_harmful", "adversarial_harmful", "vanilla", "adversarial")
+HARMFUL = (
+    "safe",
+    "vanilla_harmful",
+    "adversarial_harmful",
+    "vanilla",
+    "adversarial",
+    "plain",
+    "attacked",
+)
 BENIGN = ("vanilla_benign", "adversarial_benign", "benign")
 
 

@@ -202,6 +202,7 @@ def _request_rows(
         "safe": [{family: phrasing["calibration"]}],
         "adversarial_harmful": [phrasing["attacks"]],
         "attacked": [phrasing["attacks"]],
+        "plain": [{family: [text for text in phrasing["plain"] if text not in phrasing["calibration"]]}],
         "adversarial_benign": [phrasing["attacks"]],
         "adversarial": [phrasing["held_out_attacks"]],
         "benign": [plain, phrasing["held_out_attacks"]] if family == "lookalike" else [plain],
