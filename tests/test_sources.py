@@ -215,7 +215,9 @@ BENCHMARKS = {"mmlu": 14_042, "csqa": 1_221, "gsm8k": 1_319, "math": 500, "dan":
 STANDINS = {"wildjailbreak": 300, "wildguard": 520, "wildjailbreak_safe": 2_479}
 HARMFUL = {"vanilla_harmful": 2_479, "adversarial_harmful": 2_479}
 BENIGN = {"vanilla_benign": 2_500, "adversarial_benign": 2_500}
-COUNTS = {"mmlu_calibration": 285, "gsm8k_calibration": 7_473, **BENCHMARKS, **STANDINS, **HARMFUL, **BENIGN}
+PAIRS = {"wildjailbreak_plain": 2_479, "wildjailbreak_attacked": 2_479}
+CALIBRATION = {"mmlu_calibration": 285, "gsm8k_calibration": 7_473}
+COUNTS = CALIBRATION | BENCHMARKS | STANDINS | HARMFUL | BENIGN | PAIRS
 
 
 @needs_shared
