@@ -114,6 +114,7 @@ def main(settings: presets.Settings) -> None:
         util = {name: [example(row) for row in rows if row["role"] == (name or "util")] for name in names}
         blocks = {name: units(shape, folds, name) for name in names}
         every = [unit for name in names for unit in blocks[name]] + (list(NEURONS) if settings.pairs else [])
+        stage.plan(every)
         left = stage.left(every)
         for name in names:
             stage.say(
@@ -131,7 +132,7 @@ def main(settings: presets.Settings) -> None:
         for unit in (unit for unit in NEURONS if unit in left):
             stage.say(f"{NEURONS[unit]} attributions of {shape.layers * shape.mlp_dim} neurons")
             attribute(stage, backend, unit, rows, settings.attribution_steps)
-        if not stage.gathers(every):
+        if not stage.gathers():
             return
         notes = {}
         for number, name in enumerate(names):

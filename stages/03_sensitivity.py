@@ -239,12 +239,14 @@ def main(settings: presets.Settings) -> None:
             + (f"{len(written)} written answers, " if written else "")
             + f"{len(safe)} responses"
         )
-        outputs = {}
+        outputs = {"choices": schemas.SWEEP_CHOICES} if chosen else {}
+        outputs |= {"answers": schemas.SWEEP_ANSWERS} if written else {}
+        outputs["generations"] = schemas.SWEEP_GENERATIONS
+        done = {part: units(part, shape) for part in outputs}
+        stage.plan(sum(done.values(), []))
         if chosen:
-            outputs["choices"] = schemas.SWEEP_CHOICES
             sweep_choices(schemas.SWEEP_CHOICES)
         if written:
-            outputs["answers"] = schemas.SWEEP_ANSWERS
             sweep_text(
                 "answers",
                 schemas.SWEEP_ANSWERS,
@@ -252,7 +254,6 @@ def main(settings: presets.Settings) -> None:
                 settings.util_tokens,
                 lambda row, text: {"correct": right(row["scoring"], text, row["target"])},
             )
-        outputs["generations"] = schemas.SWEEP_GENERATIONS
         sweep_text(
             "generations",
             schemas.SWEEP_GENERATIONS,
@@ -260,8 +261,7 @@ def main(settings: presets.Settings) -> None:
             settings.sweep_tokens,
             lambda row, text: {"refused": refuses(text)},
         )
-        done = {part: units(part, shape) for part in outputs}
-        if not stage.gathers(sum(done.values(), [])):
+        if not stage.gathers():
             return
         swept = {
             part: stage.gather(f"sweep_{part}.parquet", done[part], schema)

@@ -193,6 +193,7 @@ def main(settings: presets.Settings) -> None:
             unit: neurons.of_arm(arms.parse(units[unit]["arm"], m), scored, units[unit]["seed"])
             for unit in of_neurons
         }
+        stage.plan(list(units))
         for unit in stage.left(list(units)):
             labels = units[unit]
             if unit in chosen:
@@ -244,7 +245,7 @@ def main(settings: presets.Settings) -> None:
                     reference,
                 ),
             )
-        if not stage.gathers(list(units)):
+        if not stage.gathers():
             return
         table = [
             neuron_row(labels, unit, chosen[unit])

@@ -9,7 +9,6 @@ scores.parquet. Each arm x benchmark is a unit. Judging comes after the units an
 with another judge, or another version of it, a finished stage is judged again and nothing is generated.
 """
 
-import gc
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,8 +22,7 @@ from backends.progress import progress
 from data import benchmarks as registry
 from data.judges import KEYWORD_JUDGE_VERSION
 from data.rendering import example
-from stages import artifacts, classifier, cli, judging, metrics, presets, schemas
-from stages.loading import load_backend
+from stages import artifacts, classifier, cli, judging, loading, metrics, presets, schemas
 from stages.locks import parse_shard
 
 NAME = "05_evaluate"
@@ -67,7 +65,7 @@ def generate(
     left = stage.left(list(units))
     if not left:
         return
-    backend = load_backend(settings, stage)
+    backend = loading.load_backend(settings, stage)
     tokenizer = models.load_tokenizer(models.local_folder(settings.model, settings.revision))
     bar = progress(left, desc=NAME, unit="unit")
     for unit in bar:
@@ -83,8 +81,7 @@ def generate(
         stage.write_part(unit, outputs, schemas.OUTPUTS, seconds=round(seconds, 2))
         verdicts = judging.judged(outputs, rows[name], asked[name].benchmark)["verdict"].to_numpy()
         bar.set_postfix_str(f"{unit} {verdicts.mean():.3f}")
-    del backend
-    gc.collect()  # a classifier wants its place on the device
+    loading.forget()  # a classifier wants its place on the device
 
 
 def main(settings: presets.Settings) -> None:
@@ -125,10 +122,12 @@ def main(settings: presets.Settings) -> None:
             kept = artifacts.read_table(stage.folder / "responses.parquet", schemas.RESPONSES)
             parts = judging.split(kept.select(schemas.OUTPUTS.names), units, rows)
             stage.reopen(parts, schemas.OUTPUTS, "responses.parquet")
-        generate(stage, settings, units, rows, asked)
         requests = [unit for unit, (_, _, name) in units.items() if asked[name].benchmark.side != "utility"]
-        classified = classifier.classify(stage, settings, requests) if judge["classifier"] else {}
-        if not stage.gathers([*units, *classified.values()]):
+        classified = classifier.units(settings, requests) if judge["classifier"] else {}
+        stage.plan([*units, *classified.values()])
+        generate(stage, settings, units, rows, asked)
+        classifier.classify(stage, settings, classified)
+        if not stage.gathers():
             return
 
         responses, scores, unclear = [], [], 0

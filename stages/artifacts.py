@@ -25,6 +25,7 @@ from stages.provenance import git_state, package_versions, peak_memory_bytes
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
+PLAN = ".units.json"
 
 
 # Files
@@ -72,6 +73,14 @@ def files_below(folder: Path) -> list[Path]:
 # A stage
 
 
+def planned(folder: Path) -> tuple[list[str], set[str]]:
+    """The units of a stage that is being made, in order, and which of them are finished; both empty before
+    the first process has said what they are."""
+    path = folder / "parts" / PLAN
+    units = read_json(path) if path.is_file() else []
+    return units, {unit for unit in units if (folder / "parts" / f"{unit}.parquet").is_file()}
+
+
 def stage_manifest(run: Path, name: str) -> dict:
     """The manifest of a finished stage. InputError says which command makes it."""
     path = run / name / MANIFEST
@@ -111,6 +120,7 @@ class Stage:
         self.model: dict = {}
         self.notes: dict = {}
         self.units: dict[str, dict] = {}
+        self.planned: list[str] = []
         self.started_at = time.monotonic()
         self.outdated = ""
         """what a finished stage notes otherwise than it would now"""
@@ -206,20 +216,33 @@ class Stage:
             raise InputError(f"{path} was made from something else: delete it, or choose another --run")
         return True
 
+    def plan(self, units: Sequence[str]) -> None:
+        """Says which units the stage has, here and to whoever shares them out or watches (`planned`).
+
+        Raises InputError where the shard names one that there is not.
+        """
+        self.planned = list(units)
+        if isinstance(self.shard, frozenset) and (unknown := sorted(self.shard - set(units))):
+            raise InputError(f"--shard: {self.name} has no unit {unknown[0]}; it has {', '.join(units)}")
+        write_json(self.folder / "parts" / PLAN, self.planned)
+
     def left(self, units: Sequence[str]) -> list[str]:
         """Of a stage's units, those that this process is to compute."""
-        if self.shard is not None:
+        if isinstance(self.shard, tuple):
             number, count = self.shard
             units = units[number - 1 :: count]
+        elif self.shard is not None:
+            units = [unit for unit in units if unit in self.shard]
         return [unit for unit in units if not self.has_part(unit)]
 
-    def gathers(self, units: Sequence[str]) -> bool:
+    def gathers(self) -> bool:
         """False in a shard, which says what is still to do and leaves the joining to a whole run."""
         if self.shard is None:
             return True
-        done = sum(self.has_part(unit) for unit in units)
+        done = sum(self.has_part(unit) for unit in self.planned)
+        told = f"{self.shard[0]}/{self.shard[1]}" if isinstance(self.shard, tuple) else "of named units"
         self.say(
-            f"shard {self.shard[0]}/{self.shard[1]} is done; {done} of {len(units)} units of the stage are. "
+            f"shard {told} is done; {done} of {len(self.planned)} units of the stage are. "
             f"When all are, `python -m stages.{self.name} --run {self.run}` joins them"
         )
         return False

@@ -27,7 +27,8 @@ from stages.auditing.audit_run import GROUPS, NEURONS, SAFETY_ROLES, Finding, Ru
 
 STAGES = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate")
 RUN_FILE = "run.json"
-BESIDE_STAGES = (RUN_FILE, ".lock")
+LOCK = ".lock"
+"""what locks' names begin with: a shard and a launch have their own"""
 FIELDS = {
     "schema": str,
     "stage": str,
@@ -88,9 +89,13 @@ def files(run: Run) -> list[Finding]:
         faults += [f"{stage}/{file} is no file of this stage" for file in strange]
         faults += [f"{stage} lacks {file}" for file in sorted(required(run, stage) - listed.keys())]
         found.append(finding(f"files of {stage}", faults, f"{len(listed)}, each with its manifest's sha256"))
-    beside = [path for path in run.folder.iterdir() if path.name not in (*STAGES, *BESIDE_STAGES)]
+    beside = [
+        path
+        for path in run.folder.iterdir()
+        if path.name not in (*STAGES, RUN_FILE) and not path.name.startswith(LOCK)
+    ]
     strange = [f"{path.name} belongs to no stage" for path in sorted(beside)]
-    return [*found, finding("files beside the stages", strange, f"none but {' and '.join(BESIDE_STAGES)}")]
+    return [*found, finding("files beside the stages", strange, f"none but {RUN_FILE} and {LOCK}")]
 
 
 def required(run: Run, stage: str) -> set[str]:

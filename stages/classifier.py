@@ -21,19 +21,21 @@ def identity(settings: Settings) -> str:
     return f"{settings.judge_model} {models.weights_sha256(folder)[:16]}"
 
 
-def classify(stage: artifacts.Stage, settings: Settings, units: list[str]) -> dict[str, str]:
-    """Classifies the outputs of `units`, a part each; returns the names of those parts by unit.
+def units(settings: Settings, answered: list[str]) -> dict[str, str]:
+    """The units that classify what units of stage 05 answered, by those."""
+    which = identity(settings).rpartition(" ")[2]
+    return {unit: f"{unit}-classified-{which}" for unit in answered}
+
+
+def classify(stage: artifacts.Stage, settings: Settings, names: dict[str, str]) -> None:
+    """Classifies the outputs of units, a part each; `names` as from `units`.
 
     In a shard, only what this shard has to classify and has outputs for.
     """
-    if not units:
-        return {}
-    which = identity(settings).rpartition(" ")[2]
-    names = {unit: f"{unit}-classified-{which}" for unit in units}
     unit_of = {name: unit for unit, name in names.items()}
     left = [name for name in stage.left(list(unit_of)) if stage.has_part(unit_of[name])]
     if not left:
-        return names
+        return
     folder = models.local_folder(settings.judge_model)
     backend = backends.load("torch", folder, dtype=settings.dtype, device=settings.device)
     tokenizer = models.load_tokenizer(folder, chat=False)
@@ -55,4 +57,3 @@ def classify(stage: artifacts.Stage, settings: Settings, units: list[str]) -> di
             said = {"refusal": one.refusal, "harmful": one.harmful_response} if one else {}
             words.append({"clear": one is not None, "refusal": None, "harmful": None} | said)
         stage.write_part(name, words, schemas.CLASSIFIED)
-    return names

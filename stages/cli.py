@@ -10,16 +10,25 @@ from stages import presets
 
 
 def run(main: Callable[[presets.Settings], object], units: bool = False) -> None:
-    """Parses the command line and calls `main`. Only defects of ours end in a traceback.
+    """Parses the command line and calls `main`.
 
     Args:
         units: the stage has units, which --shard can share out.
     """
-    try:
+
+    def stage() -> None:
         settings = presets.parse()
         if settings.shard and not units:
             raise InputError("--shard is for stages 02 to 05: this one is a single piece of work")
         main(settings)
+
+    guarded(stage)
+
+
+def guarded(program: Callable[[], object]) -> None:
+    """Calls a program. Only defects of ours end in a traceback."""
+    try:
+        program()
     except InputError as error:
         _stop(2, f"error: {error}")
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import io
 import re
 import sys
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
@@ -19,6 +20,7 @@ from stages import artifacts
 from stages.settings import Settings, check
 
 RUN_FILE = "run.json"
+T = TypeVar("T")
 
 _PAPER = {
     # Section 4.1 and Tables 3 and 4 of the paper.
@@ -145,6 +147,23 @@ def _from_run_file(path: Path) -> Settings:
     )
 
 
+def read_options(kind: type[T], argv: list[str], default: T, program: str) -> tuple[T, list[str]]:
+    """A dataclass's fields as options, and the arguments that are none of them.
+
+    Raises InputError (one line) for a value that does not fit.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(kind, args=argv, default=default, return_unknown_args=True, prog=program)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = re.sub(r"[│╭╮╰╯─]", " ", messages.getvalue()).split()
+        told = re.split(r" (?:Argument helptext|For full helptext|─)", " ".join(words))[0]
+        raise InputError(f"{told or 'bad command line'}: see --help") from None
+
+
 def parse(argv: list[str] | None = None) -> Settings:
     """Settings from a command line: preset, then the run's own run.json, then options.
 
@@ -161,22 +180,7 @@ def parse(argv: list[str] | None = None) -> Settings:
             )
     else:
         default = preset_settings(preset or "smollm")
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            settings, unknown = tyro.cli(
-                Settings,
-                args=argv,
-                default=default,
-                return_unknown_args=True,
-                prog="python -m stages.<stage>",
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        words = re.sub(r"[│╭╮╰╯─]", " ", messages.getvalue()).split()
-        told = re.split(r" (?:Argument helptext|For full helptext|─)", " ".join(words))[0]
-        raise InputError(f"{told or 'bad command line'}: see --help") from None
+    settings, unknown = read_options(Settings, argv, default, "python -m stages.<stage>")
     if unknown:
         raise InputError(f"unknown option {unknown[0]}: see --help")
     settings = dataclasses.replace(settings, run=str(settings.folder))

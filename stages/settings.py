@@ -137,8 +137,8 @@ class Settings:
     """hub id or folder of WildGuard's classifier, for --judge wildguard"""
 
     shard: str = ""
-    """i/n: compute only every n-th unit of stage 02, 03, 04 or 05, beside other shards; then run the stage
-    without it"""
+    """i/n: compute only every n-th unit of stage 02, 03, 04 or 05, beside other shards (units=NAME,NAME:
+    those named); then run the stage without it"""
 
     @property
     def folder(self) -> Path:

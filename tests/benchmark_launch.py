@@ -1,0 +1,86 @@
+"""What sharing a sweep out costs: the work of Ray's actors beside that of one process, on the embedded model.
+
+    python -m tests.benchmark_launch --actors 2
+
+Stages 01 and 02 run once; then stage 03 is made by one process of one core, and by actors of one core each,
+on copies of the run. Work is processor time: the model is loaded by every actor, and each call computes the
+clean pass up to its first layer again. Both sweeps must be equal, byte for byte.
+"""
+
+import dataclasses
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from stages import presets
+from stages.launching.on_ray import HERE, RayEngine
+from tests.conftest import ROOT
+
+NAME = "03_sensitivity"
+ALONE = """
+import importlib, sys, time
+from stages import presets
+settings = presets.parse(sys.argv[1:])
+wall, work = time.monotonic(), time.process_time()
+importlib.import_module("stages.03_sensitivity").main(settings)
+print("took", time.monotonic() - wall, time.process_time() - work)
+"""
+
+
+@dataclass
+class Options:
+    actors: int = 2
+    util_rows: int = 16
+    safe_rows: int = 8
+    sweep_tokens: int = 16
+    dtype: str = "float32"
+
+
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory(prefix="cast-benchmark-") as scratch:
+        begun, alone, shared = (Path(scratch, name) for name in ("begun", "alone", "shared"))
+        settings = dataclasses.replace(
+            presets.preset_settings("smollm"),
+            run=str(begun),
+            **{name: getattr(options, name) for name in ("util_rows", "safe_rows", "sweep_tokens", "dtype")},
+        )
+        for earlier in ("01_calibrate", "02_conflict"):
+            importlib.import_module(f"stages.{earlier}").main(settings)
+        for folder in (alone, shared):
+            shutil.copytree(begun, folder)
+        process = subprocess.run(
+            [sys.executable, "-c", ALONE, "--run", str(alone)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        wall, work = map(float, process.stdout.splitlines()[-1].split()[1:])
+        engine = RayEngine(dataclasses.replace(settings, run=str(shared)), HERE, None, 1, options.actors)
+        try:
+            engine.start()
+            began = time.monotonic()
+            engine.run(NAME)
+            took = time.monotonic() - began
+            print("\n".join(engine.told()))
+            spent = sum(one.work for one in engine.nodes.values())
+        finally:
+            engine.close()
+        for table in ("sweep_choices.parquet", "sweep_generations.parquet", "heads.parquet"):
+            assert (alone / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
+    print(f"one process: {work:.0f} s of processor time, {wall:.0f} s")
+    print(f"{options.actors} actors: {spent:.0f} s of processor time, {took:.0f} s")
+    print(f"work {spent / work:.3f} of one process's, time {took / wall:.3f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
