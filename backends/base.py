@@ -167,8 +167,8 @@ class Backend(Protocol):
                 together (a plain request, the example being the same request inside an attack). None: the
                 path begins at zero, and each layer has its own while the layers above it answer freely: with
                 all layers at zero the model says nothing that a path could come back from.
-            steps: nodes of Gauss and Legendre's rule on a path at most; one that is complete with fewer gets
-                fewer (`neurons.integrate`).
+            steps: nodes of Gauss and Legendre's rule on a path at most; each gets as many as make it complete
+                (`neurons.integrate`).
 
         In the model's own precision: float64, which `gradient_gram` needs, would move a score by 5e-5 of the
         largest on SmolLM2 and take twice the time. ValueError where there is nothing to attribute; InputError

@@ -17,8 +17,8 @@ import numpy as np
 
 from data.examples import Example
 
-FIRST, COMPLETE = 8, 0.01
-"""nodes that a path begins with; how far its attributions may be from the loss's change without more"""
+NODES, COMPLETE = 4, 0.005
+"""nodes of a piece of a path; how far its attributions may be from the loss's change without being halved"""
 Neuron = tuple[int, int]
 """(layer, neuron), both from 0: a unit of an MLP's intermediate activation, which W_down reads"""
 
@@ -101,34 +101,72 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 Paths = Callable[[list[int], np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(paths, points [m + 2] from 0 to 1) -> losses along each [p, m + 2], their gradients [p, m + 2, ...]"""
+"""(paths, points [n] of them) -> losses there [p, n], gradients times the path's length [p, n, ...]"""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A stretch of a path, integrated."""
+
+    low: float
+    high: float
+    losses: tuple[float, float]
+    """at its ends"""
+    own: np.ndarray
+    """attributions along it"""
+
+    @property
+    def missed(self) -> float:
+        """How far its attributions are from what the loss does along it."""
+        return abs(float(self.own.sum()) - (self.losses[1] - self.losses[0]))
 
 
 def integrate(evaluate: Paths, paths: int, steps: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Mean gradient along each of some paths, by as many nodes as it needs.
+    """Attributions along each of some paths: the mean gradient times the path's length.
 
-    A path begins with `FIRST` nodes and gets twice as many until what its attributions sum to is within
-    COMPLETE of what the loss does (of the largest change on any of the paths), at most `steps`.
-
-    Args:
-        evaluate: for some of the paths; its gradients are already times the path's length, so that their
-            weighted sum is the attributions.
+    A path is one piece of `NODES` nodes at first. What the attributions of a piece have to sum to is known:
+    the piece that misses it by most is halved until none misses more than COMPLETE (of the largest change on
+    any of the paths), with `steps` nodes on a path in the end at most. So nodes gather where the loss turns:
+    on a path from zero that is its first hundredth, which one rule over all of it would have to find.
 
     Returns attributions of each path, what they sum to [P], and the loss's change [P].
     """
-    found: list[np.ndarray] = [np.zeros(0)] * paths
-    total, change = np.zeros((2, paths))
-    left, count = list(range(paths)), min(FIRST, steps)
-    while left:
-        nodes, weights = quadrature(count)
-        along, gradient = evaluate(left, np.array([0.0, *nodes, 1.0]))
-        for at, path in enumerate(left):
-            found[path] = np.tensordot(weights, gradient[at, 1:-1], axes=1)
-            total[path], change[path] = found[path].sum(), along[at, -1] - along[at, 0]
-        missed = np.abs(total - change) > COMPLETE * np.abs(change).max()
-        count *= 2
-        left = [path for path in left if missed[path]] if count <= steps else []
-    return found, total, change
+    nodes, weights = quadrature(min(NODES, steps))
+    along, gradient = evaluate(list(range(paths)), np.array([0.0, *nodes, 1.0]))
+    change = along[:, -1] - along[:, 0]
+    found = []
+    for path in range(paths):
+        own = np.tensordot(weights, gradient[path, 1:-1], axes=1)
+        pieces = [Piece(0.0, 1.0, (along[path, 0], along[path, -1]), own)]
+        while (len(pieces) + 1) * len(nodes) <= steps:
+            worst = max(pieces, key=lambda piece: piece.missed)
+            if not worst.missed > COMPLETE * np.abs(change).max():
+                break
+            pieces.remove(worst)
+            pieces += _halves(lambda points, path=path: evaluate([path], points), worst, nodes, weights)
+        found.append(sum(piece.own for piece in pieces))
+    return found, np.array([own.sum() for own in found]), change
+
+
+def _halves(
+    evaluate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    piece: Piece,
+    nodes: np.ndarray,
+    weights: np.ndarray,
+) -> list[Piece]:
+    """The two halves of a piece of one path."""
+    half = (piece.high - piece.low) / 2
+    middle, count = piece.low + half, len(nodes)
+    (along,), (gradient,) = evaluate(
+        np.array([*(piece.low + half * nodes), middle, *(middle + half * nodes)])
+    )
+    first, second = (
+        half * np.tensordot(weights, some, axes=1) for some in (gradient[:count], gradient[count + 1 :])
+    )
+    return [
+        Piece(piece.low, middle, (piece.losses[0], along[count]), first),
+        Piece(middle, piece.high, (along[count], piece.losses[1]), second),
+    ]
 
 
 def blocks(layers: Sequence[int], size: int) -> list[list[int]]:

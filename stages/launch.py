@@ -44,7 +44,7 @@ class Options:
     gpus_per_actor: int | None = None
     """default: 1 where the cluster has GPUs"""
     cpus_per_actor: int = 0
-    """0: 1 beside a GPU, 4 (or a whole smaller node) without"""
+    """0: 4, or fewer where nodes have fewer"""
     dry_run: bool = False
     """only print Slurm's scripts, or where Ray's actors would be"""
 

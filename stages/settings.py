@@ -87,9 +87,8 @@ class Settings:
     pairs: int = 0
     """harmful requests, each plainly and inside an attack, that neurons are attributed by, and as many rows
     of D_util; 0: no neuron is"""
-    attribution_steps: int = 64
-    """nodes on a path of the integrated gradients at most; it gets as many of 8, 16, 32, … as make it
-    complete"""
+    attribution_steps: int = 128
+    """nodes on a path of the integrated gradients at most; it gets as many as make it complete"""
     neurons: tuple[int, ...] = ()
     """NeuronTune's threshold K: an arm for each, of the K neurons of highest safety and of highest utility
     score; 0: all gains 1"""

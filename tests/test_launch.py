@@ -154,6 +154,46 @@ def test_submitit(plain, scratch):
     assert any("Requeued" in log.read_text() for log in (scratch / "tiny-jobs").glob("*_log.*"))
 
 
+@pytest.fixture()
+def slurm(scratch, monkeypatch) -> Path:
+    """A folder with the jobs of a Slurm that runs them here."""
+    home, programs = scratch / "slurm", scratch / "bin"
+    for folder in (home, programs):
+        folder.mkdir()
+    for name in ("sbatch", "srun", "sacct"):
+        path = programs / name
+        path.write_text(f"#!{sys.executable}\n" + (ROOT / "tests" / "fake_slurm.py").read_text())
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(home))
+    return home
+
+
+def test_slurm(slurm, plain, scratch):
+    """A stage as an array of two jobs and one that joins them."""
+    folder = run(scratch / "tiny", names=STAGES[:1])
+    settings = dataclasses.replace(SETTINGS, run=str(folder))
+    engine = on_slurm.SlurmEngine(settings, "partition=gpu,gpus=1,jobs=2,reservation=night")
+    engine.run(STAGES[1])
+    scripts = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
+    assert ["--array=0-1%2" in script for script in scripts] == [True, False]
+    assert all("--gpus-per-node=1" in script and "--reservation=night" in script for script in scripts)
+    made = {path for path in plain if path.startswith(STAGES[1])}
+    assert made and {path: computed(folder)[path] for path in made} == {path: plain[path] for path in made}
+    assert engine.told()[1].split()[:3] == [STAGES[1], "2", "0"]
+
+
+def test_slurm_refuses(slurm, scratch):
+    folder = run(scratch / "tiny", names=STAGES[:1])
+    settings = dataclasses.replace(SETTINGS, run=str(folder))
+    with pytest.raises(InputError, match="sbatch refused the job .*invalid partition"):
+        on_slurm.SlurmEngine(settings, "partition=closed").run(STAGES[1])
+    other = dataclasses.replace(settings, seed=settings.seed + 1, folds=2)
+    run(scratch / "tiny", names=STAGES[1:2])
+    with pytest.raises(InputError, match="made with other settings"):
+        on_slurm.SlurmEngine(other, "partition=gpu").run(STAGES[1])
+
+
 def test_scripts(scratch, capsys):
     options = ["--run", str(scratch / "never"), "--preset", "tiny", "--dry-run"]
     launch.main([*options, "--slurm", "partition=gpu,gpus=1,jobs=16,hours=1.5,mem=64GB,reservation=night"])

@@ -16,6 +16,7 @@ from backends import checkpoint, flax_adapter
 from backends.errors import InputError
 from backends.neurons import (
     COMPLETE,
+    NODES,
     GainRecipe,
     Selection,
     Task,
@@ -150,23 +151,26 @@ def test_quadrature_is_exact_on_polynomials_and_of_a_linear_model():
 
 
 def test_a_path_gets_more_nodes_until_it_is_complete():
-    """Two easy paths and one with a step near its start, which eight nodes miss."""
+    """Two easy paths and one with a step near its start, which no rule of 64 nodes over the whole finds."""
     asked = []
 
     def evaluate(paths, points):
-        asked.append((list(paths), len(points) - 2))
-        steep = np.array([1.0, 1.0, 200.0])[paths, None]
+        asked.append((list(paths), points))
+        steep = np.array([0.5, 0.5, 2000.0])[paths, None]
         along = np.tanh(steep * points)
-        return along, (steep / np.cosh(steep * points) ** 2)[..., None]
+        return along, (steep * (1 - along**2))[..., None]
 
-    found, total, change = integrate(evaluate, 3, 64)
-    assert asked[0] == ([0, 1, 2], 8) and {tuple(paths) for paths, _ in asked[1:]} == {(2,)}
-    assert [count for _, count in asked] == [8, 16, 32, 64][: len(asked)] and len(asked) > 2
-    np.testing.assert_allclose(total, change, atol=COMPLETE)
-    assert [one.shape for one in found] == [(1,)] * 3
+    nodes, weights = quadrature(64)
+    assert abs(weights @ evaluate([2], nodes)[1][0, :, 0] - 1) > 0.1
     asked.clear()
-    integrate(evaluate, 3, 10)
-    assert [count for _, count in asked] == [8]
+    found, total, change = integrate(evaluate, 3, 64)
+    assert asked[0][0] == [0, 1, 2] and {tuple(paths) for paths, _ in asked[1:]} == {(2,)}
+    assert NODES * len(asked) <= 64, "a piece more each time"
+    np.testing.assert_allclose(total, change, atol=2 * COMPLETE)
+    np.testing.assert_allclose(np.concatenate(found), np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
+    asked.clear()
+    integrate(evaluate, 3, 2 * NODES - 1)
+    assert len(asked) == 1
 
 
 def test_both_backends_attribute_alike(both):

@@ -38,7 +38,7 @@ PASSED = ("CAST_DATA", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "XDG_CACHE_HOME"
 PATIENCE = 60
 """seconds that actors have to come before those that are there begin"""
 CPUS = 4
-"""of an actor without a GPU, where nodes have so many"""
+"""of an actor, where nodes have so many"""
 
 
 class Hello(NamedTuple):
@@ -157,7 +157,11 @@ def place(settings: Settings, gpus: int | None, cpus: int, actors: int) -> Place
     all_cpus, all_gpus = (sum(each) for each in zip(*has, strict=True))
     if gpus is None:
         gpus = 0 if settings.device == "cpu" else int(all_gpus > 0 or settings.device != "auto")
-    cpus = cpus or (1 if gpus else min([CPUS, *(count for count, _ in has if count)]))
+    # An actor's share of the smallest node; a GPU's work has some for processors too.
+    shares = [
+        own * gpus // own_gpus if gpus else own for own, own_gpus in has if own and (own_gpus or not gpus)
+    ]
+    cpus = cpus or max(1, min([CPUS, *shares]))
     room = sum(min(own // cpus, own_gpus // gpus if gpus else own) for own, own_gpus in has)
     if room < max(1, actors):
         raise InputError(
@@ -221,7 +225,7 @@ class RayEngine:
             self._hire()
         began, told = time.monotonic(), False
         while self.greeting and not (self.where and time.monotonic() - began > PATIENCE):
-            self._welcome(*ray.wait(list(self.greeting), num_returns=1, timeout=SECONDS))
+            self._welcome(ray.wait(list(self.greeting), num_returns=1, timeout=SECONDS)[0])
             if not (self.where or told) and time.monotonic() - began > PATIENCE:
                 told = True
                 print("[launch] the cluster has no room yet: waiting", flush=True)
@@ -245,8 +249,9 @@ class RayEngine:
         actor = ray.remote(Worker).options(**options).remote(self.settings, os.getcwd(), self.token)
         self.greeting[actor.hello.remote()] = actor
 
-    def _welcome(self, ready: Sequence, _: Sequence) -> None:
-        for call in ready:
+    def _welcome(self, hellos: Sequence) -> None:
+        """Takes in the actors that have said hello. InputError where one cannot work."""
+        for call in hellos:
             actor = self.greeting.pop(call)
             try:
                 hello: Hello = ray.get(call)
@@ -285,7 +290,7 @@ class RayEngine:
                     f"no node of the cluster is left to compute {name}: when there is one, the same command "
                     f"goes on"
                 )
-            self._welcome(*ray.wait(list(self.greeting), num_returns=1))
+            self._welcome(ray.wait(list(self.greeting), num_returns=1)[0])
 
     def _units(self, name: str, folder: Path) -> None:
         """Computes every unit of a stage that is not finished."""
@@ -308,23 +313,22 @@ class RayEngine:
                 ready, _ = ray.wait([*running, *self.greeting], num_returns=1, timeout=SECONDS)
                 for call in ready:
                     if call in self.greeting:
-                        self._welcome([call], [])
+                        self._welcome([call])
                         continue
                     actor, some = running.pop(call)
                     tally = self.nodes[self.where[actor]]
                     _, why = self._collect(actor, call)
                     left = [unit for unit in some if not (folder / "parts" / f"{unit}.parquet").is_file()]
                     tally.units += len(some) - len(left)
-                    if left and why:
-                        failed[left[0]] += 1
-                        if failed[left[0]] > RETRIES:
-                            raise InputError(
-                                f"unit {left[0]} of {name} failed {failed[left[0]]} times: {why}"
-                            )
-                        waiting.extendleft(reversed(left))
-                    else:
-                        # What a classifier is to judge and is not answered yet comes back.
-                        waiting.extend(left)
+                    if not left:
+                        continue
+                    if not why and running:
+                        waiting.extend(left)  # what a classifier is to judge may not be answered yet
+                        continue
+                    failed[left[0]] += 1
+                    if failed[left[0]] > RETRIES:
+                        raise InputError(f"unit {left[0]} of {name} failed {failed[left[0]]} times: {why}")
+                    waiting.extendleft(reversed(left))
                 bar.look(f"{len(running)} of {len(self.where)} actors at work")
 
     def _collect(self, actor, call) -> tuple[Outcome | None, str]:
@@ -346,7 +350,8 @@ class RayEngine:
             with contextlib.suppress(InputError):  # no room now: the others go on
                 if place(self.settings, *self.asked[:2], 1).room > len(self.where) + len(self.greeting):
                     self._hire()
-            return None, f"its process died ({' '.join(str(error).split())[:200]})"
+            logs = f"logs: /tmp/ray/session_latest/logs on {node}"
+            return None, f"its process died ({' '.join(str(error).split())[:200]}; {logs})"
         if outcome.error:
             raise InputError(outcome.error)
         self.nodes[node].seconds += outcome.seconds

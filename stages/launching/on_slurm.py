@@ -171,7 +171,7 @@ class SlurmEngine:
         jobs = [Job(self.settings, name, shard, os.getcwd()) for shard in shards]
         try:
             return dict(zip(self.executor.submit_array(jobs), shards, strict=True))
-        except submitit.core.utils.FailedJobError as error:
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             told = " ".join(str(error).split())[:300]
             raise InputError(f"--slurm: sbatch refused the job ({told}): see its options") from None
 
