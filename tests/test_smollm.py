@@ -21,7 +21,12 @@ def real(smollm):
 
 @pytest.fixture(scope="module")
 def flax(smollm):
-    return backends.load("flax", smollm, dtype="float32", device="cpu")
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield backends.load("flax", smollm, dtype="float32", device="cpu")
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
