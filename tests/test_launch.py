@@ -209,7 +209,6 @@ def test_scripts(scratch, capsys):
     [
         ("", "one of --ray and --slurm"),
         ("--ray 127.0.0.1:1", "nothing answers there"),
-        ("--ray auto", "no Ray there"),
         ("--ray --gpus-per-actor 1", "1 actors of 1 GPUs and 1 CPUs do not fit: .* 0 GPUs"),
         ("--ray --actors 500", "500 actors of"),
         ("--ray --device cuda:1", "an actor has GPUs of its own"),
@@ -226,6 +225,17 @@ def test_bad_input(options, told, scratch):
         launch.main(["--preset", "tiny", "--run", str(scratch / "run"), *options.split()])
     assert "\n" not in str(error.value)
     assert not (scratch / "run" / "01_calibrate").exists()
+
+
+def test_no_cluster_here(scratch, monkeypatch):
+    """As Ray says it; in truth another test's cluster may be on this machine."""
+
+    def nothing(address, **options):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(on_ray.ray, "init", nothing)
+    with pytest.raises(InputError, match="--ray auto: no Ray there .Could not find any running Ray instance"):
+        launch.main(["--preset", "tiny", "--run", str(scratch / "run"), "--ray", "auto"])
 
 
 @pytest.mark.parametrize("engine", ["--ray", "--slurm"])
