@@ -23,7 +23,7 @@ def real(smollm):
 def flax(smollm):
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield backends.load("flax", smollm, dtype="float32", device="cpu")
     jax.config.update("jax_disable_most_optimizations", before)
