@@ -81,7 +81,6 @@ def generate(
         stage.write_part(unit, outputs, schemas.OUTPUTS, seconds=round(seconds, 2))
         verdicts = judging.judged(outputs, rows[name], asked[name].benchmark)["verdict"].to_numpy()
         bar.set_postfix_str(f"{unit} {verdicts.mean():.3f}")
-    loading.forget()  # a classifier wants its place on the device
 
 
 def main(settings: presets.Settings) -> None:

@@ -8,7 +8,7 @@ from backends.errors import InputError
 from backends.progress import progress
 from data import wildguard
 from data.examples import Example
-from stages import artifacts, schemas
+from stages import artifacts, loading, schemas
 from stages.settings import Settings
 
 
@@ -36,6 +36,7 @@ def classify(stage: artifacts.Stage, settings: Settings, names: dict[str, str]) 
     left = [name for name in stage.left(list(unit_of)) if stage.has_part(unit_of[name])]
     if not left:
         return
+    loading.forget()  # the classifier wants the run's model's place on the device
     folder = models.local_folder(settings.judge_model)
     backend = backends.load("torch", folder, dtype=settings.dtype, device=settings.device)
     tokenizer = models.load_tokenizer(folder, chat=False)
