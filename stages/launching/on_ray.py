@@ -158,9 +158,8 @@ def place(settings: Settings, gpus: int | None, cpus: int, actors: int) -> Place
     if gpus is None:
         gpus = 0 if settings.device == "cpu" else int(all_gpus > 0 or settings.device != "auto")
     # An actor's share of the smallest node; a GPU's work has some for processors too.
-    shares = [
-        own * gpus // own_gpus if gpus else own for own, own_gpus in has if own and (own_gpus or not gpus)
-    ]
+    shares = [own * gpus // own_gpus for own, own_gpus in has if gpus and own_gpus]
+    shares = shares or [own for own, _ in has if own]
     cpus = cpus or max(1, min([CPUS, *shares]))
     room = sum(min(own // cpus, own_gpus // gpus if gpus else own) for own, own_gpus in has)
     if room < max(1, actors):
