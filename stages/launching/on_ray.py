@@ -211,6 +211,8 @@ class RayEngine:
         self.greeting: dict = {}
         """actors by the call that waits for them"""
         self.idle: deque = deque()
+        self.lost = ""
+        """why the last actor that could not start did not"""
 
     def start(self) -> None:
         """Starts the actors and waits for them; those that find no room in time join when there is some.
@@ -254,7 +256,8 @@ class RayEngine:
             actor = self.greeting.pop(call)
             try:
                 hello: Hello = ray.get(call)
-            except ray.exceptions.RayError:  # gone before it was there
+            except ray.exceptions.RayError as error:  # gone before it was there
+                self.lost = f" (the last one: {' '.join(str(error).split())[-300:]})"
                 continue
             check(hello, self.settings)
             self.where[actor] = hello.node
@@ -286,8 +289,8 @@ class RayEngine:
         while not self.idle:
             if not self.greeting:
                 raise InputError(
-                    f"no node of the cluster is left to compute {name}: when there is one, the same command "
-                    f"goes on"
+                    f"no actor is left to compute {name}, and there is no room for another{self.lost}: when "
+                    f"there is, the same command goes on"
                 )
             self._welcome(ray.wait(list(self.greeting), num_returns=1)[0])
 
