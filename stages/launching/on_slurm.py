@@ -176,30 +176,37 @@ class SlurmEngine:
             raise InputError(f"--slurm: sbatch refused the job ({told}): see its options") from None
 
     def _all(self, name: str, shards: list[str]) -> int:
-        """Runs jobs to their end; returns how many failed and were submitted again."""
+        """Runs jobs to their end; returns how many failed and were submitted again. However it ends, none is
+        left running."""
         failed: Counter = Counter()
         running = self._submit(name, shards)
-        with watch(self.settings.folder / name) as bar:
-            while running:
-                time.sleep(SECONDS)
-                again = []
-                for job in [job for job in running if job.done()]:
-                    shard = running.pop(job)
-                    why = self._ended(job)
-                    if not why:
-                        continue
-                    failed[shard] += 1
-                    if failed[shard] > RETRIES:
-                        for other in running:
-                            other.cancel()
-                        raise InputError(
-                            f"{name}: job {job.job_id} failed {failed[shard]} times ({why}): its log is "
-                            f"{job.paths.stderr}"
-                        )
-                    again.append(shard)
-                running |= self._submit(name, again) if again else {}
-                bar.look(f"{len(running)} jobs")
+        try:
+            with watch(self.settings.folder / name) as bar:
+                while running:
+                    time.sleep(SECONDS)
+                    self._turn(name, running, failed)
+                    bar.look(f"{len(running)} jobs")
+        finally:
+            for job in running:
+                job.cancel(check=False)
         return sum(failed.values())
+
+    def _turn(self, name: str, running: dict, failed: Counter) -> None:
+        """Takes out the jobs that have ended, and submits those that failed again."""
+        again = []
+        for job in [job for job in running if job.done()]:
+            shard = running.pop(job)
+            why = self._ended(job)
+            if not why:
+                continue
+            failed[shard] += 1
+            if failed[shard] > RETRIES:
+                raise InputError(
+                    f"{name}: job {job.job_id} failed {failed[shard]} times ({why}): its log is {job.paths.stderr}"
+                )
+            again.append(shard)
+        if again:
+            running |= self._submit(name, again)
 
     def _ended(self, job: "submitit.Job") -> str:
         """Why a job failed, or nothing. InputError where the stage refused its input: no other job would do

@@ -41,7 +41,9 @@ class Watch:
     def look(self, note: str = "") -> None:
         """Looks at the folder again."""
         units, finished = artifacts.planned(self.folder)
-        if units and self.bar.total != len(units):
+        if not units:  # not said yet, or joined
+            return
+        if self.bar.total != len(units):
             self.bar.total = len(units)
             self.bar.initial = len(finished)  # so that the pace is this run's own
         self.bar.set_postfix_str(note, refresh=False)
