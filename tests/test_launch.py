@@ -216,6 +216,7 @@ def test_scripts(scratch, capsys):
         ("--ray --nonsense 1", "unknown option --nonsense"),
         ("--slurm partition=gpu", "no srun on this machine"),
         ("--slurm jobs=x", "--slurm jobs=x: key=value"),
+        ("--slurm local,partition=gpu", "only jobs, hours and gpus count there, not partition"),
         ("--slurm local,jobs=0", "jobs and hours must be positive"),
     ],
 )

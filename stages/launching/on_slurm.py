@@ -73,6 +73,11 @@ def asked(text: str) -> Asked:
                 f"--slurm {one}: key=value, for example partition=gpu,gpus=1,jobs=16,hours=8,mem=64GB; other "
                 f"keys are sbatch's"
             ) from None
+    other = found.keys() - {"gpus_per_node"}
+    if local and other:
+        raise InputError(
+            f"--slurm {HERE}: only jobs, hours and gpus count there, not {', '.join(sorted(other))}"
+        )
     if jobs < 1 or not 0 < hours < math.inf:
         raise InputError(f"--slurm: jobs and hours must be positive, not {jobs} and {hours:g}")
     return Asked(local, jobs, {"time": math.ceil(60 * hours)} | found)
