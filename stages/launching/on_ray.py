@@ -6,7 +6,6 @@ and goes on from the parts. Ray Core only (https://docs.ray.io/en/latest/ray-cor
 """
 
 import contextlib
-import importlib
 import io
 import os
 import secrets
@@ -14,13 +13,13 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from backends.errors import InputError
 from stages import artifacts
-from stages.launching.watching import RETRIES, SECONDS, table, watch
+from stages.launching.watching import RETRIES, SECONDS, compute, table, watch
 from stages.locks import BY_NAME, LAUNCH_LOCK
 from stages.provenance import package_versions
 from stages.settings import Settings
@@ -80,12 +79,9 @@ class Worker:
         """Computes units of a stage; None: the whole stage, which joins what is there."""
         shard = "" if units is None else BY_NAME + ",".join(units)
         began, worked = time.monotonic(), time.process_time()
-        said, error = io.StringIO(), ""
+        said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            try:
-                importlib.import_module(f"stages.{name}").main(replace(self.settings, shard=shard))
-            except InputError as told:
-                error = str(told)
+            error = compute(self.settings, name, shard)
         return Outcome(error, said.getvalue(), time.monotonic() - began, time.process_time() - worked)
 
 

@@ -5,20 +5,19 @@ submitted again, RETRIES times. The driver waits on the login node; one that die
 in <run>-jobs (https://github.com/facebookincubator/submitit).
 """
 
-import importlib
 import math
 import os
 import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from backends.errors import InputError
 from stages import artifacts
-from stages.launching.watching import RETRIES, SECONDS, table, watch
+from stages.launching.watching import RETRIES, SECONDS, compute, table, watch
 from stages.settings import Settings
 
 try:
@@ -95,11 +94,7 @@ class Job:
     def __call__(self) -> str:
         """A user's mistake, one line; empty: none."""
         os.chdir(self.folder)
-        try:
-            importlib.import_module(f"stages.{self.name}").main(replace(self.settings, shard=self.shard))
-        except InputError as error:
-            return str(error)
-        return ""
+        return compute(self.settings, self.name, self.shard)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """Called by submitit before Slurm takes the node away: the same again; its parts are kept."""

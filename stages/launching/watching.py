@@ -1,14 +1,18 @@
-"""What engines share: a stage's units as its folder shows them, and one bar over all of them."""
+"""What engines share: how a process computes units, a stage's units as its folder shows them, and one bar."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
 
+from backends.errors import InputError
 from backends.progress import progress
 from stages import artifacts
+from stages.settings import Settings
 
 RETRIES = 2
 """times that a unit is tried again after it failed or its process died"""
@@ -30,6 +34,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Lets go of what the engine holds."""
+
+
+def compute(settings: Settings, name: str, shard: str) -> str:
+    """A shard of a stage, in this process; with an empty one the whole stage, which joins what is there.
+
+    Returns a user's mistake, one line: an exception would be taken for a failure that is worth a retry.
+    """
+    try:
+        importlib.import_module(f"stages.{name}").main(replace(settings, shard=shard))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 class Watch:
