@@ -5,7 +5,7 @@ meta-learning amplifies the first and suppresses the second. Integrated gradient
 an inner and an outer loop are a third party's reading of the paper. All else is ours: what a neuron is, the
 paths, the selection, the losses, the bounds, first-order MAML, its schedule.
 
-Axes: L layers, F neurons of a layer, N examples, m steps of a path.
+Axes: L layers, F neurons of a layer, N examples, P paths, p of them, n points, m nodes of a rule.
 """
 
 from collections.abc import Callable, Sequence

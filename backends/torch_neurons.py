@@ -90,7 +90,7 @@ def losses(decoder: Decoder, held: Held, start: int, points: int, put: Hook) -> 
 def together(decoder: Decoder, held: Held, start: torch.Tensor, points: torch.Tensor) -> tuple:
     """The path from other neurons [L, F] to the prompt's own, all layers at once.
 
-    Returns the losses along it [m + 2] and their gradients in the neurons [L, m + 2, F].
+    Returns the losses at `points` of it [n] and their gradients in the neurons [L, n, F].
     """
     path = (start[:, None] + points[:, None] * (held.neurons - start)[:, None]).requires_grad_(True)
 
@@ -106,9 +106,9 @@ def together(decoder: Decoder, held: Held, start: torch.Tensor, points: torch.Te
 def apart(decoder: Decoder, held: Held, points: torch.Tensor, layers: list[int]) -> tuple:
     """A path from zero to the prompt's own neurons for each of some layers, all others answering freely.
 
-    Returns the losses along each [l, m + 2] and their gradients in that layer's neurons [l, m + 2, F].
+    Returns the losses at `points` of each [l, n] and their gradients in that layer's neurons [l, n, F].
     """
-    path = (points[:, None] * held.neurons[layers, None]).requires_grad_(True)  # (l, m + 2, F)
+    path = (points[:, None] * held.neurons[layers, None]).requires_grad_(True)  # (l, n, F)
     size = len(points)
 
     def put(layer: int, neurons: torch.Tensor) -> torch.Tensor | None:

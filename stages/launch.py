@@ -111,7 +111,7 @@ def plan(options: Options, settings: presets.Settings) -> None:
         return
     found = engine(options, settings)
     try:
-        print("\n".join(found.planned()))
+        print("\n".join(found.layout()))
     finally:
         found.close()
 

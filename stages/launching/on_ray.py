@@ -232,7 +232,7 @@ class RayEngine:
             flush=True,
         )
 
-    def planned(self) -> list[str]:
+    def layout(self) -> list[str]:
         """Where actors would be, as lines of a table."""
         rows = [("node", "CPUs", "GPUs")]
         for node in ray.nodes():
