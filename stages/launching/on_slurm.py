@@ -202,11 +202,12 @@ class SlurmEngine:
             failed[shard] += 1
             if failed[shard] > RETRIES:
                 raise InputError(
-                    f"{name}: job {job.job_id} failed {failed[shard]} times ({why}): its log is {job.paths.stderr}"
+                    f"{name}: job {job.job_id} failed {failed[shard]} times ({why}): its log is "
+                    f"{job.paths.stderr}"
                 )
             again.append(shard)
         if again:
-            running |= self._submit(name, again)
+            running.update(self._submit(name, again))
 
     def _ended(self, job: "submitit.Job") -> str:
         """Why a job failed, or nothing. InputError where the stage refused its input: no other job would do
