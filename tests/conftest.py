@@ -3,14 +3,16 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as backends does, and before torch is imported here
-# Flax tests of random models are compiling for the most part, and LLVM's passes are a third of that. On the
-# real model programs are compiled as users' are (`flax` in test_smollm.py).
+# Flax tests of random models are compiling for the most part, and LLVM's passes are a third of that; where a
+# result is held to the tolerances of a run, programs are compiled as users' are (`optimized`).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import contextlib
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +88,19 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 PAIRS = [("torch", kind) for kind in KINDS] + [("flax", kind) for kind in FEWER]
+
+
+@contextlib.contextmanager
+def optimized() -> Iterator[None]:
+    """JAX compiles with all optimizations, as it does for users."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Pair(NamedTuple):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from backends.errors import InputError
 from stages import artifacts, audit, compare, schemas
 from stages.auditing import comparison
-from tests.conftest import ROOT
+from tests.conftest import ROOT, optimized
 from tests.tampering import (
     ADAPTER,
     CALIBRATION,
@@ -44,8 +44,9 @@ def flax_run(torch_run) -> Path:
     folder = torch_run.with_name(torch_run.name + comparison.SUFFIX)
     if not folder.exists():
         settings = dataclasses.replace(SETTINGS, run=str(folder), backend="flax")
-        for name in audit.STAGES:
-            importlib.import_module(f"stages.{name}").main(settings)
+        with optimized():
+            for name in audit.STAGES:
+                importlib.import_module(f"stages.{name}").main(settings)
     return folder
 
 

@@ -12,6 +12,7 @@ from data.embedded import generate as embedded
 from data.rendering import Renderer, example
 from stages import gram, metrics
 from tests import reference
+from tests.conftest import optimized
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +22,8 @@ def real(smollm):
 
 @pytest.fixture(scope="module")
 def flax(smollm):
-    import jax
-
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield backends.load("flax", smollm, dtype="float32", device="cpu")
-    jax.config.update("jax_disable_most_optimizations", before)
+    with optimized():
+        yield backends.load("flax", smollm, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
