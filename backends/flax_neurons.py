@@ -20,12 +20,12 @@ from backends.flax_attention import KeyValue, attend, by_head, turns
 from backends.flax_decoder import Decoder, Layer
 from backends.flax_loss import PLACES, WIDTH
 from backends.flax_model import Model
-from backends.neurons import Attribution, blocks, check_attribution, integrate
+from backends.neurons import Attribution, check_attribution, evaluated, integrate
 from backends.progress import progress
 from data.examples import Example
 
-ROWS_CPU, ROWS_DEVICE = 128, 1024
-"""points of paths that go through the model together, where each layer has a path of its own"""
+ROWS_CPU, ROWS_DEVICE, FEWEST = 256, 1024, 4
+"""tokens that go through the model together; rows of the smallest program"""
 
 
 class Held(NamedTuple):
@@ -133,29 +133,32 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
     return each, gradient
 
 
+def filled(count: int) -> int:
+    """As many rows as there is a program for."""
+    return max(FEWEST, 1 << (count - 1).bit_length())
+
+
 def together(
     model: Model, held: Held, start: np.ndarray, points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """See `torch_neurons.together`."""
-    path = start[:, None] + points[:, None] * (np.asarray(held.neurons) - start)[:, None]
+    path = np.zeros((len(start), filled(len(points)), start.shape[1]), start.dtype)
+    length = np.asarray(held.neurons) - start
+    path[:, : len(points)] = start[:, None] + points.astype(start.dtype)[:, None] * length[:, None]
     rows = np.ones(path.shape[:2], bool)
     along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(0), path, rows)
-    return np.asarray(along), np.asarray(gradient)
+    return _numbers(along)[: len(points)], _numbers(gradient).swapaxes(0, 1)[: len(points)]
 
 
-def apart(
-    model: Model, held: Held, points: np.ndarray, layers: list[int], size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """See `torch_neurons.apart`; `size` layers are computed, so that blocks are one program."""
+def apart(model: Model, held: Held, layers: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `torch_neurons.apart`. All rows enter at the first one's layer."""
     neurons, count = np.asarray(held.neurons), len(points)
-    path = np.zeros((size, count, neurons.shape[1]), neurons.dtype)
-    path[: len(layers)] = points[:, None] * neurons[layers, None]
-    rows = np.zeros((len(neurons), size, count), bool)
-    rows[layers, np.arange(len(layers))] = True
-    flat = path.reshape(1, size * count, -1), rows.reshape(len(neurons), -1)
-    along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(layers[0]), *flat)
-    along, gradient = np.asarray(along), np.asarray(gradient)[0]
-    return along.reshape(size, count)[: len(layers)], gradient.reshape(size, count, -1)[: len(layers)]
+    path = np.zeros((1, filled(count), neurons.shape[1]), neurons.dtype)
+    path[0, :count] = points.astype(neurons.dtype)[:, None] * neurons[layers]
+    rows = np.zeros((len(neurons), path.shape[1]), bool)
+    rows[layers, np.arange(count)] = True
+    along, gradient = losses_and_gradient(model.graph, model.weights, held, np.int32(layers[0]), path, rows)
+    return _numbers(along)[:count], _numbers(gradient)[0, :count]
 
 
 def attribute(
@@ -163,7 +166,6 @@ def attribute(
 ) -> Attribution:
     """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
-    layers = model.config.shape.layers
     rows = model.limit(ROWS_CPU, ROWS_DEVICE)
     score, total, change = 0.0, [], []
     for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
@@ -171,20 +173,21 @@ def attribute(
         start = np.zeros_like(held.neurons)
         if baselines is not None:
             start = np.asarray(hold(model, baselines[number]).neurons)
-        length = (np.asarray(held.neurons) - start).astype(np.float64)
+        length = _numbers(np.asarray(held.neurons) - start)
 
         def evaluate(paths, points, held=held, start=start, length=length):
-            places = points.astype(start.dtype)
             if baselines is not None:
-                along, gradient = together(model, held, start, places)
-                return along[None].astype(float), gradient.swapaxes(0, 1)[None] * length
-            size = min(len(paths), max(1, rows // (len(points) * len(held.targets))))
-            found = [apart(model, held, places, some, size) for some in blocks(paths, size)]
-            along, gradient = (np.concatenate(each) for each in zip(*found, strict=True))
-            return along.astype(float), gradient * length[paths, None]
+                along, gradient = together(model, held, start, points)
+                return along, gradient * length
+            along, gradient = apart(model, held, paths, points)
+            return along, gradient * length[paths]
 
-        found, *sums = integrate(evaluate, layers if baselines is None else 1, steps)
-        own = np.concatenate(found).reshape(length.shape)
+        own, *sums = integrate(
+            evaluated(max(1, rows // len(held.targets)), evaluate),
+            model.config.shape.layers if baselines is None else 1,
+            steps,
+        )
+        own = np.concatenate(own).reshape(length.shape)
         if not np.isfinite(own).all():
             where = example.example_id
             raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
@@ -192,3 +195,7 @@ def attribute(
         total.append(sums[0])
         change.append(sums[1])
     return Attribution(score, np.array(total), np.array(change))
+
+
+def _numbers(values: jax.Array) -> np.ndarray:
+    return np.asarray(values).astype(np.float64)

@@ -18,7 +18,7 @@ import numpy as np
 from data.examples import Example
 
 NODES, COMPLETE = 4, 0.005
-"""nodes of a piece of a path; how far its attributions may be from the loss's change without being halved"""
+"""nodes of a piece of a path; how far its attributions may be from the loss's change, else it is halved"""
 Neuron = tuple[int, int]
 """(layer, neuron), both from 0: a unit of an MLP's intermediate activation, which W_down reads"""
 
@@ -100,14 +100,16 @@ def quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
     return (nodes + 1) / 2, weights / 2
 
 
-Paths = Callable[[list[int], np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(paths, points [n] of them) -> losses there [p, n], gradients times the path's length [p, n, ...]"""
+Paths = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(path of each row [n], its place on it [n]) -> losses there [n], gradients times the path's length
+[n, ...]"""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
     """A stretch of a path, integrated."""
 
+    path: int
     low: float
     high: float
     losses: tuple[float, float]
@@ -122,57 +124,86 @@ class Piece:
 
 
 def integrate(evaluate: Paths, paths: int, steps: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Attributions along each of some paths: the mean gradient times the path's length.
+    """Attributions along each of some paths, which all end at one place: the mean gradient times the path's
+    length.
 
     A path is one piece of `NODES` nodes at first. What the attributions of a piece have to sum to is known:
-    the piece that misses it by most is halved until none misses more than COMPLETE (of the largest change on
-    any of the paths), with `steps` nodes on a path in the end at most. So nodes gather where the loss turns:
-    on a path from zero that is its first hundredth, which one rule over all of it would have to find.
+    pieces that miss it are halved until none misses more than COMPLETE (of the largest change on any of
+    the paths), or its path has `steps` nodes. So nodes gather where the loss turns: on a path from zero that
+    is its first hundredth, which one rule over all of it would have to find.
 
     Returns attributions of each path, what they sum to [P], and the loss's change [P].
     """
-    nodes, weights = quadrature(min(NODES, steps))
-    along, gradient = evaluate(list(range(paths)), np.array([0.0, *nodes, 1.0]))
-    change = along[:, -1] - along[:, 0]
-    found = []
-    for path in range(paths):
-        own = np.tensordot(weights, gradient[path, 1:-1], axes=1)
-        pieces = [Piece(0.0, 1.0, (along[path, 0], along[path, -1]), own)]
-        while (len(pieces) + 1) * len(nodes) <= steps:
-            worst = max(pieces, key=lambda piece: piece.missed)
-            if not worst.missed > COMPLETE * np.abs(change).max():
-                break
-            pieces.remove(worst)
-            pieces += _halves(lambda points, path=path: evaluate([path], points), worst, nodes, weights)
-        found.append(sum(piece.own for piece in pieces))
+    rule = quadrature(min(NODES, steps))
+    size = len(rule[0])
+    every = range(paths)
+    whole = [(path, 0.0, 1.0) for path in every]
+    (end, *starts), owns = _along(evaluate, [(0, 1.0), *((path, 0.0) for path in every)], whole, rule)
+    change = end - np.array(starts)
+    pieces = [Piece(*whole[path], (starts[path], end), owns[path]) for path in every]
+    while True:
+        spent = size * np.bincount([piece.path for piece in pieces], minlength=paths)
+        large: list[Piece] = []
+        for piece in sorted(pieces, key=lambda piece: -piece.missed):
+            if piece.missed > COMPLETE * np.abs(change).max() and spent[piece.path] + size <= steps:
+                spent[piece.path] += size
+                large.append(piece)
+        if not large:
+            break
+        pieces = [piece for piece in pieces if piece not in large] + _halves(evaluate, large, rule)
+    found = [sum(piece.own for piece in pieces if piece.path == path) for path in range(paths)]
     return found, np.array([own.sum() for own in found]), change
 
 
-def _halves(
-    evaluate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    piece: Piece,
-    nodes: np.ndarray,
-    weights: np.ndarray,
-) -> list[Piece]:
-    """The two halves of a piece of one path."""
-    half = (piece.high - piece.low) / 2
-    middle, count = piece.low + half, len(nodes)
-    (along,), (gradient,) = evaluate(
-        np.array([*(piece.low + half * nodes), middle, *(middle + half * nodes)])
-    )
-    first, second = (
-        half * np.tensordot(weights, some, axes=1) for some in (gradient[:count], gradient[count + 1 :])
-    )
-    return [
-        Piece(piece.low, middle, (piece.losses[0], along[count]), first),
-        Piece(middle, piece.high, (along[count], piece.losses[1]), second),
+def _halves(evaluate: Paths, pieces: Sequence[Piece], rule: tuple[np.ndarray, np.ndarray]) -> list[Piece]:
+    """Two of each piece."""
+    middles = [(piece.path, (piece.low + piece.high) / 2) for piece in pieces]
+    halves = [
+        (piece.path, *ends)
+        for piece, (_, middle) in zip(pieces, middles, strict=True)
+        for ends in ((piece.low, middle), (middle, piece.high))
     ]
+    between, owns = _along(evaluate, middles, halves, rule)
+    losses = [
+        ends
+        for piece, middle in zip(pieces, between, strict=True)
+        for ends in ((piece.losses[0], middle), (middle, piece.losses[1]))
+    ]
+    return [Piece(*half, ends, own) for half, ends, own in zip(halves, losses, owns, strict=True)]
 
 
-def blocks(layers: Sequence[int], size: int) -> list[list[int]]:
-    """Layers in runs of at most `size` (one at the least)."""
-    size = max(1, size)
-    return [list(layers[first : first + size]) for first in range(0, len(layers), size)]
+def _along(
+    evaluate: Paths,
+    places: Sequence[tuple[int, float]],
+    stretches: Sequence[tuple[int, float, float]],
+    rule: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Losses at places (path, point), and attributions along stretches (path, from, to)."""
+    nodes, weights = rule
+    inside = [(path, low + node * (high - low)) for path, low, high in stretches for node in nodes]
+    paths, points = zip(*places, *inside, strict=True)
+    along, gradient = evaluate(np.array(paths), np.array(points))
+    of_each = gradient[len(places) :].reshape(len(stretches), len(nodes), *gradient.shape[1:])
+    owns = [
+        (high - low) * np.tensordot(weights, own, axes=1)
+        for (_, low, high), own in zip(stretches, of_each, strict=True)
+    ]
+    return along[: len(places)], owns
+
+
+def evaluated(rows: int, evaluate: Paths) -> Paths:
+    """`evaluate`, asked for at most `rows` at a time, in order of their paths."""
+
+    def by_path(paths: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(paths, kind="stable")
+        found = [
+            evaluate(paths[some], points[some]) for some in np.split(order, range(rows, len(order), rows))
+        ]
+        back = np.argsort(order)
+        losses, gradients = (np.concatenate(each)[back] for each in zip(*found, strict=True))
+        return losses, gradients
+
+    return by_path
 
 
 def check_attribution(examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int) -> None:

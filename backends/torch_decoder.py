@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from backends import batching, memory, models
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
+KeyValue = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -157,7 +158,7 @@ class Decoder:
         Returns the residual stream after layer stop-1: [n, T, E], or after the model's last layer of the
         prompts' last tokens only, [n, R, E].
         """
-        rotary = self._rotary(hidden, batch.positions[None])
+        rotary = self.rotary(hidden, batch.positions[None])
         for index in range(start, stop):
             last = batch.last if index == self.layers - 1 else None
 
@@ -168,7 +169,7 @@ class Decoder:
                     return self._attend_all(batch, index, queries, keys, values)
                 return self._attend_last(batch, index, queries, keys, values)
 
-            hidden = self._layer(index, hidden, rotary, attend, silence, last)
+            hidden = self.layer(index, hidden, rotary, attend, silence, last)
         return hidden
 
     def extend(
@@ -176,7 +177,7 @@ class Decoder:
     ) -> torch.Tensor:
         """The cache's layers for w further tokens of each row, [n, w, E] at positions [n, w], which it then
         holds."""
-        rotary = self._rotary(hidden, positions)
+        rotary = self.rotary(hidden, positions)
         lines = torch.arange(len(hidden), device=hidden.device)[:, None]
         columns = torch.arange(int(positions.max()) + 1, device=hidden.device)
         distance = positions[:, :, None] - columns  # query minus key position, (n, w, C)
@@ -188,21 +189,21 @@ class Decoder:
             return self._attention(index, queries, known, held, distance)
 
         for index in cache.layers:
-            hidden = self._layer(index, hidden, rotary, attend, silence)
+            hidden = self.layer(index, hidden, rotary, attend, silence)
         return hidden
 
-    def _rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
+    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
         """Cosines and sines, [n, T, 1, D] each."""
         cos, sin = self.model.model.rotary_emb(hidden, position_ids=positions)
         return cos[:, :, None], sin[:, :, None]
 
-    def _layer(
+    def layer(
         self,
         index: int,
         hidden: torch.Tensor,
         rotary: Rotary,
         attend: Attend,
-        silence: Silence | None,
+        silence: Silence | None = None,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One decoder layer on [n, T, E]; its outcome for all tokens or for those of `wanted` [M]."""
@@ -240,6 +241,26 @@ class Decoder:
             scale=self.model.model.layers[index].self_attn.scaling,
         )
         return mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, M, H, D)
+
+    def attend_behind(
+        self, index: int, queries: torch.Tensor, shared: KeyValue, own: KeyValue
+    ) -> torch.Tensor:
+        """Rows of w tokens [n, w, H, D] behind a prefix [P, K, D] that all share, and on their own keys and
+        values [n, w, K, D]. The prefix is not copied for each row, nor kept so for the gradient."""
+        window, group = self.windows[index], self.heads // self.kv_heads
+        width, prefix = queries.shape[1], len(shared[0])
+        grouped = queries.unflatten(2, (self.kv_heads, group))  # (n, w, K, G, D)
+        before = torch.einsum("nwkgd,pkd->nkgwp", grouped, shared[0])
+        among = torch.einsum("nwkgd,nvkd->nkgwv", grouped, own[0])
+        at = torch.arange(prefix + width, device=queries.device)
+        distance = at[prefix:, None] - at  # query minus key position, (w, P + w)
+        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        scores = torch.cat([before, among], dim=-1) * self.model.model.layers[index].self_attn.scaling
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        share = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1, dtype=wide).to(scores.dtype)
+        mixed = torch.einsum("nkgwp,pkd->nwkgd", share[..., :prefix], shared[1])
+        mixed = mixed + torch.einsum("nkgwv,nvkd->nwkgd", share[..., prefix:], own[1])
+        return mixed.flatten(2, 3)  # (n, w, H, D)
 
     def _attend_all(self, batch: Batch, index, queries, keys, values) -> torch.Tensor:
         """Every token of a line on what stands before it in its own prompt, [n, T, H, D]."""

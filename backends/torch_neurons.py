@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from backends.errors import InputError
-from backends.neurons import Attribution, blocks, check_attribution, integrate
+from backends.neurons import Attribution, check_attribution, evaluated, integrate
 from backends.progress import progress
 from backends.torch_decoder import Cache, Decoder
 from data.examples import Example
 
-ROWS_CPU, ROWS_CUDA = 128, 1024
-"""points of paths that go through the model together, where each layer has a path of its own"""
+ROWS_CPU, ROWS_CUDA = 256, 1024
+"""tokens that go through the model together"""
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 
@@ -67,61 +67,73 @@ def hold(decoder: Decoder, example: Example) -> Held:
     return Held(keys, values, hidden, torch.stack(neurons), ids[before + 1 :])
 
 
-def losses(decoder: Decoder, held: Held, start: int, points: int, put: Hook) -> torch.Tensor:
-    """Loss of the target in each of `points` rows, [n], from layer `start` up.
+def run(decoder: Decoder, held: Held, enters: Sequence[int], put: Hook) -> torch.Tensor:
+    """Loss of the target in each of n rows, [n].
+
+    What stands before a row's first token, the prompt's last, knows nothing of it, and neither do the layers
+    below the one where its neurons are set: there a row is the clean model, and is not computed.
 
     Args:
-        put: sets what W_down reads at a row's first token, the prompt's last. What stands before it does not
-            know of it, nor do the layers below `start`.
+        enters: the layer that each row enters, [n], sorted.
+        put: sets what W_down reads at a row's first token.
     """
     before, count = len(held.keys[0]), len(held.targets)
-    cache = Cache(range(start, decoder.layers), points, before + count, decoder.like.to(held.neurons.dtype))
-    for layer in cache.layers:
-        cache.fill(layer, slice(None), held.keys[layer][None], held.values[layer][None])
-    positions = torch.arange(before, before + count, device=decoder.device).expand(points, -1)
+    hidden = held.hidden[0][None][:0]  # (0, t, E)
+    positions = torch.arange(before, before + count, device=decoder.device)[None]
+    rotary = decoder.rotary(hidden, positions)
+
+    def attend(index, queries, keys, values):
+        return decoder.attend_behind(index, queries, (held.keys[index], held.values[index]), (keys, values))
+
     with _on_down(decoder.model, put):
-        hidden = decoder.extend(cache, held.hidden[start].expand(points, -1, -1), positions)
+        for index in range(enters[0], decoder.layers):
+            if new := enters.count(index):
+                hidden = torch.cat([hidden, held.hidden[index].expand(new, -1, -1)])
+            hidden = decoder.layer(index, hidden, rotary, attend)
     logits = decoder.model.lm_head(decoder.model.model.norm(hidden))  # (n, t, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    each = torch.nn.functional.cross_entropy(logits, held.targets.repeat(points), reduction="none")
-    return each.unflatten(0, (points, -1)).mean(dim=1)
+    each = torch.nn.functional.cross_entropy(logits, held.targets.repeat(len(hidden)), reduction="none")
+    return each.unflatten(0, (len(hidden), -1)).mean(dim=1)
 
 
-def together(decoder: Decoder, held: Held, start: torch.Tensor, points: torch.Tensor) -> tuple:
+def together(decoder: Decoder, held: Held, start: torch.Tensor, points: np.ndarray) -> tuple:
     """The path from other neurons [L, F] to the prompt's own, all layers at once.
 
-    Returns the losses at `points` of it [n] and their gradients in the neurons [L, n, F].
+    Returns the losses at `points` of it [n] and their gradients in the neurons [n, L, F].
     """
-    path = (start[:, None] + points[:, None] * (held.neurons - start)[:, None]).requires_grad_(True)
+    places = torch.from_numpy(points).to(start)[:, None, None]
+    path = (start + places * (held.neurons - start)).requires_grad_(True)
 
     def put(layer: int, neurons: torch.Tensor) -> torch.Tensor:
-        return torch.cat([path[layer][:, None], neurons[:, 1:]], dim=1)
+        return torch.cat([path[:, layer, None], neurons[:, 1:]], dim=1)
 
     with torch.enable_grad():
-        found = losses(decoder, held, 0, len(points), put)
+        found = run(decoder, held, [0] * len(points), put)
         (gradient,) = torch.autograd.grad(found.sum(), path)
-    return found.detach(), gradient
+    return _numbers(found), _numbers(gradient)
 
 
-def apart(decoder: Decoder, held: Held, points: torch.Tensor, layers: list[int]) -> tuple:
-    """A path from zero to the prompt's own neurons for each of some layers, all others answering freely.
+def apart(decoder: Decoder, held: Held, layers: np.ndarray, points: np.ndarray) -> tuple:
+    """Paths from zero to the prompt's own neurons of one layer, all other layers answering freely.
 
-    Returns the losses at `points` of each [l, n] and their gradients in that layer's neurons [l, n, F].
+    Returns the losses at a point each of some layers' paths, [n], and their gradients in that layer's neurons
+    [n, F]. `layers` [n] is sorted.
     """
-    path = (points[:, None] * held.neurons[layers, None]).requires_grad_(True)  # (l, n, F)
-    size = len(points)
+    places = torch.from_numpy(points).to(held.neurons)[:, None]
+    path = (places * held.neurons[layers]).requires_grad_(True)
 
     def put(layer: int, neurons: torch.Tensor) -> torch.Tensor | None:
-        if layer not in layers:
+        low, high = np.searchsorted(layers, [layer, layer + 1])
+        if low == high:
             return None
-        own = layers.index(layer) * size
-        first = torch.cat([neurons[:own, 0], path[layers.index(layer)], neurons[own + size :, 0]])
+        assert high == len(neurons), "rows that enter a layer come last"
+        first = torch.cat([neurons[:low, 0], path[low:high]])
         return torch.cat([first[:, None], neurons[:, 1:]], dim=1)
 
     with torch.enable_grad():
-        found = losses(decoder, held, layers[0], len(layers) * size, put)
+        found = run(decoder, held, layers.tolist(), put)
         (gradient,) = torch.autograd.grad(found.sum(), path)
-    return found.detach().unflatten(0, (len(layers), size)), gradient
+    return _numbers(found), _numbers(gradient)
 
 
 def attribute(
@@ -136,20 +148,21 @@ def attribute(
         start = torch.zeros_like(held.neurons)
         if baselines is not None:
             start = hold(decoder, baselines[number]).neurons
-        length = (held.neurons - start).double().cpu().numpy()
+        length = _numbers(held.neurons - start)
 
         def evaluate(paths, points, held=held, start=start, length=length):
-            places = torch.from_numpy(points).to(held.neurons)
             if baselines is not None:
-                along, gradient = together(decoder, held, start, places)
-                return _numbers(along)[None], _numbers(gradient).swapaxes(0, 1)[None] * length
-            size = rows // (len(points) * len(held.targets))
-            found = [apart(decoder, held, places, some) for some in blocks(paths, size)]
-            along, gradient = (_numbers(torch.cat(each)) for each in zip(*found, strict=True))
-            return along, gradient * length[paths, None]
+                along, gradient = together(decoder, held, start, points)
+                return along, gradient * length
+            along, gradient = apart(decoder, held, paths, points)
+            return along, gradient * length[paths]
 
-        found, *sums = integrate(evaluate, decoder.layers if baselines is None else 1, steps)
-        own = np.concatenate(found).reshape(length.shape)
+        own, *sums = integrate(
+            evaluated(max(1, rows // len(held.targets)), evaluate),
+            decoder.layers if baselines is None else 1,
+            steps,
+        )
+        own = np.concatenate(own).reshape(length.shape)
         if not np.isfinite(own).all():
             where = example.example_id
             raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
@@ -160,4 +173,4 @@ def attribute(
 
 
 def _numbers(values: torch.Tensor) -> np.ndarray:
-    return values.double().cpu().numpy()
+    return values.detach().double().cpu().numpy()

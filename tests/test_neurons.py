@@ -22,6 +22,7 @@ from backends.neurons import (
     Task,
     bounds,
     draw,
+    evaluated,
     integrate,
     outer_steps,
     quadrature,
@@ -155,22 +156,38 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
     asked = []
 
     def evaluate(paths, points):
-        asked.append((list(paths), points))
-        steep = np.array([0.5, 0.5, 2000.0])[paths, None]
-        along = np.tanh(steep * points)
-        return along, (steep * (1 - along**2))[..., None]
+        asked.append(np.bincount(paths, minlength=3))
+        steep = np.array([0.5, 0.5, 2000.0])[paths]
+        along = np.tanh(steep * points) + 1 - np.tanh(steep)  # 1 at the end of each
+        return along, (steep / np.cosh(np.minimum(steep * points, 50)) ** 2)[..., None]
 
     nodes, weights = quadrature(64)
-    assert abs(weights @ evaluate([2], nodes)[1][0, :, 0] - 1) > 0.1
+    assert abs(weights @ evaluate(np.full(64, 2), nodes)[1][:, 0] - 1) > 0.1
     asked.clear()
     found, total, change = integrate(evaluate, 3, 64)
-    assert asked[0][0] == [0, 1, 2] and {tuple(paths) for paths, _ in asked[1:]} == {(2,)}
+    assert asked[0].tolist() == [NODES + 2, NODES + 1, NODES + 1] and all(
+        rows[:2].sum() == 0 for rows in asked[1:]
+    )
     assert NODES * len(asked) <= 64, "a piece more each time"
     np.testing.assert_allclose(total, change, atol=2 * COMPLETE)
     np.testing.assert_allclose(np.concatenate(found), np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
     asked.clear()
     integrate(evaluate, 3, 2 * NODES - 1)
     assert len(asked) == 1
+
+
+def test_rows_are_asked_for_by_path_and_few_at_a_time():
+    asked = []
+
+    def evaluate(paths, points):
+        asked.append(paths.tolist())
+        return points, np.stack([paths, points], axis=1)
+
+    paths, points = np.array([2, 0, 1, 0, 2]), np.arange(5.0)
+    along, gradient = evaluated(2, evaluate)(paths, points)
+    assert asked == [[0, 0], [1, 2], [2]]
+    np.testing.assert_array_equal(along, points)
+    np.testing.assert_array_equal(gradient, np.stack([paths, points], axis=1))
 
 
 def test_both_backends_attribute_alike(both):
