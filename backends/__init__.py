@@ -26,19 +26,20 @@ def load(
     Args:
         name: "torch" or "flax".
         dtype: "float32", "bfloat16", or "auto" (bfloat16 where the hardware multiplies faster in it).
-        device: "auto", "cpu", "cuda", "cuda:1", …; torch uses one device, flax all of the kind named.
-        model_parallel: devices that share one copy of the weights, cut by heads (flax); 0: as few as hold it.
+        device: "auto", "cpu", "cuda", "cuda:1", …; flax uses all of the kind named, torch as many as hold it.
+        model_parallel: devices that share one copy of the weights, by layers (torch, CUDA) or cut by heads
+            (flax); 0: as few as hold it.
 
     Raises InputError, one line, on a folder that cannot be used.
     """
     from backends import models
 
-    check(name, model_parallel)
+    check(name)
     models.check_folder(Path(model_dir))
     if name == "torch":
         from backends.torch_backend import TorchBackend
 
-        return TorchBackend(Path(model_dir), dtype=dtype, device=device)
+        return TorchBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
     from backends.flax_backend import FlaxBackend
 
     return FlaxBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
@@ -47,12 +48,10 @@ def load(
 NEEDS = {"torch": ("torch", "peft"), "flax": ("jax", "flax", "optax")}
 
 
-def check(name: str, model_parallel: int = 0) -> None:
+def check(name: str) -> None:
     """InputError, one line, if a backend cannot work here; nothing is loaded."""
     if name not in NEEDS:
         raise InputError(f'unknown backend {name!r}: "torch" or "flax"')
-    if model_parallel > 1 and name == "torch":
-        raise InputError("--model-parallel: backend torch holds a model on one device; use --backend flax")
     missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
     if missing:
         plugin = " (on GPU or TPU also JAX's plugin for it, e.g. jax[cuda12])" if name == "flax" else ""

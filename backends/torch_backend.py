@@ -8,7 +8,15 @@ import numpy as np
 import torch
 import transformers
 
-from backends import models, torch_continuous, torch_generate, torch_loss, torch_neurons, torch_sweep
+from backends import (
+    models,
+    torch_continuous,
+    torch_devices,
+    torch_generate,
+    torch_loss,
+    torch_neurons,
+    torch_sweep,
+)
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
 from backends.neurons import Attribution, GainRecipe, Selection, Task
@@ -18,24 +26,6 @@ from data.examples import Example
 SMALL = 5_000_000
 """Parameters below which a CPU's cores only wait for one another (2 threads took twice as long as 1 on
 `tiny`)."""
-
-
-def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one. InputError says what torch sees instead of the device asked for."""
-    if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        asked = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: no such device; torch knows cpu, cuda, cuda:0, …") from None
-    seen = torch.cuda.device_count()
-    if asked.type == "cuda" and (asked.index or 0) >= seen:
-        raise InputError(
-            f"--device {device}: torch {torch.__version__} sees {seen} CUDA devices; use --device cpu"
-        )
-    if asked.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {device} is not handled: use cpu or cuda")
-    return torch.device("cuda", asked.index or 0) if asked.type == "cuda" else asked
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -57,10 +47,13 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, model_dir: Path, *, dtype: str = "float32", device: str = "auto"):
-        place = resolve_device(device)
-        kind = resolve_dtype(dtype, place)
-        self.dtype, self.device = str(kind).removeprefix("torch."), str(place)
+    def __init__(
+        self, model_dir: Path, *, dtype: str = "float32", device: str = "auto", model_parallel: int = 0
+    ):
+        kind = resolve_dtype(dtype, torch_devices.resolve_device(device))
+        places = torch_devices.places(model_dir, kind, device, model_parallel)
+        self.dtype, self.device = str(kind).removeprefix("torch."), torch_devices.describe(places)
+        several = len(set(places)) > 1
         try:
             with models.without_progress_bars():
                 self.model, told = transformers.AutoModelForCausalLM.from_pretrained(
@@ -70,6 +63,7 @@ class TorchBackend:
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    device_map=torch_devices.device_map(places) if several else None,
                 )
         except Exception as error:  # the libraries raise many types for a damaged file
             raise InputError(
@@ -80,15 +74,17 @@ class TorchBackend:
             if keys := sorted(map(str, told[f"{what}_keys"])):
                 raise InputError(f"{model_dir}: {len(keys)} weights are {what}, the first is {keys[0]}")
         size = sum(weight.numel() for weight in self.model.parameters())
-        if place.type == "cpu" and size < SMALL:
+        if places[0].type == "cpu" and size < SMALL:
             torch.set_num_threads(1)
-        self.model.to(place).eval().requires_grad_(False)
+        if not several:
+            self.model.to(places[0])
+        self.model.eval().requires_grad_(False)
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise InputError(f"{model_dir}: weight {name} holds values that are not finite")
         self.shape = models.read_shape(self.model.config)
         self.eos = set(models.eos_ids(model_dir))
-        self.decoder = Decoder(self.model)
+        self.decoder = Decoder(self.model, places)
 
     @contextmanager
     def _adapted(self, adapter: Path | None):
@@ -144,7 +140,7 @@ class TorchBackend:
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
         with self._adapted(adapter):
-            if torch_continuous.handles(self.model):
+            if len(set(self.decoder.places)) == 1 and torch_continuous.handles(self.model):
                 return torch_continuous.generate(self.model, prompts, max_new_tokens, self.eos)
             return torch_generate.generate(self.decoder, self.shape, prompts, max_new_tokens, self.eos)
 

@@ -10,8 +10,10 @@ Axes as in `backends.base`; n copies or rows of a pass, R prompts of a batch, T 
 prefix that all share, C of the longest prompt, or columns of a cache.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,14 +21,13 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from backends import batching, memory, models
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-KeyValue = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A `batching.Line` on the device: prompts without padding, and what they share once."""
+    """A `batching.Line` on a device: prompts without padding, and what they share once."""
 
     rows: np.ndarray
     ids: torch.Tensor
@@ -40,6 +41,10 @@ class Batch:
     def last(self) -> torch.Tensor:
         """Each prompt's last token in the line, [R]."""
         return self.columns[:, -1]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = ("ids", "positions", "columns", "lengths", "picks")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def make_batch(line: batching.Line, device: torch.device) -> Batch:
@@ -68,6 +73,9 @@ class Silence:
     def take(self, rows: torch.Tensor) -> "Silence":
         return Silence(self.layer, self.heads[rows], self.mask)
 
+    def to(self, device: torch.device) -> "Silence":
+        return Silence(self.layer, self.heads.to(device), self.mask)
+
     def zeroed(self, what: str, index: int, per_head: torch.Tensor) -> torch.Tensor:
         """[n, M, H, D] of layer `index` without the silenced heads, if `what` is to be zeroed.
 
@@ -81,14 +89,19 @@ class Silence:
 
 
 class Cache:
-    """Keys and values of some layers, [n, C, K, D] each; a token's column is its position. `like`: [K, D]."""
+    """Keys and values of some layers, [n, C, K, D] each, each on its layer's device; a token's column is its
+    position.
 
-    def __init__(self, layers: range, rows: int, columns: int, like: torch.Tensor):
-        shape = (rows, columns, *like.shape)
+    Args:
+        like: [K, D] on every layer's device.
+    """
+
+    def __init__(self, layers: range, rows: int, columns: int, like: Sequence[torch.Tensor]):
+        shape = (rows, columns, *like[0].shape)
         self.layers, self.columns, self.like = layers, columns, like
         # Zeros: a column that nobody sees yet is multiplied by 0, and must be a number.
-        self.keys = {index: like.new_zeros(shape) for index in layers}
-        self.values = {index: like.new_zeros(shape) for index in layers}
+        self.keys = {index: like[index].new_zeros(shape) for index in layers}
+        self.values = {index: like[index].new_zeros(shape) for index in layers}
 
     def fill(self, index: int, rows: slice | torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The first columns of some rows."""
@@ -96,16 +109,22 @@ class Cache:
         self.values[index][rows, : values.shape[1]] = values
 
     def take(self, rows: Sequence[int]) -> None:
-        rows = torch.tensor(rows, dtype=torch.long, device=self.like.device)
-        for kept in (self.keys, self.values):
-            for index in self.layers:
-                kept[index] = kept[index][rows]
+        rows = torch.tensor(rows, dtype=torch.long)
+        for device, layers in groupby(self.layers, lambda index: self.like[index].device):
+            rows = rows.to(device)
+            for index in layers:
+                self.keys[index], self.values[index] = self.keys[index][rows], self.values[index][rows]
 
 
 class Decoder:
-    """A transformers causal LM, taken apart. Holds no weights of its own."""
+    """A transformers causal LM, taken apart. Holds no weights of its own.
 
-    def __init__(self, model: torch.nn.Module):
+    Args:
+        places: each layer's device, the first one's also that of embedding, norm and output matrix. There a
+            pass begins and ends; in between the residual stream follows the layers. None: all on one.
+    """
+
+    def __init__(self, model: torch.nn.Module, places: Sequence[torch.device] | None = None):
         self.model = model
         config = model.config
         self.layers = config.num_hidden_layers
@@ -113,21 +132,35 @@ class Decoder:
         self.kv_heads = config.num_key_value_heads
         self.windows = models.sliding_windows(config)
 
-        head_dim = self.model.model.layers[0].self_attn.head_dim
-        self.like = torch.empty(self.kv_heads, head_dim, dtype=model.dtype, device=model.device)
+        self.places = list(places or [model.device] * self.layers)
         self.itemsize = model.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.places[0]
+
+    @property
+    def like(self) -> list[torch.Tensor]:
+        """Of a cache."""
+        shape = self.kv_heads, self.model.model.layers[0].self_attn.head_dim
+        return [torch.empty(shape, dtype=self.model.dtype, device=place) for place in self.places]
 
     @property
     def room(self) -> int:
-        """Bytes that a sweep may use beside the weights."""
-        weights = sum(weight.nbytes for weight in self.model.parameters())
-        if self.device.type == "cuda":
-            return int(0.9 * torch.cuda.get_device_properties(self.device).total_memory) - weights
-        return memory.machine_bytes() // 2 - weights
+        """Bytes that a sweep may use beside the weights; of several devices, what the fullest one has."""
+        if self.device.type != "cuda":
+            return memory.machine_bytes() // 2 - sum(weight.nbytes for weight in self.model.parameters())
+        weights = Counter()
+        for weight in self.model.parameters():
+            weights[weight.device] += weight.nbytes
+        return min(
+            int(0.9 * torch.cuda.get_device_properties(place).total_memory) - held
+            for place, held in weights.items()
+        )
+
+    def stretches(self, layers: Iterable[int]) -> Iterator[tuple[torch.device, Iterator[int]]]:
+        """Layers in a row that are on one device, with it."""
+        return groupby(layers, lambda index: self.places[index])
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.model.embed_tokens(ids)
@@ -153,46 +186,53 @@ class Decoder:
 
         Args:
             hidden: residual stream before layer `start`, [n, T, E].
-            keep: told each layer's index, keys and values, [n, T, K, D].
+            keep: told each layer's index, keys and values, [n, T, K, D], on its device.
 
         Returns the residual stream after layer stop-1: [n, T, E], or after the model's last layer of the
         prompts' last tokens only, [n, R, E].
         """
-        rotary = self.rotary(hidden, batch.positions[None])
-        for index in range(start, stop):
-            last = batch.last if index == self.layers - 1 else None
+        turns = self.rotary(hidden, batch.positions[None])
+        for place, layers in self.stretches(range(start, stop)):
+            hidden, line, rotary = hidden.to(place), batch.to(place), to(turns, place)
+            silenced = silence and silence.to(place)
+            for index in layers:
+                last = line.last if index == self.layers - 1 else None
 
-            def attend(index, queries, keys, values, last=last):
-                if keep is not None:
-                    keep(index, keys, values)
-                if last is None:
-                    return self._attend_all(batch, index, queries, keys, values)
-                return self._attend_last(batch, index, queries, keys, values)
+                def attend(index, queries, keys, values, line=line, last=last):
+                    if keep is not None:
+                        keep(index, keys, values)
+                    if last is None:
+                        return self._attend_all(line, index, queries, keys, values)
+                    return self._attend_last(line, index, queries, keys, values)
 
-            hidden = self.layer(index, hidden, rotary, attend, silence, last)
-        return hidden
+                hidden = self.layer(index, hidden, rotary, attend, silenced, last)
+        return hidden.to(self.device)
 
     def extend(
         self, cache: Cache, hidden: torch.Tensor, positions: torch.Tensor, silence: Silence | None = None
     ) -> torch.Tensor:
         """The cache's layers for w further tokens of each row, [n, w, E] at positions [n, w], which it then
         holds."""
-        rotary = self.rotary(hidden, positions)
-        lines = torch.arange(len(hidden), device=hidden.device)[:, None]
-        columns = torch.arange(int(positions.max()) + 1, device=hidden.device)
-        distance = positions[:, :, None] - columns  # query minus key position, (n, w, C)
+        turns, width = self.rotary(hidden, positions), int(positions.max()) + 1
+        for place, layers in self.stretches(cache.layers):
+            hidden, at, rotary = hidden.to(place), positions.to(place), to(turns, place)
+            silenced = silence and silence.to(place)
+            lines = torch.arange(len(hidden), device=place)[:, None]
+            distance = at[:, :, None] - torch.arange(
+                width, device=place
+            )  # query minus key position, (n, w, C)
 
-        def attend(index, queries, keys, values):
-            cache.keys[index][lines, positions] = keys
-            cache.values[index][lines, positions] = values
-            known, held = (kept[index][: len(lines), : len(columns)] for kept in (cache.keys, cache.values))
-            return self._attention(index, queries, known, held, distance)
+            def attend(index, queries, keys, values, lines=lines, at=at, distance=distance):
+                cache.keys[index][lines, at] = keys
+                cache.values[index][lines, at] = values
+                known, held = (kept[index][: len(lines), :width] for kept in (cache.keys, cache.values))
+                return self._attention(index, queries, known, held, distance)
 
-        for index in cache.layers:
-            hidden = self.layer(index, hidden, rotary, attend, silence)
-        return hidden
+            for index in layers:
+                hidden = self.layer(index, hidden, rotary, attend, silenced)
+        return hidden.to(self.device)
 
-    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
+    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Pair:
         """Cosines and sines, [n, T, 1, D] each."""
         cos, sin = self.model.model.rotary_emb(hidden, position_ids=positions)
         return cos[:, :, None], sin[:, :, None]
@@ -201,7 +241,7 @@ class Decoder:
         self,
         index: int,
         hidden: torch.Tensor,
-        rotary: Rotary,
+        rotary: Pair,
         attend: Attend,
         silence: Silence | None = None,
         wanted: torch.Tensor | None = None,
@@ -242,9 +282,7 @@ class Decoder:
         )
         return mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, M, H, D)
 
-    def attend_behind(
-        self, index: int, queries: torch.Tensor, shared: KeyValue, own: KeyValue
-    ) -> torch.Tensor:
+    def attend_behind(self, index: int, queries: torch.Tensor, shared: Pair, own: Pair) -> torch.Tensor:
         """Rows of w tokens [n, w, H, D] behind a prefix [P, K, D] that all share, and on their own keys and
         values [n, w, K, D]. The prefix is not copied for each row, nor kept so for the gradient."""
         window, group = self.windows[index], self.heads // self.kv_heads
@@ -290,6 +328,10 @@ class Decoder:
         return mixed[:, 0].unflatten(0, (len(queries), -1))
 
 
-def _rotated(per_head: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+def to(pair: Pair, place: torch.device) -> Pair:
+    return pair[0].to(place), pair[1].to(place)
+
+
+def _rotated(per_head: torch.Tensor, rotary: Pair) -> torch.Tensor:
     cos, sin = rotary
     return per_head * cos + rotate_half(per_head) * sin

@@ -146,6 +146,7 @@ class TorchGainTuning:
         total, gradient = 0.0, torch.zeros(self.shape.layers, self.shape.mlp_dim, device=self.model.device)
         for some in passes(examples, max(1, self.recipe.batch // 2)):
             loss = example_losses(self.model, some).sum() / len(examples)
-            gradient += torch.cat(torch.autograd.grad(loss, self._held)).float()
+            of_layers = torch.autograd.grad(loss, self._held)
+            gradient += torch.cat([own.to(gradient.device) for own in of_layers]).float()
             total += float(loss.detach())
         return total, gradient

@@ -11,7 +11,7 @@ import torch
 from backends import batching, memory
 from backends.base import Head, Shape
 from backends.responses import CLEAN, WIDTH, Decoding, Draft, Row
-from backends.torch_decoder import Batch, Cache, Decoder, Silence, make_batch, make_batches
+from backends.torch_decoder import Batch, Cache, Decoder, Silence, make_batch, make_batches, to
 from backends.torch_sweep import Frontier, in_groups, token_limit
 from data.examples import Example
 
@@ -58,9 +58,10 @@ class _Engine:
         return self.decoder.logits(hidden).argmax(dim=-1).cpu().numpy()
 
     def leave(self, rows: list[Row], slots: range) -> None:
-        places = self.frontier.batch.columns[[row.prompt for row in rows]]  # (m, C)
+        columns = self.frontier.batch.columns[[row.prompt for row in rows]]  # (m, C)
         for index, (keys, values) in enumerate(self.frontier.below):
-            self.lower.fill(index, slice(slots.start, slots.stop), keys[places], values[places])
+            at = columns.to(self.decoder.places[index])
+            self.lower.fill(index, slice(slots.start, slots.stop), keys[at], values[at])
 
     def pack(self, kept: list[int], off: list[int]) -> None:
         self.cache.take(kept)
@@ -76,7 +77,8 @@ def _prefill(
     and returns their first tokens."""
 
     def keep(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        cache.fill(index, lines, *(part[:, batch.columns].flatten(0, 1) for part in (keys, values)))
+        columns, rows = to((batch.columns, lines), decoder.places[index])
+        cache.fill(index, rows, *(part[:, columns].flatten(0, 1) for part in (keys, values)))
 
     hidden = decoder.run(batch, hidden, cache.layers.start, decoder.layers, silence, keep)  # (n, R, E)
     return decoder.logits(hidden.flatten(0, 1)).argmax(dim=-1).tolist()

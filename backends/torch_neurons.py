@@ -10,7 +10,7 @@ import torch
 from backends.errors import InputError
 from backends.neurons import Attribution, check_attribution, evaluated, integrate
 from backends.progress import progress
-from backends.torch_decoder import Cache, Decoder
+from backends.torch_decoder import Cache, Decoder, to
 from data.examples import Example
 
 ROWS_CPU, ROWS_CUDA = 256, 1024
@@ -55,12 +55,11 @@ def hold(decoder: Decoder, example: Example) -> Held:
     ids = torch.from_numpy(sequence).to(decoder.device)
     stream = decoder.embed(ids[None, :-1])  # (1, T + t - 1, E)
     positions = torch.arange(stream.shape[1], device=decoder.device)[None]
-    like = decoder.like.to(stream.dtype)
     keys, values, hidden, neurons = [], [], [], []
-    with _on_down(decoder.model, lambda _, found: neurons.append(found[0, before])):
+    with _on_down(decoder.model, lambda _, found: neurons.append(found[0, before].to(decoder.device))):
         for layer in range(decoder.layers):
             hidden.append(stream[0, before:])
-            cache = Cache(range(layer, layer + 1), 1, stream.shape[1], like)
+            cache = Cache(range(layer, layer + 1), 1, stream.shape[1], decoder.like)
             stream = decoder.extend(cache, stream, positions)
             keys.append(cache.keys[layer][0, :before])
             values.append(cache.values[layer][0, :before])
@@ -80,16 +79,20 @@ def run(decoder: Decoder, held: Held, enters: Sequence[int], put: Hook) -> torch
     before, count = len(held.keys[0]), len(held.targets)
     hidden = held.hidden[0][None][:0]  # (0, t, E)
     positions = torch.arange(before, before + count, device=decoder.device)[None]
-    rotary = decoder.rotary(hidden, positions)
+    turns = decoder.rotary(hidden, positions)
 
     def attend(index, queries, keys, values):
         return decoder.attend_behind(index, queries, (held.keys[index], held.values[index]), (keys, values))
 
     with _on_down(decoder.model, put):
-        for index in range(enters[0], decoder.layers):
-            if new := enters.count(index):
-                hidden = torch.cat([hidden, held.hidden[index].expand(new, -1, -1)])
-            hidden = decoder.layer(index, hidden, rotary, attend)
+        for place, layers in decoder.stretches(range(enters[0], decoder.layers)):
+            hidden, rotary = hidden.to(place), to(turns, place)
+            for index in layers:
+                if new := enters.count(index):
+                    entering = held.hidden[index].to(place)
+                    hidden = torch.cat([hidden, entering.expand(new, -1, -1)])
+                hidden = decoder.layer(index, hidden, rotary, attend)
+        hidden = hidden.to(decoder.device)
     logits = decoder.model.lm_head(decoder.model.model.norm(hidden))  # (n, t, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     each = torch.nn.functional.cross_entropy(logits, held.targets.repeat(len(hidden)), reduction="none")
@@ -105,7 +108,8 @@ def together(decoder: Decoder, held: Held, start: torch.Tensor, points: np.ndarr
     path = (start + places * (held.neurons - start)).requires_grad_(True)
 
     def put(layer: int, neurons: torch.Tensor) -> torch.Tensor:
-        return torch.cat([path[:, layer, None], neurons[:, 1:]], dim=1)
+        own = path[:, layer, None].to(decoder.places[layer])
+        return torch.cat([own, neurons[:, 1:]], dim=1)
 
     with torch.enable_grad():
         found = run(decoder, held, [0] * len(points), put)
@@ -127,7 +131,7 @@ def apart(decoder: Decoder, held: Held, layers: np.ndarray, points: np.ndarray) 
         if low == high:
             return None
         assert high == len(neurons), "rows that enter a layer come last"
-        first = torch.cat([neurons[:low, 0], path[low:high]])
+        first = torch.cat([neurons[:low, 0], path[low:high].to(decoder.places[layer])])
         return torch.cat([first[:, None], neurons[:, 1:]], dim=1)
 
     with torch.enable_grad():

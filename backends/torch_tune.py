@@ -223,5 +223,6 @@ def _products(gradients: list[torch.Tensor], against: list[torch.Tensor]) -> lis
     sums = []
     for one, other in zip(gradients, against, strict=True):
         one, other = one.double(), other.double()
-        sums.append(torch.stack([(one * other).sum(), other.square().sum(), one.square().sum()]))
+        own = torch.stack([(one * other).sum(), other.square().sum(), one.square().sum()])
+        sums.append(own.to(gradients[0].device))
     return torch.stack(sums).sum(dim=0).tolist()  # the one wait for the device

@@ -29,7 +29,8 @@ class Settings:
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", "tpu" (flax), …; auto: the accelerator where there is one"""
     model_parallel: int = 0
-    """devices that share one copy of the model, cut by heads (flax); 0: as few as hold it"""
+    """devices that share one copy of the model, by layers (torch) or cut by heads (flax); 0: as few as hold
+    it"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the hardware multiplies faster in it, float32 elsewhere"""
     model: str = ""
@@ -164,7 +165,7 @@ def check(settings: Settings) -> None:
         if getattr(settings, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}")
     parse_shard(settings.shard)
-    backends.check(settings.backend, settings.model_parallel)
+    backends.check(settings.backend)
     if settings.model_parallel < 0:
         raise InputError(f"--model-parallel must not be negative, not {settings.model_parallel}")
     if settings.align_rows % 4:

@@ -48,7 +48,6 @@ def test_the_papers_protocol_is_the_papers():
         (["--arms", "bucket9"], "unknown arm 'bucket9'"),
         (["--seeds", "1", "1"], "twice"),
         (["--util", "/no/file.jsonl"], "no file /no/file.jsonl"),
-        (["--model-parallel", "2"], "backend torch holds a model on one device"),
         (["--model-parallel", "-1", "--backend", "flax"], "must not be negative"),
     ],
 )

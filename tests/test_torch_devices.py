@@ -1,0 +1,204 @@
+"""Torch models over several devices: how layers are dealt out, and that no operation takes tensors of two.
+
+CUDA refuses such an operation; a CPU is one device whatever its number. So the numbers are kept here: a
+tensor that was moved to cpu:1 is known to be there, and so is what is computed from it.
+"""
+
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import backends
+from backends import torch_devices
+from backends.base import Recipe
+from backends.errors import InputError
+from backends.neurons import GainRecipe, Selection, Task
+from tests.conftest import LAYERS, make_examples
+
+FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
+
+
+class Apart(TorchDispatchMode):
+    """Fails where tensors of two devices meet. Within a backward pass nothing is checked: autograd itself
+    moves gradients to where their tensors are."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = weakref.WeakKeyDictionary()
+        self.moves = 0
+
+    def put(self, model: torch.nn.Module, places: dict[str, torch.device]) -> None:
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            (place,) = [place for part, place in places.items() if name.startswith(f"{part}.")]
+            self.of[weight.untyped_storage()] = place.index
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        found = function(*args, **kwargs)
+        if torch._C._current_graph_task_id() != -1 or function is torch.ops.aten.copy_.default:
+            return found
+        asked = kwargs.get("device")
+        places = {self.of.get(one.untyped_storage()) for one in given if one.dim()} - {None}
+        if asked is not None and asked.index is not None:
+            self.moves += bool(places) and places != {asked.index}
+            places = {asked.index}
+        assert len(places) <= 1, f"{function} takes tensors of two devices"
+        known = {one.untyped_storage() for one in given}
+        for one in tree_leaves(found):
+            if isinstance(one, torch.Tensor) and places and one.untyped_storage() not in known:
+                (self.of[one.untyped_storage()],) = places
+        return found
+
+
+class Made(TorchFunctionMode):
+    """Tells `watched` where torch.tensor puts what it makes, which no dispatch does."""
+
+    def __init__(self, watched: Apart):
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        device = (kwargs or {}).get("device")
+        if function is torch.tensor and device is not None and device.index is not None:
+            self.watched.of[found.untyped_storage()] = device.index
+        return found
+
+
+@pytest.fixture(params=["llama-gqa", "qwen2-mqa", "mistral-mha"])
+def both(request, models, monkeypatch):
+    """The model on one device, and with its layers on two, watched."""
+    folder = models[request.param]
+    one = backends.load("torch", folder, device="cpu")
+    monkeypatch.setattr(torch_devices, "at_hand", lambda device: [FIRST, SECOND])
+    # It moves weights that are not yet where they belong; cpu:1 calls itself cpu, so it would try for ever.
+    monkeypatch.setattr("accelerate.hooks.set_module_tensor_to_device", lambda *_, **__: None)
+    two = backends.load("torch", folder, device="cpu", model_parallel=2)
+    assert two.device == "cpu x 2" and two.decoder.places == [FIRST] + [SECOND] * (LAYERS - 1)
+    watched = Apart()
+    watched.put(two.model, two.model.hf_device_map)
+    with watched, Made(watched):
+        yield one, two
+    assert watched.moves, "no pass went to the second device"
+
+
+HEADS = [(layer, head) for layer in range(LAYERS) for head in (0, 3)]
+
+
+def forward(backend) -> list:
+    """What each verb returns that needs no gradient."""
+    safe, util = make_examples(5), make_examples(4, seed=1, choices=4)
+    swept = [list(backend.sweep_generations(safe, HEADS, 5, mask)) for mask in ("output", "query")]
+    return [
+        backend.logits(safe),
+        backend.logits(safe, silenced=(1, 2)),
+        backend.choices(util),
+        backend.generate(safe, 6),
+        [found for _, found in backend.sweep_choices(util, HEADS)],
+        [found for each in swept for _, found in each],
+    ]
+
+
+def backward(backend) -> list:
+    safe, util = make_examples(5), make_examples(4, seed=1)
+    return [
+        backend.gradient_gram(safe[1:], util, folds=2),
+        backend.attribute_neurons(util, None, steps=8).score,
+        backend.attribute_neurons(safe, make_examples(5, seed=4), steps=4).score,
+    ]
+
+
+def test_every_verb_is_that_of_one_device(both):
+    for each, other in zip(*(tree_leaves(forward(one)) for one in both), strict=True):
+        np.testing.assert_array_equal(each, other)
+    for each, other in zip(*map(backward, both), strict=True):  # sums of gradients, in another order
+        np.testing.assert_allclose(each, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
+
+
+def tuned(backend, folder) -> list:
+    """Records and adapters, by heads and by neurons."""
+    rows, reference = make_examples(8), make_examples(6, seed=1)
+    tasks = [Task("plain", tuple(rows), tuple(reference))]
+    neurons = Selection(safety=((0, 1), (2, 3)), utility=((1, 2),))
+    recipe = Recipe(rank=2, alpha=2.0, lr=0.1, optimizer="pcgrad-symmetric")
+    tunings = [
+        backend.tune(rows, HEADS, replace(recipe, folder=folder / "heads"), reference),
+        backend.tune_gains(tasks, neurons, GainRecipe(lr=0.1, batch=4, folder=folder / "neurons")),
+    ]
+    return [(list(tuning), tuning.adapter) for tuning in tunings]
+
+
+def test_tuning_is_that_of_one_device(both, scratch):
+    """Records, adapters, and answers with them."""
+    found = [tuned(backend, scratch / name) for name, backend in zip(("one", "two"), both, strict=True)]
+    for (records, adapter), (others, other) in zip(*found, strict=True):
+        for record, same in zip(records, others, strict=True):
+            assert record == pytest.approx(same, rel=1e-4, nan_ok=True)
+        tensors, same = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, other))
+        for name in tensors:
+            np.testing.assert_allclose(tensors[name], same[name], rtol=0, atol=1e-6)
+        answers = [backend.generate(make_examples(8), 4, adapter) for backend in both]
+        for each, other in zip(*answers, strict=True):
+            np.testing.assert_array_equal(each, other)
+
+
+def test_meeting_tensors_of_two_devices_are_noticed():
+    with Apart() as watched, pytest.raises(AssertionError, match="two devices"):
+        torch.ones(2).to(FIRST) + torch.ones(2).to(SECOND)
+    with watched:
+        torch.ones(2).to(FIRST) + torch.ones(2).to(SECOND).to(FIRST)
+        assert watched.moves == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "rest", "devices", "counts"),
+    [
+        ([1] * 8, 0, 2, [4, 4]),
+        ([1] * 8, 4, 2, [2, 6]),  # the first device holds embedding and output matrix too
+        ([1] * 8, 100, 4, [1, 2, 3, 2]),
+        ([1] * 3, 0, 3, [1, 1, 1]),
+        ([4, 1, 1, 1, 1], 0, 2, [1, 4]),
+        ([1] * 5, 0, 1, [5]),
+    ],
+)
+def test_layers_are_dealt_out_evenly(layers, rest, devices, counts):
+    named = [torch.device("cuda", index) for index in range(devices)]
+    found = torch_devices.spread(layers, rest, named)
+    assert [found.count(one) for one in named] == counts and found == sorted(found, key=named.index)
+
+
+def test_as_few_devices_as_hold_the_weights(models, monkeypatch):
+    folder = models["llama-gqa"]
+    layers, rest = torch_devices.weight_bytes(transformers.AutoConfig.from_pretrained(folder), torch.float32)
+    named = [torch.device("cuda", index) for index in range(3)]
+    monkeypatch.setattr(torch_devices, "at_hand", lambda device: named)
+
+    def counted(memory: int) -> int:
+        told = type("told", (), {"total_memory": memory})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+        return len(set(torch_devices.places(folder, torch.float32, "auto", 0)))
+
+    whole = sum(layers) + rest
+    assert counted(2 * whole) == 1
+    assert counted(2 * whole - 1) == 2
+    assert counted(whole) == 3
+    largest = torch_devices.fullest(torch_devices.spread(layers, rest, named), layers, rest)
+    assert counted(int(largest / 0.95) + 1) == 3
+    with pytest.raises(InputError, match="of weights do not fit 3 devices of .* more devices"):
+        counted(largest)
+
+
+def test_more_devices_than_there_are(models):
+    with pytest.raises(
+        InputError, match=r"--model-parallel 2: here 1 devices can share .* \(--device cpu: cpu\)"
+    ):
+        backends.load("torch", models["llama-gqa"], device="cpu", model_parallel=2)
