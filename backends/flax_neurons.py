@@ -15,17 +15,18 @@ import numpy as np
 from flax import nnx
 
 from backends.batching import round_up
-from backends.errors import InputError
 from backends.flax_attention import KeyValue, attend, by_head, turns
 from backends.flax_decoder import Decoder, Layer
 from backends.flax_loss import PLACES, WIDTH
 from backends.flax_model import Model
-from backends.neurons import Attribution, check_attribution, evaluated, integrate
+from backends.neurons import Attribution, Integral, attribution, check_attribution, evaluated, integrate
 from backends.progress import progress
 from data.examples import Example
 
-ROWS_CPU, ROWS_DEVICE, FEWEST = 256, 1024, 4
-"""tokens that go through the model together; rows of the smallest program"""
+TOKENS_CPU, TOKENS_DEVICE = 1024, 4096
+"""tokens that go through the model together"""
+FEW, MANY = (8, 32), 64
+"""rows of a program: one of the first, or a multiple of the second"""
 
 
 class Held(NamedTuple):
@@ -135,7 +136,7 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
 
 def filled(count: int) -> int:
     """As many rows as there is a program for."""
-    return max(FEWEST, 1 << (count - 1).bit_length())
+    return next((size for size in FEW if count <= size), round_up(count, MANY))
 
 
 def together(
@@ -166,8 +167,9 @@ def attribute(
 ) -> Attribution:
     """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
-    rows = model.limit(ROWS_CPU, ROWS_DEVICE)
-    score, total, change = 0.0, [], []
+    limit = model.limit(TOKENS_CPU, TOKENS_DEVICE)
+    paths = model.config.shape.layers if baselines is None else 1
+    found: list[Integral] = []
     for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
         held = hold(model, example)
         start = np.zeros_like(held.neurons)
@@ -175,26 +177,16 @@ def attribute(
             start = np.asarray(hold(model, baselines[number]).neurons)
         length = _numbers(np.asarray(held.neurons) - start)
 
-        def evaluate(paths, points, held=held, start=start, length=length):
+        def evaluate(layers, points, held=held, start=start, length=length):
             if baselines is not None:
                 along, gradient = together(model, held, start, points)
                 return along, gradient * length
-            along, gradient = apart(model, held, paths, points)
-            return along, gradient * length[paths]
+            along, gradient = apart(model, held, layers, points)
+            return along, gradient * length[layers]
 
-        own, *sums = integrate(
-            evaluated(max(1, rows // len(held.targets)), evaluate),
-            model.config.shape.layers if baselines is None else 1,
-            steps,
-        )
-        own = np.concatenate(own).reshape(length.shape)
-        if not np.isfinite(own).all():
-            where = example.example_id
-            raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
-        score = score + np.abs(own) / len(examples)
-        total.append(sums[0])
-        change.append(sums[1])
-    return Attribution(score, np.array(total), np.array(change))
+        tokens = np.full(paths, len(held.targets))
+        found += integrate(evaluated(tokens, limit, evaluate), 1, paths, steps)
+    return attribution(examples, found)
 
 
 def _numbers(values: jax.Array) -> np.ndarray:

@@ -11,10 +11,11 @@ Axes: L layers, F neurons of a layer, N examples, P paths, p of them, n points, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from backends.errors import InputError
 from data.examples import Example
 
 NODES, COMPLETE = 4, 0.005
@@ -123,36 +124,55 @@ class Piece:
         return abs(float(self.own.sum()) - (self.losses[1] - self.losses[0]))
 
 
-def integrate(evaluate: Paths, paths: int, steps: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Attributions along each of some paths, which all end at one place: the mean gradient times the path's
-    length.
+class Integral(NamedTuple):
+    """Of one example."""
+
+    own: np.ndarray
+    """attributions along each path, [P, ...]"""
+    total: np.ndarray
+    """what they sum to, [P]"""
+    change: np.ndarray
+    """of the loss, [P]"""
+
+
+def integrate(evaluate: Paths, examples: int, paths: int, steps: int) -> list[Integral]:
+    """Attributions of some examples along each of their paths, which all end at one place: the mean gradient
+    times the path's length.
 
     A path is one piece of `NODES` nodes at first. What the attributions of a piece have to sum to is known:
-    pieces that miss it are halved until none misses more than COMPLETE (of the largest change on any of
-    the paths), or its path has `steps` nodes. So nodes gather where the loss turns: on a path from zero that
-    is its first hundredth, which one rule over all of it would have to find.
+    pieces that miss it are halved until none misses more than COMPLETE (of the largest change on any path of
+    the example), or its path has `steps` nodes. So nodes gather where the loss turns: on a path from zero
+    that is its first hundredth, which one rule over all of it would have to find.
 
-    Returns attributions of each path, what they sum to [P], and the loss's change [P].
+    Args:
+        evaluate: paths are numbered through, those of the first example first.
+        paths: of each example.
     """
     rule = quadrature(min(NODES, steps))
-    size = len(rule[0])
-    every = range(paths)
+    size, every = len(rule[0]), range(examples * paths)
+    ends = [(example * paths, 1.0) for example in range(examples)]
     whole = [(path, 0.0, 1.0) for path in every]
-    (end, *starts), owns = _along(evaluate, [(0, 1.0), *((path, 0.0) for path in every)], whole, rule)
-    change = end - np.array(starts)
-    pieces = [Piece(*whole[path], (starts[path], end), owns[path]) for path in every]
+    losses, owns = _along(evaluate, ends + [(path, 0.0) for path in every], whole, rule)
+    end, start = losses[:examples].repeat(paths), losses[examples:]
+    change = end - start
+    allowed = COMPLETE * np.abs(change).reshape(examples, paths).max(axis=1).repeat(paths)
+    pieces = [Piece(*whole[path], (start[path], end[path]), owns[path]) for path in every]
     while True:
-        spent = size * np.bincount([piece.path for piece in pieces], minlength=paths)
+        spent = size * np.bincount([piece.path for piece in pieces], minlength=len(every))
         large: list[Piece] = []
         for piece in sorted(pieces, key=lambda piece: -piece.missed):
-            if piece.missed > COMPLETE * np.abs(change).max() and spent[piece.path] + size <= steps:
+            if piece.missed > allowed[piece.path] and spent[piece.path] + size <= steps:
                 spent[piece.path] += size
                 large.append(piece)
         if not large:
             break
         pieces = [piece for piece in pieces if piece not in large] + _halves(evaluate, large, rule)
-    found = [sum(piece.own for piece in pieces if piece.path == path) for path in range(paths)]
-    return found, np.array([own.sum() for own in found]), change
+    along = np.zeros((len(every), *owns[0].shape))
+    for piece in pieces:
+        along[piece.path] += piece.own
+    total = along.reshape(len(every), -1).sum(axis=1)
+    split = (part.reshape(examples, paths, *part.shape[1:]) for part in (along, total, change))
+    return [Integral(*each) for each in zip(*split, strict=True)]
 
 
 def _halves(evaluate: Paths, pieces: Sequence[Piece], rule: tuple[np.ndarray, np.ndarray]) -> list[Piece]:
@@ -191,19 +211,55 @@ def _along(
     return along[: len(places)], owns
 
 
-def evaluated(rows: int, evaluate: Paths) -> Paths:
-    """`evaluate`, asked for at most `rows` at a time, in order of their paths."""
+def evaluated(tokens: Sequence[int], limit: int, evaluate: Paths) -> Paths:
+    """`evaluate`, asked in order of paths for rows of at most `limit` tokens together (one at the least).
+
+    Args:
+        tokens: that a row of each path has.
+    """
 
     def by_path(paths: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(paths, kind="stable")
-        found = [
-            evaluate(paths[some], points[some]) for some in np.split(order, range(rows, len(order), rows))
-        ]
+        groups, held = [[]], 0
+        for row in order:
+            own = tokens[paths[row]]
+            if groups[-1] and held + own > limit:
+                groups.append([])
+                held = 0
+            groups[-1].append(row)
+            held += own
+        found = [evaluate(paths[some], points[some]) for some in groups]
         back = np.argsort(order)
         losses, gradients = (np.concatenate(each)[back] for each in zip(*found, strict=True))
         return losses, gradients
 
     return by_path
+
+
+def grouped(examples: Sequence[Example], paths: int, limit: int) -> list[list[int]]:
+    """Neighbours that are integrated together: the first points of all their paths have at most `limit`
+    tokens (one example at the least)."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for row, example in enumerate(examples):
+        own = (paths * (NODES + 1) + 1) * len(example.target_ids)
+        if groups[-1] and held + own > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(row)
+        held += own
+    return groups
+
+
+def attribution(examples: Sequence[Example], found: Sequence[Integral]) -> Attribution:
+    """InputError names an example whose attributions are not finite."""
+    owns = [each.own.reshape(-1, each.own.shape[-1]) for each in found]  # [L, F] each
+    for example, own in zip(examples, owns, strict=True):
+        if not np.isfinite(own).all():
+            where = example.example_id
+            raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
+    total, change = (np.array([getattr(each, name) for each in found]) for name in ("total", "change"))
+    return Attribution(np.mean([np.abs(own) for own in owns], axis=0), total, change)
 
 
 def check_attribution(examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int) -> None:

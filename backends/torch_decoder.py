@@ -282,22 +282,30 @@ class Decoder:
         )
         return mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, M, H, D)
 
-    def attend_behind(self, index: int, queries: torch.Tensor, shared: Pair, own: Pair) -> torch.Tensor:
-        """Rows of w tokens [n, w, H, D] behind a prefix [P, K, D] that all share, and on their own keys and
-        values [n, w, K, D]. The prefix is not copied for each row, nor kept so for the gradient."""
+    def attend_behind(
+        self,
+        index: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        prefix_keys: torch.Tensor,
+        prefix_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rows of w tokens [n, w, H, D] on their own keys and values [n, w, K, D] and those of a prefix
+        [P, K, D] that all share. It is not copied for each row, nor kept so for the gradient."""
         window, group = self.windows[index], self.heads // self.kv_heads
-        width, prefix = queries.shape[1], len(shared[0])
+        width, prefix = queries.shape[1], len(prefix_keys)
         grouped = queries.unflatten(2, (self.kv_heads, group))  # (n, w, K, G, D)
-        before = torch.einsum("nwkgd,pkd->nkgwp", grouped, shared[0])
-        among = torch.einsum("nwkgd,nvkd->nkgwv", grouped, own[0])
+        before = torch.einsum("nwkgd,pkd->nkgwp", grouped, prefix_keys)
+        among = torch.einsum("nwkgd,nvkd->nkgwv", grouped, keys)
         at = torch.arange(prefix + width, device=queries.device)
         distance = at[prefix:, None] - at  # query minus key position, (w, P + w)
         visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         scores = torch.cat([before, among], dim=-1) * self.model.model.layers[index].self_attn.scaling
         wide = torch.promote_types(scores.dtype, torch.float32)
         share = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1, dtype=wide).to(scores.dtype)
-        mixed = torch.einsum("nkgwp,pkd->nwkgd", share[..., :prefix], shared[1])
-        mixed = mixed + torch.einsum("nkgwv,nvkd->nwkgd", share[..., prefix:], own[1])
+        mixed = torch.einsum("nkgwp,pkd->nwkgd", share[..., :prefix], prefix_values)
+        mixed = mixed + torch.einsum("nkgwv,nvkd->nwkgd", share[..., prefix:], values)
         return mixed.flatten(2, 3)  # (n, w, H, D)
 
     def _attend_all(self, batch: Batch, index, queries, keys, values) -> torch.Tensor:

@@ -7,15 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from backends.errors import InputError
-from backends.neurons import Attribution, check_attribution, evaluated, integrate
+from backends.neurons import (
+    Attribution,
+    Integral,
+    attribution,
+    check_attribution,
+    evaluated,
+    grouped,
+    integrate,
+)
 from backends.progress import progress
 from backends.torch_decoder import Cache, Decoder, to
 from data.examples import Example
 
-ROWS_CPU, ROWS_CUDA = 256, 1024
+TOKENS_CPU, TOKENS_CUDA = 1024, 4096
 """tokens that go through the model together"""
 Hook = Callable[[int, torch.Tensor], torch.Tensor | None]
+Put = Callable[[int], tuple[np.ndarray, torch.Tensor]]
+"""layer -> rows [m], and what their neurons are set to at their first tokens [m, F]"""
 
 
 @dataclass(frozen=True)
@@ -66,76 +75,97 @@ def hold(decoder: Decoder, example: Example) -> Held:
     return Held(keys, values, hidden, torch.stack(neurons), ids[before + 1 :])
 
 
-def run(decoder: Decoder, held: Held, enters: Sequence[int], put: Hook) -> torch.Tensor:
+def run(decoder: Decoder, held: Sequence[Held], of: np.ndarray, enters: np.ndarray, put: Put) -> torch.Tensor:
     """Loss of the target in each of n rows, [n].
 
-    What stands before a row's first token, the prompt's last, knows nothing of it, and neither do the layers
-    below the one where its neurons are set: there a row is the clean model, and is not computed.
+    What stands before a row's first token, the prompt's last, knows nothing of the neurons that are set
+    there, and neither do the layers below: in those a row is the clean model, and is not computed. The tokens
+    of all rows go through a layer together; only attention takes the examples apart.
 
     Args:
-        enters: the layer that each row enters, [n], sorted.
-        put: sets what W_down reads at a row's first token.
+        of: each row's example, [n], sorted.
+        enters: the layer that each row enters, [n], sorted within an example.
+        put: says for a layer in which rows neurons are set, and to what.
     """
-    before, count = len(held.keys[0]), len(held.targets)
-    hidden = held.hidden[0][None][:0]  # (0, t, E)
-    positions = torch.arange(before, before + count, device=decoder.device)[None]
-    turns = decoder.rotary(hidden, positions)
+    width = np.array([len(one.targets) for one in held])[of]
+    first = np.cumsum(width) - width  # each row's first token
+    row = np.repeat(np.arange(len(of)), width)
+    positions = np.array([len(one.keys[0]) for one in held])[of][row] + np.arange(len(row)) - first[row]
+    like = held[0].hidden[0]
+    turns = decoder.rotary(like, torch.from_numpy(positions)[None].to(decoder.device))
+    tokens, hidden = np.zeros(0, int), like[:0]  # those in the layer, [T], and their residual stream
 
     def attend(index, queries, keys, values):
-        return decoder.attend_behind(index, queries, (held.keys[index], held.values[index]), (keys, values))
+        found, bounds = [], np.searchsorted(of[row[tokens]], np.arange(len(held) + 1))
+        for one, start, stop in zip(held, bounds, bounds[1:], strict=False):
+            if start < stop:
+                own = (part[0, start:stop] for part in (queries, keys, values))
+                own = (part.unflatten(0, (-1, len(one.targets))) for part in own)  # (rows, t, H or K, D)
+                mixed = decoder.attend_behind(index, *own, one.keys[index], one.values[index])
+                found.append(mixed.flatten(0, 1))
+        return torch.cat(found)[None]
 
-    with _on_down(decoder.model, put):
-        for place, layers in decoder.stretches(range(enters[0], decoder.layers)):
+    def hook(index, neurons):
+        rows, values = put(index)
+        if not len(rows):
+            return None
+        columns = torch.from_numpy(np.searchsorted(tokens, first[rows])).to(decoder.places[index])
+        return neurons[0].index_copy(0, columns, values.to(decoder.places[index]))[None]
+
+    with _on_down(decoder.model, hook):
+        for place, layers in decoder.stretches(range(int(enters.min()), decoder.layers)):
             hidden, rotary = hidden.to(place), to(turns, place)
             for index in layers:
-                if new := enters.count(index):
-                    entering = held.hidden[index].to(place)
-                    hidden = torch.cat([hidden, entering.expand(new, -1, -1)])
-                hidden = decoder.layer(index, hidden, rotary, attend)
-        hidden = hidden.to(decoder.device)
-    logits = decoder.model.lm_head(decoder.model.model.norm(hidden))  # (n, t, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    each = torch.nn.functional.cross_entropy(logits, held.targets.repeat(len(hidden)), reduction="none")
-    return each.unflatten(0, (len(hidden), -1)).mean(dim=1)
+                entering = np.flatnonzero(enters == index)
+                if len(entering):
+                    own = torch.cat([held[of[one]].hidden[index] for one in entering])
+                    tokens = np.concatenate([tokens, np.flatnonzero(enters[row] == index)])
+                    order = np.argsort(tokens)
+                    tokens, hidden = tokens[order], torch.cat([hidden, own.to(place)])[order]
+                turn = tuple(part[:, tokens] for part in rotary)
+                hidden = decoder.layer(index, hidden[None], turn, attend)[0]
+    logits = decoder.model.lm_head(decoder.model.model.norm(hidden.to(decoder.device)))  # (T, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = torch.cat([held[one].targets for one in of])
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    rows, counts = (torch.from_numpy(array).to(decoder.device) for array in (row, width))
+    return each.new_zeros(len(of)).index_add(0, rows, each) / counts
 
 
-def together(decoder: Decoder, held: Held, start: torch.Tensor, points: np.ndarray) -> tuple:
-    """The path from other neurons [L, F] to the prompt's own, all layers at once.
+def together(
+    decoder: Decoder, held: Sequence[Held], starts: torch.Tensor, of: np.ndarray, points: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paths from other neurons [N, L, F] to a prompt's own, all layers at once.
 
-    Returns the losses at `points` of it [n] and their gradients in the neurons [n, L, F].
+    Returns the losses at a point each of some examples' paths, [n], and their gradients in the neurons
+    [n, L, F].
     """
-    places = torch.from_numpy(points).to(start)[:, None, None]
-    path = (start + places * (held.neurons - start)).requires_grad_(True)
-
-    def put(layer: int, neurons: torch.Tensor) -> torch.Tensor:
-        own = path[:, layer, None].to(decoder.places[layer])
-        return torch.cat([own, neurons[:, 1:]], dim=1)
-
+    ends = torch.stack([one.neurons for one in held])
+    path = _between(starts[of], ends[of], points).requires_grad_(True)
+    every = np.arange(len(of))
     with torch.enable_grad():
-        found = run(decoder, held, [0] * len(points), put)
+        found = run(decoder, held, of, np.zeros(len(of), int), lambda layer: (every, path[:, layer]))
         (gradient,) = torch.autograd.grad(found.sum(), path)
     return _numbers(found), _numbers(gradient)
 
 
-def apart(decoder: Decoder, held: Held, layers: np.ndarray, points: np.ndarray) -> tuple:
-    """Paths from zero to the prompt's own neurons of one layer, all other layers answering freely.
+def apart(
+    decoder: Decoder, held: Sequence[Held], of: np.ndarray, layers: np.ndarray, points: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paths from zero to a prompt's own neurons of one layer, all other layers answering freely.
 
-    Returns the losses at a point each of some layers' paths, [n], and their gradients in that layer's neurons
-    [n, F]. `layers` [n] is sorted.
+    Returns the losses at a point each of the paths of some examples and layers, [n], and their gradients in
+    that layer's neurons [n, F].
     """
-    places = torch.from_numpy(points).to(held.neurons)[:, None]
-    path = (places * held.neurons[layers]).requires_grad_(True)
+    ends = torch.stack([held[example].neurons[layer] for example, layer in zip(of, layers, strict=True)])
+    path = _between(torch.zeros_like(ends), ends, points).requires_grad_(True)
 
-    def put(layer: int, neurons: torch.Tensor) -> torch.Tensor | None:
-        low, high = np.searchsorted(layers, [layer, layer + 1])
-        if low == high:
-            return None
-        assert high == len(neurons), "rows that enter a layer come last"
-        first = torch.cat([neurons[:low, 0], path[low:high].to(decoder.places[layer])])
-        return torch.cat([first[:, None], neurons[:, 1:]], dim=1)
+    def put(layer: int) -> tuple[np.ndarray, torch.Tensor]:
+        rows = np.flatnonzero(layers == layer)
+        return rows, path[rows]
 
     with torch.enable_grad():
-        found = run(decoder, held, layers.tolist(), put)
+        found = run(decoder, held, of, layers, put)
         (gradient,) = torch.autograd.grad(found.sum(), path)
     return _numbers(found), _numbers(gradient)
 
@@ -145,35 +175,36 @@ def attribute(
 ) -> Attribution:
     """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
-    rows = ROWS_CUDA if decoder.device.type == "cuda" else ROWS_CPU
-    score, total, change = 0.0, [], []
-    for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
-        held = hold(decoder, example)
-        start = torch.zeros_like(held.neurons)
+    limit = TOKENS_CUDA if decoder.device.type == "cuda" else TOKENS_CPU
+    paths = decoder.layers if baselines is None else 1
+    found: list[Integral] = []
+    bar = progress(total=len(examples), desc="neurons", unit="row")
+    for some in grouped(examples, paths, limit):
+        held = [hold(decoder, examples[row]) for row in some]
+        ends = torch.stack([one.neurons for one in held])
+        starts = torch.zeros_like(ends)
         if baselines is not None:
-            start = hold(decoder, baselines[number]).neurons
-        length = _numbers(held.neurons - start)
+            starts = torch.stack([hold(decoder, baselines[row]).neurons for row in some])
+        length = _numbers(ends - starts)
 
-        def evaluate(paths, points, held=held, start=start, length=length):
+        def evaluate(numbers, points, held=held, starts=starts, length=length):
+            of, layers = np.divmod(numbers, paths)
             if baselines is not None:
-                along, gradient = together(decoder, held, start, points)
-                return along, gradient * length
-            along, gradient = apart(decoder, held, paths, points)
-            return along, gradient * length[paths]
+                along, gradient = together(decoder, held, starts, of, points)
+                return along, gradient * length[of]
+            along, gradient = apart(decoder, held, of, layers, points)
+            return along, gradient * length[of, layers]
 
-        own, *sums = integrate(
-            evaluated(max(1, rows // len(held.targets)), evaluate),
-            decoder.layers if baselines is None else 1,
-            steps,
-        )
-        own = np.concatenate(own).reshape(length.shape)
-        if not np.isfinite(own).all():
-            where = example.example_id
-            raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
-        score = score + np.abs(own) / len(examples)
-        total.append(sums[0])
-        change.append(sums[1])
-    return Attribution(score, np.array(total), np.array(change))
+        tokens = np.repeat([len(one.targets) for one in held], paths)
+        found += integrate(evaluated(tokens, limit, evaluate), len(some), paths, steps)
+        bar.update(len(some))
+    bar.close()
+    return attribution(examples, found)
+
+
+def _between(start: torch.Tensor, end: torch.Tensor, points: np.ndarray) -> torch.Tensor:
+    places = torch.from_numpy(points).to(end)
+    return start + places.view(-1, *[1] * (end.dim() - 1)) * (end - start)
 
 
 def _numbers(values: torch.Tensor) -> np.ndarray:

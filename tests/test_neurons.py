@@ -164,16 +164,20 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
     nodes, weights = quadrature(64)
     assert abs(weights @ evaluate(np.full(64, 2), nodes)[1][:, 0] - 1) > 0.1
     asked.clear()
-    found, total, change = integrate(evaluate, 3, 64)
+    (found,) = integrate(evaluate, 1, 3, 64)
     assert asked[0].tolist() == [NODES + 2, NODES + 1, NODES + 1] and all(
         rows[:2].sum() == 0 for rows in asked[1:]
     )
     assert NODES * len(asked) <= 64, "a piece more each time"
-    np.testing.assert_allclose(total, change, atol=2 * COMPLETE)
-    np.testing.assert_allclose(np.concatenate(found), np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
+    np.testing.assert_allclose(found.total, found.change, atol=2 * COMPLETE)
+    np.testing.assert_allclose(found.own[:, 0], np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
     asked.clear()
-    integrate(evaluate, 3, 2 * NODES - 1)
+    integrate(evaluate, 1, 3, 2 * NODES - 1)
     assert len(asked) == 1
+    asked.clear()
+    apart = integrate(evaluate, 3, 1, 64)  # of three examples each to its own accuracy
+    assert asked[0].tolist() == [NODES + 2] * 3
+    np.testing.assert_array_equal(apart[2].own[0], found.own[2])
 
 
 def test_rows_are_asked_for_by_path_and_few_at_a_time():
@@ -184,14 +188,19 @@ def test_rows_are_asked_for_by_path_and_few_at_a_time():
         return points, np.stack([paths, points], axis=1)
 
     paths, points = np.array([2, 0, 1, 0, 2]), np.arange(5.0)
-    along, gradient = evaluated(2, evaluate)(paths, points)
-    assert asked == [[0, 0], [1, 2], [2]]
+    along, gradient = evaluated([1, 2, 5], 4, evaluate)(paths, points)
+    assert asked == [[0, 0, 1], [2], [2]]
     np.testing.assert_array_equal(along, points)
     np.testing.assert_array_equal(gradient, np.stack([paths, points], axis=1))
 
 
 def test_both_backends_attribute_alike(both):
+    """Targets of three and four tokens: another length would be another program to compile."""
     examples, others = make_examples(3, seed=1), make_examples(3, seed=5)
+    examples = [
+        dataclasses.replace(one, target_ids=np.resize(one.target_ids, 3 + at % 2))
+        for at, one in enumerate(examples)
+    ]
     for baselines in (None, others):
         left, right = (one.attribute_neurons(examples, baselines, steps=16) for one in both)
         np.testing.assert_allclose(left.score, right.score, rtol=0, atol=1e-5 * left.score.max())
