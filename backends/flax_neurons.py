@@ -17,7 +17,7 @@ from flax import nnx
 from backends.batching import round_up
 from backends.flax_attention import KeyValue, attend, by_head, turns
 from backends.flax_decoder import Decoder, Layer
-from backends.flax_loss import PLACES, WIDTH
+from backends.flax_loss import WIDTH
 from backends.flax_model import Model
 from backends.neurons import Attribution, Integral, attribution, check_attribution, evaluated, integrate
 from backends.progress import progress
@@ -75,7 +75,7 @@ def clean(graph, weights, ids, before, width: int):
 def hold(model: Model, example: Example) -> Held:
     """The clean model on an example."""
     before, count = len(example.prompt_ids) - 1, len(example.target_ids)
-    width = count if count <= 2 else round_up(count, PLACES)  # most answers are a token or two
+    width = 1 << (count - 1).bit_length()  # most answers are a token or two
     ids = np.zeros(round_up(before, WIDTH) + width, np.int32)
     ids[: before + count] = np.concatenate([example.prompt_ids, example.target_ids[:-1]])
     targets, share = np.zeros(width, np.int32), np.zeros(width, np.float32)
