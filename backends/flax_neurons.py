@@ -170,6 +170,7 @@ def attribute(
     limit = model.limit(TOKENS_CPU, TOKENS_DEVICE)
     paths = model.config.shape.layers if baselines is None else 1
     found: list[Integral] = []
+    rounding = float(jnp.finfo(model.config.dtype).eps)
     for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
         held = hold(model, example)
         start = np.zeros_like(held.neurons)
@@ -185,7 +186,7 @@ def attribute(
             return along, gradient * length[layers]
 
         tokens = np.full(paths, len(held.targets))
-        found += integrate(evaluated(tokens, limit, evaluate), 1, paths, steps)
+        found += integrate(evaluated(tokens, limit, evaluate), 1, paths, steps, rounding)
     return attribution(examples, found)
 
 

@@ -118,10 +118,15 @@ class Piece:
     own: np.ndarray
     """attributions along it"""
 
+    rounding: float
+    """relative, of the numbers that it was computed from"""
+
     @property
     def missed(self) -> float:
-        """How far its attributions are from what the loss does along it."""
-        return abs(float(self.own.sum()) - (self.losses[1] - self.losses[0]))
+        """How far its attributions are from what the loss does along it, but for what rounding explains: in
+        bfloat16 a path would else be halved for noise."""
+        noise = self.rounding * (max(self.losses) + float(np.abs(self.own).sum()))
+        return abs(float(self.own.sum()) - (self.losses[1] - self.losses[0])) - noise
 
 
 class Integral(NamedTuple):
@@ -135,7 +140,9 @@ class Integral(NamedTuple):
     """of the loss, [P]"""
 
 
-def integrate(evaluate: Paths, examples: int, paths: int, steps: int) -> list[Integral]:
+def integrate(
+    evaluate: Paths, examples: int, paths: int, steps: int, rounding: float = 0.0
+) -> list[Integral]:
     """Attributions of some examples along each of their paths, which all end at one place: the mean gradient
     times the path's length.
 
@@ -147,6 +154,7 @@ def integrate(evaluate: Paths, examples: int, paths: int, steps: int) -> list[In
     Args:
         evaluate: paths are numbered through, those of the first example first.
         paths: of each example.
+        rounding: relative, of the model's numbers.
     """
     rule = quadrature(min(NODES, steps))
     size, every = len(rule[0]), range(examples * paths)
@@ -156,7 +164,7 @@ def integrate(evaluate: Paths, examples: int, paths: int, steps: int) -> list[In
     end, start = losses[:examples].repeat(paths), losses[examples:]
     change = end - start
     allowed = COMPLETE * np.abs(change).reshape(examples, paths).max(axis=1).repeat(paths)
-    pieces = [Piece(*whole[path], (start[path], end[path]), owns[path]) for path in every]
+    pieces = [Piece(*whole[path], (start[path], end[path]), owns[path], rounding) for path in every]
     while True:
         spent = size * np.bincount([piece.path for piece in pieces], minlength=len(every))
         large: list[Piece] = []
@@ -189,7 +197,8 @@ def _halves(evaluate: Paths, pieces: Sequence[Piece], rule: tuple[np.ndarray, np
         for piece, middle in zip(pieces, between, strict=True)
         for ends in ((piece.losses[0], middle), (middle, piece.losses[1]))
     ]
-    return [Piece(*half, ends, own) for half, ends, own in zip(halves, losses, owns, strict=True)]
+    rounding = pieces[0].rounding
+    return [Piece(*half, ends, own, rounding) for half, ends, own in zip(halves, losses, owns, strict=True)]
 
 
 def _along(

@@ -178,6 +178,7 @@ def attribute(
     limit = TOKENS_CUDA if decoder.device.type == "cuda" else TOKENS_CPU
     paths = decoder.layers if baselines is None else 1
     found: list[Integral] = []
+    rounding = torch.finfo(decoder.model.dtype).eps
     bar = progress(total=len(examples), desc="neurons", unit="row")
     for some in grouped(examples, paths, limit):
         held = [hold(decoder, examples[row]) for row in some]
@@ -196,7 +197,7 @@ def attribute(
             return along, gradient * length[of, layers]
 
         tokens = np.repeat([len(one.targets) for one in held], paths)
-        found += integrate(evaluated(tokens, limit, evaluate), len(some), paths, steps)
+        found += integrate(evaluated(tokens, limit, evaluate), len(some), paths, steps, rounding)
         bar.update(len(some))
     bar.close()
     return attribution(examples, found)

@@ -180,6 +180,21 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
     np.testing.assert_array_equal(apart[2].own[0], found.own[2])
 
 
+def test_rounding_is_no_reason_for_more_nodes():
+    """A loss that rises by 1.01 from 5.01, in numbers of eight bits: its last digit is more than COMPLETE of it."""
+    asked = []
+
+    def evaluate(paths, points):
+        asked.append(len(points))
+        rounded = torch.from_numpy(5.01 + 1.01 * points).bfloat16().double().numpy()
+        return rounded, np.full((len(points), 1), 1.01)
+
+    integrate(evaluate, 1, 1, 64, rounding=torch.finfo(torch.bfloat16).eps)
+    assert asked == [NODES + 2]
+    integrate(evaluate, 1, 1, 64)
+    assert sum(asked[1:]) > 32
+
+
 def test_rows_are_asked_for_by_path_and_few_at_a_time():
     asked = []
 
