@@ -70,6 +70,9 @@ PRESETS: dict[str, dict] = {
         ),
         # A model of 135M parameters and 60 steps need a larger step than the paper's 8B models and 1,250.
         "lr": 3e-3,
+        "pairs": 32,
+        "neurons": (256,),
+        "gain_lr": 0.2,  # 30 outer steps
     },
     "tiny": {
         "model": "random/tiny",
@@ -105,12 +108,13 @@ PRESETS: dict[str, dict] = {
 
 
 def preset_settings(preset: str) -> Settings:
-    """The settings of a preset, or of a model folder (the smollm preset's data, the paper's learning
-    rate)."""
+    """The settings of a preset, or of a model folder (the smollm preset's data, the default learning
+    rates)."""
     if preset in PRESETS:
         return Settings(preset=preset, **PRESETS[preset])
     if Path(preset).is_dir():
-        return Settings(**{**PRESETS["smollm"], "preset": preset, "model": preset, "lr": Settings.lr})
+        rates = {"lr": Settings.lr, "gain_lr": Settings.gain_lr}
+        return Settings(**{**PRESETS["smollm"], "preset": preset, "model": preset, **rates})
     if any(mark in preset for mark in "/.~"):
         raise InputError(
             f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"
