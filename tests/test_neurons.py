@@ -181,7 +181,7 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
 
 
 def test_rounding_is_no_reason_for_more_nodes():
-    """A loss that rises by 1.01 from 5.01, in numbers of eight bits: its last digit is more than COMPLETE of it."""
+    """A loss that rises by 1.01 in numbers of eight bits, whose last digit is more than COMPLETE of it."""
     asked = []
 
     def evaluate(paths, points):
