@@ -50,6 +50,8 @@ def main(options: Options) -> None:
         settings = dataclasses.replace(
             presets.preset_settings("smollm"),
             run=str(begun),
+            pairs=0,
+            neurons=(),
             **{name: getattr(options, name) for name in ("util_rows", "safe_rows", "sweep_tokens", "dtype")},
         )
         for earlier in ("01_calibrate", "02_conflict"):
