@@ -218,9 +218,8 @@ class Decoder:
             hidden, at, rotary = hidden.to(place), positions.to(place), to(turns, place)
             silenced = silence and silence.to(place)
             lines = torch.arange(len(hidden), device=place)[:, None]
-            distance = at[:, :, None] - torch.arange(
-                width, device=place
-            )  # query minus key position, (n, w, C)
+            columns = torch.arange(width, device=place)
+            distance = at[:, :, None] - columns  # query minus key position, (n, w, C)
 
             def attend(index, queries, keys, values, lines=lines, at=at, distance=distance):
                 cache.keys[index][lines, at] = keys

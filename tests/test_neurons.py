@@ -165,9 +165,8 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
     assert abs(weights @ evaluate(np.full(64, 2), nodes)[1][:, 0] - 1) > 0.1
     asked.clear()
     (found,) = integrate(evaluate, 1, 3, 64)
-    assert asked[0].tolist() == [NODES + 2, NODES + 1, NODES + 1] and all(
-        rows[:2].sum() == 0 for rows in asked[1:]
-    )
+    assert asked[0].tolist() == [NODES + 2, NODES + 1, NODES + 1]
+    assert all(rows[:2].sum() == 0 for rows in asked[1:])
     assert NODES * len(asked) <= 64, "a piece more each time"
     np.testing.assert_allclose(found.total, found.change, atol=2 * COMPLETE)
     np.testing.assert_allclose(found.own[:, 0], np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
