@@ -2,9 +2,11 @@
 
     python -m tests.benchmark_launch --actors 2
 
-Stages 01 and 02 run once; then stage 03 is made by one process of one core, and by actors of one core each,
-on copies of the run. Work is processor time: the model is loaded by every actor, and each call computes the
-clean pass up to its first layer again. Both sweeps must be equal, byte for byte.
+Stages 01 and 02 run once; then stage 03 is made by processes of one core, and shared out to as many actors of
+one core each, on copies of the run. The processes do not share anything out, each makes all of it: they run
+beside each other because cores that share memory's bandwidth take more processor time, whoever uses them.
+Each call of an actor computes the clean pass up to its first layer again. All sweeps must be equal, byte for
+byte.
 """
 
 import dataclasses
@@ -46,7 +48,8 @@ class Options:
 
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(prefix="cast-benchmark-") as scratch:
-        begun, alone, shared = (Path(scratch, name) for name in ("begun", "alone", "shared"))
+        begun, shared = Path(scratch, "begun"), Path(scratch, "shared")
+        alone = [Path(scratch, f"alone{number}") for number in range(options.actors)]
         settings = dataclasses.replace(
             presets.preset_settings("smollm"),
             run=str(begun),
@@ -56,17 +59,21 @@ def main(options: Options) -> None:
         )
         for earlier in ("01_calibrate", "02_conflict"):
             importlib.import_module(f"stages.{earlier}").main(settings)
-        for folder in (alone, shared):
+        for folder in (*alone, shared):
             shutil.copytree(begun, folder)
-        process = subprocess.run(
-            [sys.executable, "-c", ALONE, "--run", str(alone)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        wall, work = map(float, process.stdout.splitlines()[-1].split()[1:])
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", ALONE, "--run", str(folder)],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for folder in alone
+        ]
+        lines = [process.communicate()[0].splitlines()[-1].split()[1:] for process in processes]
+        wall, work = (sum(map(float, each)) / len(lines) for each in zip(*lines, strict=True))
+        print(f"processes beside each other: {', '.join(line[1] for line in lines)} s of processor time")
         engine = RayEngine(dataclasses.replace(settings, run=str(shared)), HERE, None, 1, options.actors)
         try:
             engine.start()
@@ -78,7 +85,7 @@ def main(options: Options) -> None:
         finally:
             engine.close()
         for table in ("sweep_choices.parquet", "sweep_generations.parquet", "heads.parquet"):
-            assert (alone / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
+            assert (alone[0] / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
     print(f"one process: {work:.0f} s of processor time, {wall:.0f} s")
     print(f"{options.actors} actors: {spent:.0f} s of processor time, {took:.0f} s")
     print(f"work {spent / work:.3f} of one process's, time {took / wall:.3f}")
