@@ -118,14 +118,10 @@ class Piece:
     own: np.ndarray
     """attributions along it"""
 
-    rounding: float
-    """relative, of the numbers that it was computed from"""
-
-    @property
-    def missed(self) -> float:
-        """How far its attributions are from what the loss does along it, but for what rounding explains: in
-        bfloat16 a path would else be halved for noise."""
-        noise = self.rounding * (max(self.losses) + float(np.abs(self.own).sum()))
+    def missed(self, rounding: float) -> float:
+        """How far its attributions are from what the loss does along it, but for what rounding (relative, of
+        the numbers they come from) explains: in bfloat16 a path would else be halved for noise."""
+        noise = rounding * (max(self.losses) + float(np.abs(self.own).sum()))
         return abs(float(self.own.sum()) - (self.losses[1] - self.losses[0])) - noise
 
 
@@ -164,12 +160,12 @@ def integrate(
     end, start = losses[:examples].repeat(paths), losses[examples:]
     change = end - start
     allowed = COMPLETE * np.abs(change).reshape(examples, paths).max(axis=1).repeat(paths)
-    pieces = [Piece(*whole[path], (start[path], end[path]), owns[path], rounding) for path in every]
+    pieces = [Piece(*whole[path], (start[path], end[path]), owns[path]) for path in every]
     while True:
         spent = size * np.bincount([piece.path for piece in pieces], minlength=len(every))
         large: list[Piece] = []
-        for piece in sorted(pieces, key=lambda piece: -piece.missed):
-            if piece.missed > allowed[piece.path] and spent[piece.path] + size <= steps:
+        for piece in sorted(pieces, key=lambda piece: -piece.missed(rounding)):
+            if piece.missed(rounding) > allowed[piece.path] and spent[piece.path] + size <= steps:
                 spent[piece.path] += size
                 large.append(piece)
         if not large:
@@ -197,8 +193,7 @@ def _halves(evaluate: Paths, pieces: Sequence[Piece], rule: tuple[np.ndarray, np
         for piece, middle in zip(pieces, between, strict=True)
         for ends in ((piece.losses[0], middle), (middle, piece.losses[1]))
     ]
-    rounding = pieces[0].rounding
-    return [Piece(*half, ends, own, rounding) for half, ends, own in zip(halves, losses, owns, strict=True)]
+    return [Piece(*half, ends, own) for half, ends, own in zip(halves, losses, owns, strict=True)]
 
 
 def _along(
@@ -229,15 +224,8 @@ def evaluated(tokens: Sequence[int], limit: int, evaluate: Paths) -> Paths:
 
     def by_path(paths: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(paths, kind="stable")
-        groups, held = [[]], 0
-        for row in order:
-            own = tokens[paths[row]]
-            if groups[-1] and held + own > limit:
-                groups.append([])
-                held = 0
-            groups[-1].append(row)
-            held += own
-        found = [evaluate(paths[some], points[some]) for some in groups]
+        groups = packed([tokens[path] for path in paths[order]], limit)
+        found = [evaluate(paths[order[some]], points[order[some]]) for some in groups]
         back = np.argsort(order)
         losses, gradients = (np.concatenate(each)[back] for each in zip(*found, strict=True))
         return losses, gradients
@@ -248,15 +236,19 @@ def evaluated(tokens: Sequence[int], limit: int, evaluate: Paths) -> Paths:
 def grouped(examples: Sequence[Example], paths: int, limit: int) -> list[list[int]]:
     """Neighbours that are integrated together: the first points of all their paths have at most `limit`
     tokens (one example at the least)."""
+    return packed([(paths * (NODES + 1) + 1) * len(example.target_ids) for example in examples], limit)
+
+
+def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Neighbours whose sizes sum to at most `limit` (one at the least), by their places."""
     groups: list[list[int]] = [[]]
     held = 0
-    for row, example in enumerate(examples):
-        own = (paths * (NODES + 1) + 1) * len(example.target_ids)
-        if groups[-1] and held + own > limit:
+    for place, size in enumerate(sizes):
+        if groups[-1] and held + size > limit:
             groups.append([])
             held = 0
-        groups[-1].append(row)
-        held += own
+        groups[-1].append(place)
+        held += size
     return groups
 
 

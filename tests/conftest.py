@@ -140,6 +140,14 @@ def gqa(request, models) -> Pair:
     return load_pair(request.param, models["llama-gqa"])
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def both(request, models) -> list[Backend]:
+    """Torch and Flax on one model, of every kind."""
+    import backends
+
+    return [backends.load(name, models[request.param], device="cpu") for name in BACKENDS]
+
+
 @pytest.fixture(params=BACKENDS)
 def own(request, models) -> Backend:
     """A backend of the test's own, which it may leave changed."""

@@ -1,0 +1,192 @@
+"""NeuronTune's attributions in both backends: against plain autograd, by completeness, against each other."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from backends.neurons import COMPLETE, NODES, evaluated, integrate, quadrature
+from tests import reference
+from tests.conftest import LAYERS, make_examples
+
+
+def plain_losses(model, example, put) -> torch.Tensor:
+    """Loss with hooks that set neurons at the last prompt token: put(layer, what W_down reads there)."""
+    at = len(example.prompt_ids) - 1
+
+    def hook(layer):
+        def replaced(module, args):
+            neurons = args[0].clone()
+            neurons[:, at] = put(layer, neurons[:, at])
+            return neurons
+
+        return replaced
+
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(hook(number))
+        for number, layer in enumerate(model.model.layers)
+    ]
+    try:
+        return reference.loss(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plain_neurons(model, example) -> torch.Tensor:
+    found = []
+    with torch.no_grad():
+        plain_losses(model, example, lambda _, neurons: found.append(neurons[0].clone()) or neurons)
+    return torch.stack(found)
+
+
+def plain_attribution(model, example, start, steps, together) -> np.ndarray:
+    """[L, F], one point after another on the whole sequence."""
+    end = plain_neurons(model, example)
+    start = torch.zeros_like(end) if start is None else start
+    total = torch.zeros_like(end)
+    for node, weight in zip(*quadrature(steps), strict=True):
+        for moved in [range(len(end))] if together else [[layer] for layer in range(len(end))]:
+            path = (start + float(node) * (end - start)).requires_grad_(True)
+            loss = plain_losses(
+                model,
+                example,
+                lambda layer, own, path=path, moved=moved: path[layer][None] if layer in moved else own,
+            )
+            (gradient,) = torch.autograd.grad(loss, path)
+            total += float(weight) * gradient
+    return ((end - start) * total).abs().double().numpy()
+
+
+def test_attributions_are_those_of_plain_loops(pair):
+    examples, others = make_examples(2, seed=1), make_examples(2, seed=5)
+    model = pair.plain.double()
+    try:
+        starts = [plain_neurons(model, one) for one in others]
+        expected = [
+            np.mean([plain_attribution(model, one, None, 3, False) for one in examples], axis=0),
+            np.mean(
+                [
+                    plain_attribution(model, one, start, 3, True)
+                    for one, start in zip(examples, starts, strict=True)
+                ],
+                axis=0,
+            ),
+        ]
+    finally:
+        pair.plain.float()
+    for baselines, wanted in zip((None, others), expected, strict=True):
+        found = pair.backend.attribute_neurons(examples, baselines, steps=3).score
+        assert found.shape == (LAYERS, pair.backend.shape.mlp_dim) and found.dtype == np.float64
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * wanted.max())
+        assert (wanted > 1e-4 * wanted.max()).mean() > 0.5, "most neurons must count"
+
+
+def test_attributions_are_complete(gqa):
+    """They sum to what the loss changes along the path."""
+    examples = make_examples(3, seed=2)
+    for baselines, paths in ((None, LAYERS), (make_examples(3, seed=7), 1)):
+        found = gqa.backend.attribute_neurons(examples, baselines, steps=64)
+        assert found.total.shape == found.change.shape == (3, paths)
+        assert np.abs(found.change).max() > 1e-2, "the loss must change"
+        assert found.gap < 0.01
+        np.testing.assert_allclose(found.total, found.change, atol=0.01 * np.abs(found.change).max())
+
+
+def test_a_path_that_goes_nowhere_attributes_nothing(gqa):
+    examples = make_examples(2, seed=3)
+    found = gqa.backend.attribute_neurons(examples, examples, steps=2)
+    assert found.score.max() == 0 and found.gap == 0
+
+
+def test_quadrature_is_exact_on_polynomials_and_of_a_linear_model():
+    """A linear loss w · v has gradient w everywhere: attributions (v - v0) * w, for any number of steps."""
+    nodes, weights = quadrature(4)
+    for power in range(8):
+        assert weights @ nodes**power == pytest.approx(1 / (power + 1), rel=1e-12)
+    generator = np.random.default_rng(0)
+    w, start, end = generator.normal(size=(3, 5))
+    for steps in (1, 4, 16):
+        nodes, weights = quadrature(steps)
+        gradient = np.broadcast_to(w, (steps, 5))
+        np.testing.assert_allclose((end - start) * (weights @ gradient), (end - start) * w, rtol=1e-12)
+
+
+def test_a_path_gets_more_nodes_until_it_is_complete():
+    """Two easy paths and one with a step near its start, which no rule of 64 nodes over the whole finds."""
+    asked = []
+
+    def evaluate(paths, points):
+        asked.append(np.bincount(paths, minlength=3))
+        steep = np.array([0.5, 0.5, 2000.0])[paths]
+        along = np.tanh(steep * points) + 1 - np.tanh(steep)  # 1 at the end of each
+        return along, (steep / np.cosh(np.minimum(steep * points, 50)) ** 2)[..., None]
+
+    nodes, weights = quadrature(64)
+    assert abs(weights @ evaluate(np.full(64, 2), nodes)[1][:, 0] - 1) > 0.1
+    asked.clear()
+    (found,) = integrate(evaluate, 1, 3, 64)
+    assert asked[0].tolist() == [NODES + 2, NODES + 1, NODES + 1]
+    assert all(rows[:2].sum() == 0 for rows in asked[1:])
+    assert NODES * len(asked) <= 64, "a piece more each time"
+    np.testing.assert_allclose(found.total, found.change, atol=2 * COMPLETE)
+    np.testing.assert_allclose(found.own[:, 0], np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
+    asked.clear()
+    integrate(evaluate, 1, 3, 2 * NODES - 1)
+    assert len(asked) == 1
+    asked.clear()
+    apart = integrate(evaluate, 3, 1, 64)  # of three examples each to its own accuracy
+    assert asked[0].tolist() == [NODES + 2] * 3
+    np.testing.assert_array_equal(apart[2].own[0], found.own[2])
+
+
+def test_rounding_is_no_reason_for_more_nodes():
+    """A loss that rises by 1.01 in numbers of eight bits, whose last digit is more than COMPLETE of it."""
+    asked = []
+
+    def evaluate(paths, points):
+        asked.append(len(points))
+        rounded = torch.from_numpy(5.01 + 1.01 * points).bfloat16().double().numpy()
+        return rounded, np.full((len(points), 1), 1.01)
+
+    integrate(evaluate, 1, 1, 64, rounding=torch.finfo(torch.bfloat16).eps)
+    assert asked == [NODES + 2]
+    integrate(evaluate, 1, 1, 64)
+    assert sum(asked[1:]) > 32
+
+
+def test_rows_are_asked_for_by_path_and_few_at_a_time():
+    asked = []
+
+    def evaluate(paths, points):
+        asked.append(paths.tolist())
+        return points, np.stack([paths, points], axis=1)
+
+    paths, points = np.array([2, 0, 1, 0, 2]), np.arange(5.0)
+    along, gradient = evaluated([1, 2, 5], 4, evaluate)(paths, points)
+    assert asked == [[0, 0, 1], [2], [2]]
+    np.testing.assert_array_equal(along, points)
+    np.testing.assert_array_equal(gradient, np.stack([paths, points], axis=1))
+
+
+def test_both_backends_attribute_alike(both):
+    """Targets of three and four tokens: another length would be another program to compile."""
+    examples, others = make_examples(3, seed=1), make_examples(3, seed=5)
+    examples = [
+        dataclasses.replace(one, target_ids=np.resize(one.target_ids, 3 + at % 2))
+        for at, one in enumerate(examples)
+    ]
+    for baselines in (None, others):
+        left, right = (one.attribute_neurons(examples, baselines, steps=16) for one in both)
+        np.testing.assert_allclose(left.score, right.score, rtol=0, atol=1e-5 * left.score.max())
+        np.testing.assert_allclose(left.change, right.change, atol=1e-5 * np.abs(left.change).max())
+        best = [np.argsort(-one.score.ravel(), kind="stable")[:20] for one in (left, right)]
+        assert set(best[0]) == set(best[1])
+
+
+def test_attribution_leaves_nothing_behind(own):
+    examples = make_examples(2)
+    before = own.logits(examples)
+    own.attribute_neurons(examples, None, steps=2)
+    np.testing.assert_array_equal(own.logits(examples), before)
