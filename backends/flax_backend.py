@@ -22,6 +22,7 @@ from backends.flax_decoder import Adapter
 from backends.flax_gains import FlaxGainTuning
 from backends.flax_tune import FlaxTuning
 from backends.neurons import Attribution, GainRecipe, Selection, Task
+from backends.responses import CleanResponses
 from data.examples import Example
 
 
@@ -44,6 +45,7 @@ class FlaxBackend:
         self.device, self.shape = flax_devices.describe(mesh), config.shape
         graph, weights = flax_weights.load(model_dir, config, mesh)
         self.model = flax_model.Model(graph, weights, config, mesh, np.array(models.eos_ids(model_dir), int))
+        self.clean = CleanResponses()
 
     def _adapter(self, folder: Path | None) -> Adapter | None:
         if folder is None:
@@ -95,7 +97,7 @@ class FlaxBackend:
     ) -> Iterator[tuple[Head, list[np.ndarray]]]:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
-        return flax_generate.sweep_generations(self.model, prompts, heads, max_new_tokens, mask)
+        return flax_generate.sweep_generations(self.model, prompts, heads, max_new_tokens, mask, self.clean)
 
     def tune(
         self,

@@ -17,7 +17,7 @@ from backends.flax_attention import KeyValue, Line
 from backends.flax_decoder import Adapter, Decoder
 from backends.flax_model import Batch, Frontier, Model, empty_caches, make_batch, make_batches
 from backends.flax_sweep import groups, keep_mask, token_limit
-from backends.responses import CLEAN, WIDTH, Decoding, Draft, Row
+from backends.responses import CLEAN, WIDTH, CleanResponses, Decoding, Draft, Row
 from data.examples import Example
 
 # As in torch_generate, for each device of the data axis.
@@ -306,14 +306,19 @@ class _Block:
 
 
 def sweep_generations(
-    model: Model, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: str
+    model: Model,
+    prompts: Sequence[Example],
+    heads: Sequence[Head],
+    max_new_tokens: int,
+    mask: str,
+    clean: CleanResponses,
 ) -> Iterator[tuple[Head, list[np.ndarray]]]:
     """See Backend.sweep_generations."""
     if not prompts:
         yield from ((head, []) for head in heads)
         return
     plan = _plan(model, prompts, max_new_tokens)
-    drafts = generate(model, prompts, max_new_tokens, None)
+    drafts = clean.to(prompts, max_new_tokens, lambda: generate(model, prompts, max_new_tokens, None))
     # What the clean model reads: the prompt, then its response but for the last token.
     sequences = [
         np.concatenate([prompt.prompt_ids, draft[:-1]]) for prompt, draft in zip(prompts, drafts, strict=True)

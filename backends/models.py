@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -314,12 +315,19 @@ def sliding_windows(config) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+@lru_cache(maxsize=256)
+def _file_sha256(path: Path, size: int, modified_ns: int) -> bytes:
+    """Kept for the next unit of this process, as long as the file is this one."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def weights_sha256(folder: Path) -> str:
     """One hash over a folder's safetensors files, by name."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        told = path.stat()
+        digest.update(path.name.encode() + _file_sha256(path, told.st_size, told.st_mtime_ns))
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from backends import (
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
 from backends.neurons import Attribution, GainRecipe, Selection, Task
+from backends.responses import CleanResponses
 from backends.torch_decoder import Decoder
 from data.examples import Example
 
@@ -85,6 +86,7 @@ class TorchBackend:
         self.shape = models.read_shape(self.model.config)
         self.eos = set(models.eos_ids(model_dir))
         self.decoder = Decoder(self.model, places)
+        self.clean = CleanResponses()
 
     @contextmanager
     def _adapted(self, adapter: Path | None):
@@ -157,7 +159,7 @@ class TorchBackend:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
         return torch_generate.sweep_generations(
-            self.decoder, self.shape, prompts, heads, max_new_tokens, self.eos, mask
+            self.decoder, self.shape, prompts, heads, max_new_tokens, self.eos, mask, self.clean
         )
 
     def tune(

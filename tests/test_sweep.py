@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from backends import flax_generate, flax_sweep, memory, torch_generate, torch_sweep
+from backends.responses import CleanResponses
 from tests import reference
 from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, edited, load_pair, make_examples
 
@@ -143,11 +144,34 @@ def test_little_memory_changes_nothing(gqa, monkeypatch):
     examples = make_examples(5, seed=6)
     answers = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
     expected = generations(gqa.backend, examples, 8)
+    gqa.backend.clean = CleanResponses()
     monkeypatch.setattr(memory, "plan_responses", lambda *_, **__: memory.Plan(6, 2, False))
     monkeypatch.setattr(memory, "keeps_choices", lambda *_: False)
     assert generations(gqa.backend, examples, 8) == expected
     found = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
     assert found == answers
+
+
+def test_the_clean_model_is_asked_once(gqa, monkeypatch):
+    """However many calls a sweep is cut into; and again for other prompts, or for longer responses."""
+    module = {"torch": torch_generate, "flax": flax_generate}[gqa.backend.name]
+    asked, generate = [], module.generate
+
+    def counted(*args):
+        asked.append(args)
+        return generate(*args)
+
+    monkeypatch.setattr(module, "generate", counted)
+    gqa.backend.clean = CleanResponses()
+    examples, whole = make_examples(4, seed=7), {}
+    for layer in range(LAYERS):
+        whole |= dict(gqa.backend.sweep_generations(examples, [(layer, head) for head in range(HEADS)], 6))
+    assert len(asked) == 1
+    for head, found in gqa.backend.sweep_generations(examples, ALL_HEADS, 7):
+        assert_same([tokens[:6] for tokens in found], whole[head])
+    for head, found in gqa.backend.sweep_generations(examples[::-1], ALL_HEADS, 6):
+        assert_same(found[::-1], whole[head])
+    assert len(asked) == 3
 
 
 def test_nothing_asked_nothing_answered(gqa):

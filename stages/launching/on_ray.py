@@ -301,7 +301,7 @@ class RayEngine:
                 while waiting and self.idle:
                     # Many at first, so that work which units share (a sweep's clean pass) is done few times;
                     # few at last, so that all end together.
-                    size = max(1, len(waiting) // (2 * len(self.where)))
+                    size = -(-len(waiting) // (2 * len(self.where)))
                     some = [waiting.popleft() for _ in range(size)]
                     actor = self.idle.popleft()
                     running[actor.make.remote(name, some)] = (actor, some)
