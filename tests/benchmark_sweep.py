@@ -27,6 +27,7 @@ import tyro
 import backends
 from backends import models
 from backends.base import Backend, Head, Shape
+from backends.responses import CleanResponses
 from data.examples import Example
 from data.rendering import example
 from stages import artifacts, schemas
@@ -244,15 +245,16 @@ def main(options: Options) -> None:
         f"{len(safe)} responses of {options.tokens} tokens; layers {sampled}"
     )
 
+    def responses() -> dict:
+        backend.clean = CleanResponses()  # so that a second call decodes them too
+        return dict(backend.sweep_generations(safe, heads, options.tokens, options.mask))
+
     parts = {
         "choices": (
             lambda: dict(backend.sweep_choices(util, heads, options.mask)),
             lambda: plain_choices(plain, util),
         ),
-        "responses": (
-            lambda: dict(backend.sweep_generations(safe, heads, options.tokens, options.mask)),
-            lambda: plain_generations(plain, safe, options.tokens),
-        ),
+        "responses": (responses, lambda: plain_generations(plain, safe, options.tokens)),
     }
     seconds, slow = {}, {}
     for part, (sweep, loop) in parts.items():
