@@ -175,8 +175,9 @@ def main(settings: presets.Settings) -> None:
                 )
         tokenizer = models.load_tokenizer(models.local_folder(settings.model, settings.revision))
         safe = [row for row in rows if row["role"] == "safe"]
-        # A row that several maps have is swept once.
-        distinct = {row["example_id"]: row for row in rows if row["role"] != "safe"}
+        # A row that several maps have is swept once. Other rows (pairs of requests) are stage 02's.
+        util = {name or "util" for name in names}
+        distinct = {row["example_id"]: row for row in rows if row["role"] in util}
         chosen = [row for row in distinct.values() if row["scoring"] == "choice"]
         written = [row for row in distinct.values() if row["scoring"] != "choice"]
         decode = cache(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))

@@ -71,6 +71,16 @@ def test_a_changed_text_in_the_sweep_fails_whatever_its_flag(run, capsys):
     assert "sweep_generations.parquet: text: (1, 2," in failed and "heads.parquet from gradients" in failed
 
 
+def test_a_sweep_of_rows_of_no_map_fails(run, capsys):
+    swept = artifacts.read_table(run / GENERATIONS, schemas.SWEEP_GENERATIONS).drop_columns("refused")
+    correct = [False] * len(swept)
+    relative = "03_sensitivity/sweep_answers.parquet"
+    artifacts.write_table(run / relative, swept.append_column("correct", [correct]), schemas.SWEEP_ANSWERS)
+    reseal(run)
+    (failed,) = failures(run, capsys)
+    assert f"{relative}: no row of a map asks for it" in failed
+
+
 def test_a_changed_answer_in_the_sweep_fails(run, capsys):
     edit(run, CHOICES, lambda rows: rows[20].update(correct=not rows[20]["correct"]))
     assert any("sweep_choices.parquet: correct: (0, 1," in line for line in failures(run, capsys))

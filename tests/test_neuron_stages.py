@@ -138,6 +138,17 @@ def test_pairs_are_two_forms_of_requests_that_nothing_else_has(finished):
     assert not others & {row["entry"] for row in plain}
 
 
+def test_pairs_are_no_part_of_the_sweep(finished):
+    calibration = rows(finished, "01_calibrate/calibration.parquet", schemas.EXAMPLES)
+    for file, schema, role in (
+        ("sweep_choices", schemas.SWEEP_CHOICES, "util"),
+        ("sweep_generations", schemas.SWEEP_GENERATIONS, "safe"),
+    ):
+        swept = {row["example_id"] for row in rows(finished, f"03_sensitivity/{file}.parquet", schema)}
+        assert swept == {row["example_id"] for row in calibration if row["role"] == role}
+    assert not (finished / "03_sensitivity" / "sweep_answers.parquet").exists()
+
+
 def test_wildjailbreaks_pairs_are_its_own_two_columns(tmp_path, monkeypatch):
     put(
         tmp_path,

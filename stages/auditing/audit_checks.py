@@ -17,7 +17,7 @@ from data import benchmarks as registry
 from data.jsonl import DATA_TYPES
 from data.judges import KEYWORD_JUDGE_VERSION
 from stages import arms, bootstrap, drawing, gram, judging, maps, metrics
-from stages.auditing.audit_run import BASE, GROUPS, Arm, Finding, Run, finding, unlike
+from stages.auditing.audit_run import BASE, GROUPS, SWEPT, Arm, Finding, Run, finding, unlike
 
 COSTS = "06_correlate/tables/costs.csv"
 
@@ -93,6 +93,11 @@ def sweep(run: Run) -> list[Finding]:
         for relative, rows in run.swept.items()
     }
     swept = {**run.swept, "03_sensitivity/sweep_generations.parquet": run.calibration["safe"]}
+    there = {f"03_sensitivity/{name}" for name in run.manifests["03_sensitivity"]["outputs"]}
+    faults = [
+        f"{relative}: no row of a map asks for it" for relative in SWEPT if relative in there - swept.keys()
+    ]
+    found.append(finding("tables of the sweep", faults, f"{len(swept)}, as the calibration rows ask"))
     silenced = [(-1, -1), *run.heads]
     for relative, rows in swept.items():
         column = "correct" if relative in outcome else "refused"
