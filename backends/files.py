@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from pathlib import Path
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file beside `path`, syncs it, and renames it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by process: shards of one stage may write the same file, with the same content, at once.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name of its own: shards of one stage may write the same file, with the same content, at once, and on
+    # other machines processes of the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
