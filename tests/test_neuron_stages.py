@@ -15,7 +15,7 @@ from backends.errors import InputError
 from data import sources
 from data.examples import Example
 from stages import arms, artifacts, audit, compare, drawing, dry_run, neurons, presets, schemas
-from stages.reporting import families
+from stages.reporting import families, findings
 from tests.public_sets import put
 
 SETTINGS = dataclasses.replace(
@@ -199,6 +199,31 @@ def test_arms_of_neurons_are_in_every_table(finished):
         assert (report / name).is_file(), name
     page = (report / "report.html").read_text(encoding="utf-8")
     assert "16 + 16 neurons at lam 0.9" in page and "third party" in page and "ours" in page
+    assert "of 2 arms the safest, brought safety to" in page
+
+
+def test_the_summary_tells_of_the_safest_neurons_and_their_control():
+    told = [
+        ("base", 0.1, 0.8, None),
+        ("neurons0", 0.1, 0.8, None),
+        ("neurons16", 0.3, 0.7, 0.5),
+        ("neurons64", 0.5, 0.6, 0.5),
+        ("randomneurons64", 0.1, 0.75, None),
+        ("randomneurons16", 0.2, 0.75, 0.5),
+    ]
+    means = [
+        {"arm": arm, "safety": safety, "utility": utility, "ucr_of_means": ucr}
+        for arm, safety, utility, ucr in told
+    ]
+    said = findings.neurons(means, 4).replace("\N{MINUS SIGN}", "-")
+    assert said == (
+        "NeuronTune: 64 + 64 neurons, of 2 arms the safest, brought safety to 50.0 % (+40.0 points) and "
+        "utility to 60.0 % (-20.0 points), at a UCR of 0.50; as many random neurons left them at 10.0 % and "
+        "75.0 %."
+    )
+    alone = findings.neurons(means[:3], 4)
+    assert "16 + 16 neurons brought" in alone and "random" not in alone
+    assert findings.neurons(means[:2], 4) == ""
 
 
 def test_all_gains_1_answer_as_the_base_model(finished):

@@ -1,6 +1,7 @@
 """What a run found, in sentences computed from its numbers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,8 @@ def signed(value: float) -> str:
 def findings(
     means: Sequence[dict], found: Sequence[dict], failed: list[dict], manifests: dict, m: int
 ) -> list[str]:
-    """One plain sentence a finding, best read as a paragraph; of the arms only the main ones.
+    """One plain sentence a finding, best read as a paragraph; of the arms only the main ones, and of
+    NeuronTune's the one that gained most safety.
 
     Args:
         means: rows of costs.with_intervals.
@@ -35,6 +37,7 @@ def findings(
         manifests: stage -> manifest.
         m: number of buckets.
     """
+    of_neurons = neurons(means, m)
     means = [row for row in means if families.is_main(row["arm"], m)]
     base = means[0]
     sentences = [
@@ -53,6 +56,7 @@ def findings(
         if len(optimizers) > 1 and told:
             told[0] = f"With {optimizer}: {told[0]}"
         sentences += told
+    sentences += [of_neurons] if of_neurons else []
     if broken := failures.finding(failed, m):
         sentences.append(broken)
     own = manifests["03_sensitivity"]["notes"].get("mean_probability_of_own_bucket")
@@ -127,6 +131,29 @@ def _foretold(one: dict | None, rows: dict[str, dict], m: int) -> str:
     if one["pearson"] <= 0:
         sentence += " The paper's claim that C foretells cost does not hold in this run."
     return sentence
+
+
+def neurons(means: Sequence[dict], m: int) -> str:
+    """What NeuronTune's arms came to; empty where there are none. `means` as in `findings`."""
+    arms = {families.parse(row["arm"], m): row for row in means if families.of_neurons(row["arm"], m)}
+    tuned = [arm for arm in arms if arm.kind == "neurons" and arm.number]
+    if not tuned:
+        return ""
+    best = max(tuned, key=lambda arm: arms[arm]["safety"])
+    base, row = means[0], arms[best]
+    sentence = (
+        f"NeuronTune: {families.words(row['arm'], m)}"
+        f"{f', of {len(tuned)} arms the safest,' if len(tuned) > 1 else ''} brought safety to "
+        f"{percent(row['safety'])} ({points(row['safety'] - base['safety'])}) and utility to "
+        f"{percent(row['utility'])} ({points(row['utility'] - base['utility'])})"
+    )
+    sentence += f", at a UCR of {row['ucr_of_means']:.2f}" if row["ucr_of_means"] is not None else ""
+    if control := arms.get(replace(best, kind="randomneurons")):
+        sentence += (
+            f"; as many random neurons left them at {percent(control['safety'])} and "
+            f"{percent(control['utility'])}"
+        )
+    return f"{sentence}."
 
 
 def _over_refusal(base: dict, rows: dict[str, dict], m: int) -> str:
