@@ -71,24 +71,30 @@ def main(options: Options) -> None:
             )
             for folder in alone
         ]
-        lines = [process.communicate()[0].splitlines()[-1].split()[1:] for process in processes]
-        wall, work = (sum(map(float, each)) / len(lines) for each in zip(*lines, strict=True))
-        print(f"processes beside each other: {', '.join(line[1] for line in lines)} s of processor time")
+        told = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            sys.exit("a process failed: see above")
+        took = [[float(number) for number in text.splitlines()[-1].split()[1:]] for text in told]
+        wall, work = (sum(each) / len(took) for each in zip(*took, strict=True))
+        print(
+            f"processes beside each other: {', '.join(f'{one[1]:.0f}' for one in took)} s of processor time"
+        )
         engine = RayEngine(dataclasses.replace(settings, run=str(shared)), HERE, None, 1, options.actors)
         try:
             engine.start()
             began = time.monotonic()
             engine.run(NAME)
-            took = time.monotonic() - began
+            shared_wall = time.monotonic() - began
             print("\n".join(engine.told()))
             spent = sum(one.work for one in engine.nodes.values())
         finally:
             engine.close()
         for table in ("sweep_choices.parquet", "sweep_generations.parquet", "heads.parquet"):
-            assert (alone[0] / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
-    print(f"one process: {work:.0f} s of processor time, {wall:.0f} s")
-    print(f"{options.actors} actors: {spent:.0f} s of processor time, {took:.0f} s")
-    print(f"work {spent / work:.3f} of one process's, time {took / wall:.3f}")
+            for folder in alone:
+                assert (folder / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
+    print(f"a process beside the others: {work:.0f} s of processor time, {wall:.0f} s")
+    print(f"{options.actors} actors: {spent:.0f} s of processor time, {shared_wall:.0f} s")
+    print(f"work {spent / work:.3f} of such a process, time {shared_wall / wall:.3f}")
 
 
 if __name__ == "__main__":

@@ -122,8 +122,7 @@ class Dies(on_ray.Worker):
 
 @pytest.mark.parametrize("how", ["signal", "error"])
 def test_unit_that_always_fails(how, scratch, monkeypatch):
-    """It is tried again, then named; the rest is kept."""
-    monkeypatch.setattr(on_ray, "RETRIES", 1)  # each time an actor's process ends another has to start
+    """It is tried three times, then named; the rest is kept."""
     monkeypatch.setattr(on_ray, "Worker", Dies)
     monkeypatch.setattr(on_ray, "PASSED", ("DIES_AT", "DIES_BY"))
     monkeypatch.setenv("DIES_AT", "choices-layer002")
@@ -133,7 +132,7 @@ def test_unit_that_always_fails(how, scratch, monkeypatch):
     engine = on_ray.RayEngine(settings, on_ray.HERE, None, 1, 1)
     try:
         why = "its process died" if how == "signal" else "ValueError: no choices-layer002"
-        with pytest.raises(InputError, match=rf"unit \S+ of 03_sensitivity failed 2 times: {why}"):
+        with pytest.raises(InputError, match=rf"unit \S+ of 03_sensitivity failed 3 times: {why}"):
             engine.run("03_sensitivity")
     finally:
         engine.close()
