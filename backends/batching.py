@@ -127,20 +127,10 @@ def by_tokens(examples: Sequence[Example], budget: int) -> list[list[Example]]:
     return batches
 
 
-def passes(batch: Sequence[Example], rows: int, padding: float = 1.25) -> list[list[Example]]:
-    """A step's rows as forward passes, neighbours in length together: at most `rows` each, and padded to at
-    most `padding` times their tokens."""
-    lengths = [len(example.prompt_ids) + len(example.target_ids) for example in batch]
-    found: list[list[int]] = []
-    for row in sorted(range(len(batch)), key=lambda row: -lengths[row]):
-        some = [*found[-1], row] if found else []
-        if some and len(some) <= rows:
-            tokens = sum(lengths[one] for one in some)
-            if len(some) * lengths[some[0]] <= padding * tokens:
-                found[-1] = some
-                continue
-        found.append([row])
-    return [[batch[row] for row in some] for some in found]
+def passes(batch: Sequence[Example], rows: int) -> list[list[Example]]:
+    """A step's rows as forward passes of at most `rows` each, neighbours in length together."""
+    ordered = sorted(batch, key=lambda row: -(len(row.prompt_ids) + len(row.target_ids)))
+    return [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
 
 
 def by_layer(heads: Sequence[Head]) -> Iterator[tuple[int, list[int]]]:

@@ -114,7 +114,7 @@ class FlaxGainTuning:
         """Mean loss over the rows, and its gradient in the gains, [L, F]."""
         model, size = self.model, max(1, self.recipe.batch // 2)
         total, gradient = 0.0, jnp.zeros_like(gains)
-        for some in passes(examples, size, padding=np.inf):
+        for some in passes(examples, size):
             rows = make_rows(model, some, model.rows(min(size, len(examples))), len(examples))
             recompute = recomputes(model, *rows.ids.shape)
             loss, new = gain_gradients(model.graph, model.weights, gains, rows, recompute)

@@ -136,7 +136,7 @@ class FlaxTuning:
         rows: of fewer, where others would be padded, each number would want a program of its own."""
         model, recipe = self.model, self.recipe
         total, gradients = 0.0, None
-        for some in passes(batch, recipe.batch, padding=np.inf):
+        for some in passes(batch, recipe.batch):
             filled = model.rows(min(recipe.batch, len(batch)))
             rows = make_rows(model, some, filled, len(batch))
             scale = np.float32(recipe.alpha / recipe.rank)
