@@ -24,7 +24,8 @@ print(hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes() + sys.version.encode
         echo "[environment] installing requirements.txt into .venv (once)"
         rm -rf "$root/.venv"
         "$base" -m venv "$root/.venv"
-        if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"; then
+        # Python compiles what it imports anyway; pip would compile all of it, which takes as long as the rest.
+        if ! "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r "$root/requirements.txt"; then
             echo "error: the packages of requirements.txt could not be installed (network?): start again" >&2
             exit 2
         fi
