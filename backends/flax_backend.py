@@ -21,8 +21,8 @@ from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, c
 from backends.flax_decoder import Adapter
 from backends.flax_gains import FlaxGainTuning
 from backends.flax_tune import FlaxTuning
+from backends.kept import Kept
 from backends.neurons import Attribution, GainRecipe, Selection, Task
-from backends.responses import CleanResponses
 from data.examples import Example
 
 
@@ -45,7 +45,7 @@ class FlaxBackend:
         self.device, self.shape = flax_devices.describe(mesh), config.shape
         graph, weights = flax_weights.load(model_dir, config, mesh)
         self.model = flax_model.Model(graph, weights, config, mesh, np.array(models.eos_ids(model_dir), int))
-        self.clean = CleanResponses()
+        self.kept = Kept()
 
     def _adapter(self, folder: Path | None) -> Adapter | None:
         if folder is None:
@@ -62,6 +62,7 @@ class FlaxBackend:
         folds: int = 4,
         layers: Sequence[int] | None = None,
     ) -> np.ndarray:
+        self.kept.drop()
         layers = range(self.shape.layers) if layers is None else layers
         return flax_loss.gradient_gram(self.model, safe, util, folds, layers)
 
@@ -84,20 +85,22 @@ class FlaxBackend:
     def generate(
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
+        self.kept.drop()
         return flax_generate.generate(self.model, prompts, max_new_tokens, self._adapter(adapter))
 
     def sweep_choices(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
         check_mask(mask)
-        return flax_sweep.sweep_choices(self.model, examples, check_heads(heads, self.shape), mask)
+        heads = check_heads(heads, self.shape)
+        return flax_sweep.sweep_choices(self.model, examples, heads, mask, self.kept)
 
     def sweep_generations(
         self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
     ) -> Iterator[tuple[Head, list[np.ndarray]]]:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
-        return flax_generate.sweep_generations(self.model, prompts, heads, max_new_tokens, mask, self.clean)
+        return flax_generate.sweep_generations(self.model, prompts, heads, max_new_tokens, mask, self.kept)
 
     def tune(
         self,
@@ -106,12 +109,15 @@ class FlaxBackend:
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
     ) -> Tuning:
+        self.kept.drop()
         return FlaxTuning(self.model, examples, heads, recipe, reference)
 
     def attribute_neurons(
         self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
+        self.kept.drop()
         return flax_neurons.attribute(self.model, examples, baselines, steps)
 
     def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
+        self.kept.drop()
         return FlaxGainTuning(self.model, tasks, neurons, recipe)

@@ -17,7 +17,8 @@ from backends.flax_attention import KeyValue, Line
 from backends.flax_decoder import Adapter, Decoder
 from backends.flax_model import Batch, Frontier, Model, empty_caches, make_batch, make_batches
 from backends.flax_sweep import groups, keep_mask, token_limit
-from backends.responses import CLEAN, WIDTH, CleanResponses, Decoding, Draft, Row
+from backends.kept import Kept
+from backends.responses import CLEAN, WIDTH, Decoding, Draft, Row
 from data.examples import Example
 
 # As in torch_generate, for each device of the data axis.
@@ -311,21 +312,26 @@ def sweep_generations(
     heads: Sequence[Head],
     max_new_tokens: int,
     mask: str,
-    clean: CleanResponses,
+    kept: Kept,
 ) -> Iterator[tuple[Head, list[np.ndarray]]]:
     """See Backend.sweep_generations."""
     if not prompts:
         yield from ((head, []) for head in heads)
         return
     plan = _plan(model, prompts, max_new_tokens)
-    drafts = clean.to(prompts, max_new_tokens, lambda: generate(model, prompts, max_new_tokens, None))
-    # What the clean model reads: the prompt, then its response but for the last token.
-    sequences = [
-        np.concatenate([prompt.prompt_ids, draft[:-1]]) for prompt, draft in zip(prompts, drafts, strict=True)
-    ]
-    shared = min(len(prompt.prompt_ids) for prompt in prompts) - 1
-    lines = make_batches(model, sequences, token_limit(model), shared, True, plan.prompts)
-    blocks = [_Block(model, line, prompts, drafts) for line in lines]
+
+    def make() -> list[_Block]:
+        drafts = generate(model, prompts, max_new_tokens, None)
+        # What the clean model reads: the prompt, then its response but for the last token.
+        sequences = [
+            np.concatenate([prompt.prompt_ids, draft[:-1]])
+            for prompt, draft in zip(prompts, drafts, strict=True)
+        ]
+        shared = min(len(prompt.prompt_ids) for prompt in prompts) - 1
+        lines = make_batches(model, sequences, token_limit(model), shared, True, plan.prompts)
+        return [_Block(model, line, prompts, drafts) for line in lines]
+
+    blocks = kept.of(prompts, ("responses", max_new_tokens, plan), make)
     for layer, group in batching.by_layer(heads):
         outputs = [[np.zeros(0, np.int32)] * len(prompts) for _ in group]
         for block in blocks:

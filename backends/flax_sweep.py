@@ -16,6 +16,7 @@ from backends.base import Head
 from backends.flax_attention import Line
 from backends.flax_decoder import Adapter, Config, Decoder
 from backends.flax_model import Frontier, Model, clean_logits, prompt_batches
+from backends.kept import Kept
 from data.examples import Example
 
 TOKENS_CPU, TOKENS_DEVICE = 4096, 32768
@@ -136,16 +137,24 @@ def groups(model: Model, count: int, tokens: int) -> tuple[int, Iterator[slice]]
 
 
 def sweep_choices(
-    model: Model, examples: Sequence[Example], heads: Sequence[Head], mask: str
+    model: Model, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
 ) -> Iterator[tuple[Head, np.ndarray]]:
     """See Backend.sweep_choices."""
     candidates = batching.candidates(examples)
     vocabulary = None if candidates is None else model.put(candidates.astype(np.int32))
+    frontiers = kept.of(
+        examples,
+        ("choices",),
+        lambda: [
+            Frontier(model, batch)
+            for batch in prompt_batches(model, examples, token_limit(model), exact=True)
+        ],
+    )
     parts = []
-    for batch in prompt_batches(model, examples, token_limit(model), exact=True):
-        asked = _asked([examples[row] for row in batch.rows], batch.filled, candidates)
-        parts.append((Frontier(model, batch), model.put(asked, 0)))
-    tokens = sum(len(frontier.batch.line.ids) for frontier, _ in parts)
+    for frontier in frontiers:
+        asked = _asked([examples[row] for row in frontier.batch.rows], frontier.batch.filled, candidates)
+        parts.append((frontier, model.put(asked, 0)))
+    tokens = sum(len(frontier.batch.line.ids) for frontier in frontiers)
     keep = memory.keeps_choices(model.config.shape, model.itemsize, model.room, tokens)
     for layer, group in batching.by_layer(heads):
         prediction = np.zeros((len(group), len(examples)), np.int32)

@@ -340,17 +340,23 @@ def tokenizer_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: Path, chat: bool = True):
-    """The folder's tokenizer. InputError if it cannot be loaded, or has no chat template where `chat` wants
-    one."""
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path, files: str):
+    """Kept for the next unit of this process, as long as the files are these (`tokenizer_sha256`)."""
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (
         Exception
     ) as error:  # the library raises a dozen types here; the user needs the folder and the reason
         raise InputError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(folder: Path, chat: bool = True):
+    """The folder's tokenizer. InputError if it cannot be loaded, or has no chat template where `chat` wants
+    one."""
+    tokenizer = _tokenizer(folder, tokenizer_sha256(folder))
     if chat and not tokenizer.chat_template:
         raise InputError(f"{folder}: the tokenizer has no chat template, so this is no instruct model")
     if tokenizer.eos_token_id is None:

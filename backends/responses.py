@@ -8,13 +8,11 @@ clean response for rows on it; for others what other heads' responses went on wi
 step: greedy, so still exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-
-from data.examples import Example
 
 WIDTH = 8
 """tokens of a row that a step takes at most"""
@@ -62,24 +60,6 @@ class Draft:
 
     def __post_init__(self) -> None:
         self.known.add(0, self.tokens)
-
-
-class CleanResponses:
-    """What the clean model said to the prompts that were swept last: a sweep that is cut into calls asks it
-    once."""
-
-    def __init__(self) -> None:
-        self._asked: tuple = ()
-        self._said: list[np.ndarray] = []
-
-    def to(
-        self, prompts: Sequence[Example], max_new_tokens: int, generate: Callable[[], list[np.ndarray]]
-    ) -> list[np.ndarray]:
-        """The responses, by `generate` where these prompts were not the last ones."""
-        asked = (max_new_tokens, *(prompt.prompt_ids.tobytes() for prompt in prompts))
-        if asked != self._asked:
-            self._asked, self._said = asked, generate()
-        return self._said
 
 
 @dataclass

@@ -19,8 +19,8 @@ from backends import (
 )
 from backends.base import Head, Mask, Recipe, Tuning, check_heads, check_mask, check_silenced
 from backends.errors import InputError
+from backends.kept import Kept
 from backends.neurons import Attribution, GainRecipe, Selection, Task
-from backends.responses import CleanResponses
 from backends.torch_decoder import Decoder
 from data.examples import Example
 
@@ -86,7 +86,7 @@ class TorchBackend:
         self.shape = models.read_shape(self.model.config)
         self.eos = set(models.eos_ids(model_dir))
         self.decoder = Decoder(self.model, places)
-        self.clean = CleanResponses()
+        self.kept = Kept()
 
     @contextmanager
     def _adapted(self, adapter: Path | None):
@@ -117,6 +117,7 @@ class TorchBackend:
         folds: int = 4,
         layers: Sequence[int] | None = None,
     ) -> np.ndarray:
+        self.kept.drop()
         layers = range(self.shape.layers) if layers is None else layers
         return torch_loss.gradient_gram(self.model, self.shape.heads, safe, util, folds, layers)
 
@@ -141,6 +142,7 @@ class TorchBackend:
     def generate(
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
+        self.kept.drop()
         with self._adapted(adapter):
             if len(set(self.decoder.places)) == 1 and torch_continuous.handles(self.model):
                 return torch_continuous.generate(self.model, prompts, max_new_tokens, self.eos)
@@ -151,7 +153,7 @@ class TorchBackend:
     ) -> Iterator[tuple[Head, np.ndarray]]:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
-        return torch_sweep.sweep_choices(self.decoder, self.shape, examples, heads, mask)
+        return torch_sweep.sweep_choices(self.decoder, self.shape, examples, heads, mask, self.kept)
 
     def sweep_generations(
         self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
@@ -159,7 +161,7 @@ class TorchBackend:
         check_mask(mask)
         heads = check_heads(heads, self.shape)
         return torch_generate.sweep_generations(
-            self.decoder, self.shape, prompts, heads, max_new_tokens, self.eos, mask, self.clean
+            self.decoder, self.shape, prompts, heads, max_new_tokens, self.eos, mask, self.kept
         )
 
     def tune(
@@ -169,6 +171,7 @@ class TorchBackend:
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
     ) -> Tuning:
+        self.kept.drop()
         from backends.torch_tune import TorchTuning
 
         return TorchTuning(self.model, self.shape, examples, heads, recipe, reference)
@@ -176,9 +179,11 @@ class TorchBackend:
     def attribute_neurons(
         self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
+        self.kept.drop()
         return torch_neurons.attribute(self.decoder, examples, baselines, steps)
 
     def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
+        self.kept.drop()
         from backends.torch_gains import TorchGainTuning
 
         return TorchGainTuning(self.model, self.shape, tasks, neurons, recipe)

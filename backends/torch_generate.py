@@ -10,7 +10,8 @@ import torch
 
 from backends import batching, memory
 from backends.base import Head, Shape
-from backends.responses import CLEAN, WIDTH, CleanResponses, Decoding, Draft, Row
+from backends.kept import Kept
+from backends.responses import CLEAN, WIDTH, Decoding, Draft, Row
 from backends.torch_decoder import Batch, Cache, Decoder, Silence, make_batch, make_batches, to
 from backends.torch_sweep import Frontier, in_groups, token_limit
 from data.examples import Example
@@ -178,21 +179,26 @@ def sweep_generations(
     max_new_tokens: int,
     eos: set[int],
     mask: str,
-    clean: CleanResponses,
+    kept: Kept,
 ) -> Iterator[tuple[Head, list[np.ndarray]]]:
     """See Backend.sweep_generations."""
     if not prompts:
         yield from ((head, []) for head in heads)
         return
     plan = _plan(decoder, shape, prompts, max_new_tokens)
-    drafts = clean.to(prompts, max_new_tokens, lambda: generate(decoder, shape, prompts, max_new_tokens, eos))
-    # What the clean model reads: the prompt, then its response but for the last token.
-    sequences = [
-        np.concatenate([prompt.prompt_ids, draft[:-1]]) for prompt, draft in zip(prompts, drafts, strict=True)
-    ]
-    shared = min(len(prompt.prompt_ids) for prompt in prompts) - 1
-    lines = make_batches(sequences, decoder.device, token_limit(decoder), shared, plan.prompts)
-    blocks = [_Block(decoder, line, prompts, drafts) for line in lines]
+
+    def make() -> list[_Block]:
+        drafts = generate(decoder, shape, prompts, max_new_tokens, eos)
+        # What the clean model reads: the prompt, then its response but for the last token.
+        sequences = [
+            np.concatenate([prompt.prompt_ids, draft[:-1]])
+            for prompt, draft in zip(prompts, drafts, strict=True)
+        ]
+        shared = min(len(prompt.prompt_ids) for prompt in prompts) - 1
+        lines = make_batches(sequences, decoder.device, token_limit(decoder), shared, plan.prompts)
+        return [_Block(decoder, line, prompts, drafts) for line in lines]
+
+    blocks = kept.of(prompts, ("responses", max_new_tokens, plan), make)
     for layer, group in batching.by_layer(heads):
         outputs = [[np.zeros(0, np.int32)] * len(prompts) for _ in group]
         for block in blocks:

@@ -13,6 +13,7 @@ import torch
 
 from backends import batching, memory
 from backends.base import Head, Shape
+from backends.kept import Kept
 from backends.torch_decoder import Batch, Decoder, Silence, make_batches
 from data.examples import Example
 
@@ -111,12 +112,21 @@ def logits(decoder: Decoder, examples: Sequence[Example], silenced: Head | None,
 
 @torch.no_grad()
 def sweep_choices(
-    decoder: Decoder, shape: Shape, examples: Sequence[Example], heads: Sequence[Head], mask: str
+    decoder: Decoder,
+    shape: Shape,
+    examples: Sequence[Example],
+    heads: Sequence[Head],
+    mask: str,
+    kept: Kept,
 ) -> Iterator[tuple[Head, np.ndarray]]:
     """See Backend.sweep_choices."""
     ids = batching.candidates(examples)
     vocabulary = None if ids is None else torch.from_numpy(ids).to(decoder.device)
-    frontiers = [Frontier(decoder, batch) for batch in prompt_batches(decoder, examples)]
+    frontiers = kept.of(
+        examples,
+        ("choices",),
+        lambda: [Frontier(decoder, batch) for batch in prompt_batches(decoder, examples)],
+    )
     tokens = sum(len(frontier.batch.ids) for frontier in frontiers)
     keep = memory.keeps_choices(shape, decoder.itemsize, decoder.room, tokens)
     for layer, group in batching.by_layer(heads):

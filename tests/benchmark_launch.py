@@ -2,11 +2,11 @@
 
     python -m tests.benchmark_launch --actors 2
 
-Stages 01 and 02 run once; then stage 03 is made by processes of one core, and shared out to as many actors of
-one core each, on copies of the run. The processes do not share anything out, each makes all of it: they run
-beside each other because cores that share memory's bandwidth take more processor time, whoever uses them.
-Each call of an actor computes the clean pass up to its first layer again. All sweeps must be equal, byte for
-byte.
+Stages 01 and 02 run once; then stage 03 is made on copies of the run: by a process of one core that has the
+machine to itself, by as many such processes as there are actors, each of which makes all of it, and by actors
+of one core each that share it out. Cores that share memory's bandwidth take more processor time when both are
+used, whoever uses them: what whole processes need beside each other says how much of the actors' work that
+is. All sweeps must be equal, byte for byte.
 """
 
 import dataclasses
@@ -46,10 +46,30 @@ class Options:
     dtype: str = "float32"
 
 
+def processes(folders: list[Path]) -> tuple[float, float]:
+    """Each makes all of stage 03, beside the others. Mean seconds of the clock, and of processors."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, "--run", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for folder in folders
+    ]
+    told = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        sys.exit("a process failed: see above")
+    took = [[float(number) for number in text.splitlines()[-1].split()[1:]] for text in told]
+    wall, work = (sum(each) / len(took) for each in zip(*took, strict=True))
+    return wall, work
+
+
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(prefix="cast-benchmark-") as scratch:
         begun, shared = Path(scratch, "begun"), Path(scratch, "shared")
-        alone = [Path(scratch, f"alone{number}") for number in range(options.actors)]
+        alone, *beside = whole = [Path(scratch, f"whole{number}") for number in range(options.actors + 1)]
         settings = dataclasses.replace(
             presets.preset_settings("smollm"),
             run=str(begun),
@@ -59,42 +79,31 @@ def main(options: Options) -> None:
         )
         for earlier in ("01_calibrate", "02_conflict"):
             importlib.import_module(f"stages.{earlier}").main(settings)
-        for folder in (*alone, shared):
+        for folder in (*whole, shared):
             shutil.copytree(begun, folder)
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", ALONE, "--run", str(folder)],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for folder in alone
-        ]
-        told = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            sys.exit("a process failed: see above")
-        took = [[float(number) for number in text.splitlines()[-1].split()[1:]] for text in told]
-        wall, work = (sum(each) / len(took) for each in zip(*took, strict=True))
-        print(
-            f"processes beside each other: {', '.join(f'{one[1]:.0f}' for one in took)} s of processor time"
-        )
+        took = {
+            "one process alone": processes([alone]),
+            f"each of {len(beside)} processes beside each other": processes(beside),
+        }
         engine = RayEngine(dataclasses.replace(settings, run=str(shared)), HERE, None, 1, options.actors)
         try:
             engine.start()
             began = time.monotonic()
             engine.run(NAME)
-            shared_wall = time.monotonic() - began
+            wall = time.monotonic() - began
             print("\n".join(engine.told()))
-            spent = sum(one.work for one in engine.nodes.values())
+            work = sum(one.work for one in engine.nodes.values())
         finally:
             engine.close()
         for table in ("sweep_choices.parquet", "sweep_generations.parquet", "heads.parquet"):
-            for folder in alone:
+            for folder in whole:
                 assert (folder / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
-    print(f"a process beside the others: {work:.0f} s of processor time, {wall:.0f} s")
-    print(f"{options.actors} actors: {spent:.0f} s of processor time, {shared_wall:.0f} s")
-    print(f"work {spent / work:.3f} of such a process, time {shared_wall / wall:.3f}")
+    print(f"{options.actors} actors: {work:.0f} s of processor time, {wall:.0f} s")
+    for who, (its_wall, its_work) in took.items():
+        print(
+            f"{who}: {its_work:.0f} s of processor time, {its_wall:.0f} s; the actors take "
+            f"{work / its_work:.3f} of the work and {wall / its_wall:.3f} of the time"
+        )
 
 
 if __name__ == "__main__":

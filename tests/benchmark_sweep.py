@@ -27,7 +27,6 @@ import tyro
 import backends
 from backends import models
 from backends.base import Backend, Head, Shape
-from backends.responses import CleanResponses
 from data.examples import Example
 from data.rendering import example
 from stages import artifacts, schemas
@@ -246,7 +245,7 @@ def main(options: Options) -> None:
     )
 
     def responses() -> dict:
-        backend.clean = CleanResponses()  # so that a second call decodes them too
+        backend.kept.drop()  # so that a second call decodes them too
         return dict(backend.sweep_generations(safe, heads, options.tokens, options.mask))
 
     parts = {

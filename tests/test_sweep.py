@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from backends import flax_generate, flax_sweep, memory, torch_generate, torch_sweep
-from backends.responses import CleanResponses
+from backends import flax_generate, flax_model, flax_sweep, memory, torch_generate, torch_sweep
 from tests import reference
 from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, edited, load_pair, make_examples
 
@@ -144,7 +143,7 @@ def test_little_memory_changes_nothing(gqa, monkeypatch):
     examples = make_examples(5, seed=6)
     answers = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
     expected = generations(gqa.backend, examples, 8)
-    gqa.backend.clean = CleanResponses()
+    gqa.backend.kept.drop()
     monkeypatch.setattr(memory, "plan_responses", lambda *_, **__: memory.Plan(6, 2, False))
     monkeypatch.setattr(memory, "keeps_choices", lambda *_: False)
     assert generations(gqa.backend, examples, 8) == expected
@@ -162,7 +161,7 @@ def test_the_clean_model_is_asked_once(gqa, monkeypatch):
         return generate(*args)
 
     monkeypatch.setattr(module, "generate", counted)
-    gqa.backend.clean = CleanResponses()
+    gqa.backend.kept.drop()
     examples, whole = make_examples(4, seed=7), {}
     for layer in range(LAYERS):
         whole |= dict(gqa.backend.sweep_generations(examples, [(layer, head) for head in range(HEADS)], 6))
@@ -172,6 +171,32 @@ def test_the_clean_model_is_asked_once(gqa, monkeypatch):
     for head, found in gqa.backend.sweep_generations(examples[::-1], ALL_HEADS, 6):
         assert_same(found[::-1], whole[head])
     assert len(asked) == 3
+
+
+def test_clean_streams_are_read_once(gqa, monkeypatch):
+    """However many calls a sweep is cut into, as long as the memory is not wanted for something else."""
+    frontier = {"torch": torch_sweep.Frontier, "flax": flax_model.Frontier}[gqa.backend.name]
+    begun, move = [], frontier.move
+
+    def counted(self, layer):
+        if self.hidden is None or layer < self.layer:
+            begun.append(layer)
+        move(self, layer)
+
+    monkeypatch.setattr(frontier, "move", counted)
+    gqa.backend.kept.drop()
+    examples = make_examples(4, seed=8)
+    whole = dict(gqa.backend.sweep_choices(examples, ALL_HEADS))
+    assert begun == [0]
+    gqa.backend.kept.drop()
+    for layer in range(LAYERS):
+        for head, found in gqa.backend.sweep_choices(examples, [(layer, head) for head in range(HEADS)]):
+            assert_same(found, whole[head])
+    assert begun == [0, 0]
+    list(gqa.backend.sweep_choices(examples, [(1, 0)]))  # below where the stream is
+    gqa.backend.generate(examples, 2)
+    list(gqa.backend.sweep_choices(examples, [(2, 0)]))
+    assert begun == [0, 0, 1, 2]
 
 
 def test_nothing_asked_nothing_answered(gqa):
