@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,48 +17,78 @@ from data.examples import Example
 TOKENS_CPU, TOKENS_CUDA = 1024, 8192
 
 
+class Rows(NamedTuple):
+    """What goes through the model at once."""
+
+    ids: torch.Tensor
+    """[1, T] of a line, or [N, C], right-padded"""
+    positions: torch.Tensor | None
+    """of the tokens in their sequences, as `ids`; None: their columns"""
+    visible: torch.Tensor
+    """bool [1, 1, T, T], or of tokens that are no padding [N, C]"""
+    columns: np.ndarray
+    """where in `ids`, flattened, the token at each position of a sequence stands, [N, C]"""
+    order: np.ndarray
+    """which sequence each row of `columns` is, [N]"""
+
+
+def as_line(line: Line) -> Rows:
+    """A token sees those of a row that has it, up to itself."""
+    visible = torch.zeros(len(line.ids), len(line.ids), dtype=torch.bool)
+    token, column = np.nonzero(np.arange(line.columns.shape[1]) <= line.positions[:, None])
+    visible[token, line.columns[line.holders[token], column]] = True
+    ids, positions = (torch.from_numpy(part)[None] for part in (line.ids, line.positions))
+    return Rows(ids, positions, visible[None, None], line.columns, line.rows)
+
+
+def padded(sequences: Sequence[np.ndarray]) -> Rows:
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
+    visible = torch.arange(ids.shape[1]) < lengths[:, None]
+    columns = np.arange(ids.numel()).reshape(ids.shape)
+    return Rows(ids, None, visible, columns, np.arange(len(sequences)))
+
+
 def example_losses(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
     """Mean cross-entropy over each example's target tokens, float32 [N].
 
-    Rows go through the model padded to one length, or as one line without padding in which a beginning that
-    rows share (a system prompt) stands once and each token sees its own row alone: whichever is less work.
+    Examples go through the model padded to one length, or as one line without padding in which a beginning
+    that they share (a system prompt) stands once, whichever is less work.
 
     Args:
         model: a transformers causal LM (with or without PEFT layers inside).
     """
     sequences, starts = training_rows(examples)
-    line = join(sequences, 0)
-    if _line_pays(model, line):
-        ids, columns, rows = torch.from_numpy(line.ids)[None], line.columns, line.rows
-        positions, visible = torch.from_numpy(line.positions)[None], torch.from_numpy(_visible(line))
-    else:
-        longest = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
-        columns = np.arange(ids.numel()).reshape(ids.shape)
-        rows, positions = np.arange(len(sequences)), None
-        lengths = np.array([len(sequence) for sequence in sequences])
-        visible = torch.from_numpy(np.arange(longest) < lengths[:, None])
-    device = model.device
-    ids = ids.to(device)
+    line, device = join(sequences, 0), model.device
+    rows = as_line(line) if _line_pays(model, line) else padded(sequences)
+    ids = rows.ids.to(device)
     hidden = model.model(
         input_ids=ids,
-        attention_mask=visible.to(device),
-        position_ids=None if positions is None else positions.to(device),
+        attention_mask=rows.visible.to(device),
+        position_ids=None if rows.positions is None else rows.positions.to(device),
         use_cache=False,
     ).last_hidden_state.flatten(0, 1)
-    # The token at column t is predicted at column t - 1; the output matrix sees only the places that need it.
-    own = [columns[at, starts[row] - 1 : len(sequences[row])] for at, row in enumerate(rows)]
-    places = torch.from_numpy(np.concatenate([places[:-1] for places in own])).to(device)
-    targets = torch.from_numpy(np.concatenate([places[1:] for places in own])).to(device)
-    counts = torch.tensor([len(places) - 1 for places in own])
-    of = torch.from_numpy(rows).repeat_interleave(counts).to(device)
+    # A token is predicted by the one before it; the output matrix sees only the places that predict a target.
+    own = [
+        columns[starts[at] - 1 : len(sequences[at])]
+        for at, columns in zip(rows.order, rows.columns, strict=True)
+    ]
+    places, targets = (
+        torch.from_numpy(np.concatenate(parts)).to(device)
+        for parts in ([part[:-1] for part in own], [part[1:] for part in own])
+    )
+    counts = torch.tensor([len(part) - 1 for part in own])
+    example = torch.from_numpy(rows.order).repeat_interleave(counts).to(device)
     logits = model.lm_head(hidden[places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits, ids.flatten()[targets], reduction="none")
-    total = losses.new_zeros(len(examples)).index_add(0, of, losses)
-    return total / losses.new_zeros(len(examples)).index_add(0, of, torch.ones_like(losses))
+    total, count = (
+        losses.new_zeros(len(examples)).index_add(0, example, each)
+        for each in (losses, torch.ones_like(losses))
+    )
+    return total / count
 
 
 def _line_pays(model: torch.nn.Module, line: Line) -> bool:
@@ -71,14 +102,6 @@ def _line_pays(model: torch.nn.Module, line: Line) -> bool:
     pair = 2 * model.config.num_attention_heads * layer.self_attn.head_dim
     together, apart = len(line.ids), rows * longest
     return together * (token + pair * together) < apart * (token + pair * longest)
-
-
-def _visible(line: Line) -> np.ndarray:
-    """Which tokens each token of a line sees: those of a row that has it, up to itself. bool [1, 1, T, T]."""
-    seen = np.zeros((len(line.ids), len(line.ids)), bool)
-    token, column = np.nonzero(np.arange(line.columns.shape[1]) <= line.positions[:, None])
-    seen[token, line.columns[line.holders[token], column]] = True
-    return seen[None, None]
 
 
 @contextmanager
