@@ -3,11 +3,14 @@
     python -m tests.benchmark_tuning --shape smollm
     python -m tests.benchmark_tuning --shape smollm --backend flax
     python -m tests.benchmark_tuning --shape smollm --device cuda --dtype bfloat16 --tokens 1024
+    python -m tests.benchmark_tuning --shape smollm --tokens 63 --shared 28 --batch 8 --accumulation 1
 
 Memory is what the steps need over the state before the first of them (weights, rows, compiled programs), at
 its peak. On a CPU that is the resident memory of a process for each optimizer (Linux), on CUDA the
 allocator's own count. PCGrad keeps one gradient more, which is LoRA's size, so where activations dominate,
 as they do here, it needs hardly more than a plain step. It takes two gradients, so twice the time.
+
+With --shared, rows begin alike, and torch's plain step is also timed with each row on its own.
 """
 
 import os
@@ -24,6 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ import transformers
 import tyro
 
 import backends
+from backends import torch_loss
 from backends.base import Backend, Recipe, Tuning
 from data.examples import Example
 from tests.conftest import ROOT
@@ -65,6 +70,8 @@ class Options:
     dtype: str = "float32"
     tokens: int = 256
     """of a row, a quarter of them its target"""
+    shared: int = 0
+    """of these, the first that are the same in all rows"""
     batch: int = 4
     """rows a forward pass"""
     accumulation: int = 2
@@ -95,6 +102,7 @@ def rows(options: Options, count: int, seed: int) -> list[Example]:
     lines = generator.integers(3, SHAPES[options.shape]["vocab_size"], (count, options.tokens)).astype(
         np.int32
     )
+    lines[:, : options.shared] = np.arange(3, 3 + options.shared)
     start = 3 * options.tokens // 4
     return [
         Example(f"r{number}", line[:start], line[start:], np.zeros(0, np.int32), 0)
@@ -216,6 +224,10 @@ def main(options: Options) -> None:
             f"{optimizer}: {took[optimizer]:.3f} s a step, {took[optimizer] / took['sft']:.2f} times sft's, "
             f"{tokens:.0f} tokens/s (the reference's not counted)"
         )
+    if options.shared and options.backend == "torch":
+        with mock.patch.object(torch_loss, "_line_pays", lambda *_: False):
+            apart = np.median(seconds_a_step(backend, options, "sft"))
+        print(f"sft, each row on its own: {apart:.3f} s a step; as a line {took['sft'] / apart:.3f} of that")
 
 
 if __name__ == "__main__":
