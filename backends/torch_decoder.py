@@ -21,6 +21,8 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from backends import batching, memory, models
 
+PIECE = 1024
+"""tokens of the vocabulary whose logits are computed together"""
 Pair = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -172,6 +174,23 @@ class Decoder:
         if vocabulary is None:
             return self.model.lm_head(hidden).float()
         return torch.nn.functional.linear(hidden, self.model.lm_head.weight[vocabulary]).float()
+
+    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The token of the largest logit, int64 [...], from the last layer's residual stream; of several, the
+        first one."""
+        if self.device.type != "cpu" or self.model.dtype != torch.float32:
+            return self.logits(hidden).argmax(dim=-1)
+        # A piece of the vocabulary at a time, whose logits stay in the cache, and tokens as columns: for the
+        # few rows of a decoding step MKL takes a third to a half less time than for all logits at once.
+        columns = self.model.model.norm(hidden).flatten(0, -2).t().contiguous()  # (E, M)
+        token = torch.zeros(columns.shape[1], dtype=torch.long)
+        most = torch.full(token.shape, -torch.inf)
+        weight = self.model.lm_head.weight
+        for start in range(0, len(weight), PIECE):
+            likely, at = (weight[start : start + PIECE] @ columns).max(dim=0)
+            token = torch.where(likely > most, at + start, token)
+            most = torch.maximum(most, likely)
+        return token.view(hidden.shape[:-1])
 
     def run(
         self,

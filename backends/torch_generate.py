@@ -56,7 +56,7 @@ class _Engine:
                 off = torch.tensor(off, device=device)
                 hidden[off] = self.decoder.extend(self.lower, self.decoder.embed(ids[off]), positions[off])
         hidden = self.decoder.extend(self.cache, hidden, positions, self.silence)
-        return self.decoder.logits(hidden).argmax(dim=-1).cpu().numpy()
+        return self.decoder.greedy(hidden).cpu().numpy()
 
     def leave(self, rows: list[Row], slots: range) -> None:
         columns = self.frontier.batch.columns[[row.prompt for row in rows]]  # (m, C)
@@ -82,7 +82,7 @@ def _prefill(
         cache.fill(index, rows, *(part[:, columns].flatten(0, 1) for part in (keys, values)))
 
     hidden = decoder.run(batch, hidden, cache.layers.start, decoder.layers, silence, keep)  # (n, R, E)
-    return decoder.logits(hidden.flatten(0, 1)).argmax(dim=-1).tolist()
+    return decoder.greedy(hidden.flatten(0, 1)).tolist()
 
 
 def _plan(decoder: Decoder, shape: Shape, prompts: Sequence[Example], max_new_tokens: int) -> memory.Plan:
