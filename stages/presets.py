@@ -61,25 +61,25 @@ PRESETS: dict[str, dict] = {
     # Sized for half an hour on two cores without bfloat16 and with noisy neighbours (docs/LOG.md).
     "smollm": {
         "model": "embedded/smollm2-135m-instruct",
-        "util_rows": 48,
+        "util_rows": 40,
         "safe_rows": 16,
-        "align_rows": 208,
+        "align_rows": 240,
         "benchmarks": (
             "facts=200",
             "words=200",
-            "problems=40:48",
-            "adversarial=48:32",
-            "vanilla=48:32",
-            "benign=48:32",
+            "problems=32:48",
+            "adversarial=40:32",
+            "vanilla=40:32",
+            "benign=40:32",
         ),
         # Its rows are short: a step is one pass.
         "batch": 8,
         "accumulation": 1,
-        # A model of 135M parameters and 26 steps need a larger step than the paper's 8B models and 1,250.
+        # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250.
         "lr": 3e-3,
         "pairs": 32,
         "neurons": (256,),
-        "gain_lr": 0.2,  # 13 outer steps
+        "gain_lr": 0.2,  # 15 outer steps
     },
     "tiny": {
         "model": "random/tiny",

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import backends
+from backends import batching, torch_continuous, torch_loss
 from backends import models as folders
-from backends import torch_continuous
 from backends.base import Recipe
 from data.embedded import generate as embedded
 from data.rendering import Renderer, example
@@ -49,6 +49,16 @@ def test_continuous_batching_says_the_same(real, rows):
     assert len({len(tokens) for tokens in found}) > 1, "all of one length"
     for one, other in zip(found, real.generate(prompts, 24), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_rows_as_a_line_lose_what_they_lose_alone(real, rows, monkeypatch):
+    examples = rows("safe", 8)
+    sequences, _ = batching.training_rows(examples)
+    assert len(batching.join(sequences, 0).ids) < 0.75 * sum(map(len, sequences))
+    with torch.no_grad():
+        line = torch_loss.example_losses(real.model, examples)
+        monkeypatch.setattr(torch_loss, "_line_pays", lambda *_: False)
+        torch.testing.assert_close(line, torch_loss.example_losses(real.model, examples), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("head", [(0, 4), (14, 7), (29, 0)])

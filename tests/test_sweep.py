@@ -3,9 +3,18 @@ float32."""
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from backends import flax_generate, flax_model, flax_sweep, memory, torch_generate, torch_sweep
+from backends import (
+    flax_generate,
+    flax_model,
+    flax_sweep,
+    memory,
+    torch_decoder,
+    torch_generate,
+    torch_sweep,
+)
 from tests import reference
 from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, edited, load_pair, make_examples
 
@@ -197,6 +206,19 @@ def test_clean_streams_are_read_once(gqa, monkeypatch):
     gqa.backend.generate(examples, 2)
     list(gqa.backend.sweep_choices(examples, [(2, 0)]))
     assert begun == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10**6])
+def test_greedy_tokens_are_those_of_the_largest_logits(gqa, piece, monkeypatch):
+    if gqa.backend.name != "torch":
+        pytest.skip("torch's, on a CPU: XLA fuses the two by itself")
+    monkeypatch.setattr(torch_decoder, "PIECE", piece)
+    decoder, generator = gqa.backend.decoder, torch.Generator().manual_seed(5)
+    hidden = torch.randn(5, 3, gqa.backend.shape.model_dim, generator=generator)
+    with torch.no_grad():
+        token, expected = decoder.greedy(hidden), decoder.logits(hidden).argmax(dim=-1)
+    torch.testing.assert_close(token, expected, rtol=0, atol=0)
+    assert len(set(expected.flatten().tolist())) > 5
 
 
 def test_nothing_asked_nothing_answered(gqa):
