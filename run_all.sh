@@ -29,7 +29,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/stages/environment.sh"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=false
 # glibc keeps what torch frees for its next array; given back, each page would be cleared anew (a twentieth of the time).
-export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=4000000000
+# 32 MiB is the largest first value that glibc before 2.35 takes.
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4000000000
 
 if [ "$preset" = -h ] || [ "$preset" = --help ]; then
     usage

@@ -114,15 +114,27 @@ PRESETS: dict[str, dict] = {
 }
 
 
+_OWN = {
+    # The embedded data in the default sizes, whatever it takes.
+    "benchmarks": (
+        "facts=200",
+        "words=200",
+        "problems=100:48",
+        "adversarial=100:32",
+        "vanilla=100:32",
+        "benign=100:32",
+    ),
+    "pairs": 32,
+    "neurons": (256,),
+}
+
+
 def preset_settings(preset: str) -> Settings:
-    """The settings of a preset, or of a model folder (the smollm preset's data, the default sizes and
-    rates)."""
+    """The settings of a preset, or of a model folder (the embedded data, the default sizes and rates)."""
     if preset in PRESETS:
         return Settings(preset=preset, **PRESETS[preset])
     if Path(preset).is_dir():
-        sizes = ("util_rows", "safe_rows", "align_rows", "lr", "gain_lr", "batch", "accumulation")
-        own = {"preset": preset, "model": preset, **{name: getattr(Settings, name) for name in sizes}}
-        return Settings(**{**PRESETS["smollm"], **own})
+        return Settings(preset=preset, model=preset, **_OWN)
     if any(mark in preset for mark in "/.~"):
         raise InputError(
             f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"
