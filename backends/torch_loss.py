@@ -42,6 +42,7 @@ def as_line(line: Line) -> Rows:
 
 
 def padded(sequences: Sequence[np.ndarray]) -> Rows:
+    """A token sees those before it in its row, as transformers has it of a mask of two axes."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
     for row, sequence in zip(ids, sequences, strict=True):
@@ -52,7 +53,7 @@ def padded(sequences: Sequence[np.ndarray]) -> Rows:
 
 
 def example_losses(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
-    """Mean cross-entropy over each example's target tokens, float32 [N].
+    """Mean cross-entropy over each example's target tokens, float32 (float64 of a float64 model) [N].
 
     Examples go through the model padded to one length, or as one line without padding in which a beginning
     that they share (a system prompt) stands once, whichever is less work.
@@ -79,16 +80,11 @@ def example_losses(model: torch.nn.Module, examples: Sequence[Example]) -> torch
         torch.from_numpy(np.concatenate(parts)).to(device)
         for parts in ([part[:-1] for part in own], [part[1:] for part in own])
     )
-    counts = torch.tensor([len(part) - 1 for part in own])
-    example = torch.from_numpy(rows.order).repeat_interleave(counts).to(device)
     logits = model.lm_head(hidden[places])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(logits, ids.flatten()[targets], reduction="none")
-    total, count = (
-        losses.new_zeros(len(examples)).index_add(0, example, each)
-        for each in (losses, torch.ones_like(losses))
-    )
-    return total / count
+    means = [each.mean() for each in losses.split([len(part) - 1 for part in own])]
+    return torch.stack([means[at] for at in np.argsort(rows.order)])
 
 
 def _line_pays(model: torch.nn.Module, line: Line) -> bool:
