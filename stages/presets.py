@@ -61,12 +61,12 @@ PRESETS: dict[str, dict] = {
     # Sized for half an hour on two cores without bfloat16 and with noisy neighbours (docs/LOG.md).
     "smollm": {
         "model": "embedded/smollm2-135m-instruct",
-        "util_rows": 40,
-        "safe_rows": 16,
+        "util_rows": 32,
+        "safe_rows": 12,
         "align_rows": 240,
         "benchmarks": (
-            "facts=200",
-            "words=200",
+            "facts=120",
+            "words=120",
             "problems=32:48",
             "adversarial=40:32",
             "vanilla=40:32",
