@@ -63,6 +63,7 @@ PRESETS: dict[str, dict] = {
         "model": "embedded/smollm2-135m-instruct",
         "util_rows": 32,
         "safe_rows": 12,
+        "folds": 4,
         "align_rows": 240,
         "benchmarks": (
             "facts=120",

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from stages import arms
 from stages.reporting import correlations, costs, families
@@ -122,7 +123,8 @@ def localisation(heads: HeadMap, means: Sequence[dict], m: int) -> Figure | None
         x, y = (100 * rows[arm][side] for side in SIDES)
         height = max(y, height + apart)  # names of arms that are alike stand above each other
         at = {"xytext": (7, 4), "textcoords": "offset points", "va": "bottom"}
-        bottom.annotate(name, (x, height), **at, color=colour, fontsize=8.5)
+        halo = [withStroke(linewidth=2.5, foreground="white")]
+        bottom.annotate(name, (x, height), **at, color=colour, fontsize=8.5, path_effects=halo, zorder=5)
     bottom.set_title(f"Where tuning them leads ({optimizer}; bars: {_bars(means)})")
     return figure
 
