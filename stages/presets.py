@@ -76,8 +76,8 @@ PRESETS: dict[str, dict] = {
         # Its rows are short: a step is one pass.
         "batch": 8,
         "accumulation": 1,
-        # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250; with less
-        # a quarter of its heads does not learn to refuse.
+        # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250:
+        # with less a quarter of its heads does not learn to refuse.
         "lr": 8e-3,
         "pairs": 32,
         "neurons": (256,),
