@@ -77,7 +77,7 @@ PRESETS: dict[str, dict] = {
         "batch": 8,
         "accumulation": 1,
         # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250:
-        # with less a quarter of its heads does not learn to refuse.
+        # at 3e-3 a random quarter of its heads does not learn to refuse.
         "lr": 8e-3,
         "pairs": 32,
         "neurons": (256,),

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,15 +31,9 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def plain_run(tmp_path_factory) -> Path:
-    """A run by one process."""
-    return run(tmp_path_factory.mktemp("plain") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def plain(plain_run) -> dict[str, bytes]:
-    """Its files."""
-    return computed(plain_run)
+def plain(tmp_path_factory) -> dict[str, bytes]:
+    """The files of a run by one process."""
+    return computed(run(tmp_path_factory.mktemp("plain") / "tiny"))
 
 
 def computed(folder: Path) -> dict[str, bytes]:
@@ -145,12 +138,10 @@ def test_unit_that_always_fails(how, scratch, monkeypatch):
         engine.close()
 
 
-def test_submitit(plain_run, plain, scratch):
-    """Two local jobs at a time go on from a run's first three stages, are interrupted in the middle of a unit
-    as Slurm does before it takes a node away, and go on."""
+def test_submitit(plain, scratch):
+    """Two local jobs at a time, interrupted in the middle of a unit as Slurm does before it takes a node
+    away; they go on."""
     folder = scratch / "tiny"
-    for stage in STAGES[:3]:
-        shutil.copytree(plain_run / stage, folder / stage)
     process = start(folder, "--slurm", "local,jobs=2")
     wait_until(lambda: units_done(folder, "04_align") > 0, process)
     jobs = subprocess.run(

@@ -44,14 +44,14 @@ def rows(monkeypatch, tokenizer):
 
 @torch.no_grad()
 def test_mmlus_letters_are_those_of_a_plain_transformers_loop(real, tokenizer, rows):
-    """100 rows; the loop pads on the left, sixteen at a time, as lm-evaluation-harness does."""
-    asked = rows("mmlu", 100, 112)
-    assert len(asked) == 100
+    """300 rows; the loop pads on the left, sixteen at a time, as lm-evaluation-harness does."""
+    asked = rows("mmlu", 300, 112)
+    assert len(asked) == 300
     answers = evaluate.respond(real, tokenizer, asked, 0, None)
     found = np.array([answer["prediction"] for answer in answers])
     plain = []
-    ordered = sorted(range(100), key=lambda at: len(asked[at]["prompt_ids"]))
-    for start in range(0, 100, 16):
+    ordered = sorted(range(300), key=lambda at: len(asked[at]["prompt_ids"]))
+    for start in range(0, 300, 16):
         some = [asked[at] for at in ordered[start : start + 16]]
         width = max(len(row["prompt_ids"]) for row in some)
         ids = torch.tensor([[0] * (width - len(row["prompt_ids"])) + row["prompt_ids"] for row in some])
@@ -64,7 +64,7 @@ def test_mmlus_letters_are_those_of_a_plain_transformers_loop(real, tokenizer, r
         )
         for row, line in zip(some, logits.logits[:, -1], strict=True):
             plain.append(int(line[row["choice_ids"]].argmax()))
-    expected = np.empty(100, int)
+    expected = np.empty(300, int)
     expected[ordered] = plain
     np.testing.assert_array_equal(found, expected)
     gold = np.array([row["answer"] for row in asked])
