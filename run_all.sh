@@ -24,26 +24,22 @@ if [ $# -eq 0 ]; then
 fi
 preset="$1"
 shift
-# shellcheck source=stages/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/stages/environment.sh"
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM=false
 # glibc keeps what torch frees for its next array; given back, each page would be cleared anew (a twentieth of the time).
 # 32 MiB is the largest first value that glibc before 2.35 takes.
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4000000000
 
-if [ "$preset" = -h ] || [ "$preset" = --help ]; then
+case " $preset $* " in *" --help "* | *" -h "*)
     usage
-    exec "$python" -m stages.presets --help
-fi
-case " $* " in *" --help "* | *" -h "*)
-    usage
-    exec "$python" -m stages.presets --help
+    exec "$python" -m stages.run.presets --help
     ;;
 esac
 
 case " $* " in *" --ray"[\ =]* | *" --slurm"[\ =]*)
-    exec "$python" -m stages.launch --preset "$preset" "$@"
+    exec "$python" -m stages.scale.launch --preset "$preset" "$@"
     ;;
 esac
 
@@ -53,12 +49,13 @@ for option in "$@"; do
 done
 set -- ${options[@]+"${options[@]}"}
 if [ -n "${dry_run:-}" ]; then
-    exec "$python" -m stages.dry_run --preset "$preset" "$@"
+    exec "$python" -m stages.scale.plan --preset "$preset" "$@"
 fi
 
-run="$("$python" -m stages.presets --preset "$preset" "$@")"
-for stage in 01_calibrate 02_conflict 03_sensitivity 04_align 05_evaluate 06_correlate; do
+run="$("$python" -m stages.run.presets --preset "$preset" "$@")"
+for script in "$root"/stages/0*_*.py; do
+    stage="$(basename "$script" .py)"
     "$python" -m "stages.$stage" --preset "$preset" "$@"
 done
 "$python" -m stages.audit "$run"
-echo "report: $run/06_correlate/report.html"
+echo "report: $run/$stage/report.html"

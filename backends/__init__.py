@@ -1,16 +1,18 @@
 """Backends: torch and flax implementations of `backends.base.Backend`."""
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
 
-# Read by OpenMP when torch is first imported. Threads that spin while they wait take the cores from
-# whatever else runs: on two cores shared with other work, tuning ran at 23 tokens/s spinning and at 210
-# sleeping.
+# Read by OpenMP when torch is first imported. Threads that spin while they wait take the cores from other
+# work: on two shared cores tuning ran at 23 tokens/s with spinning threads and at 210 with sleeping ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from backends.base import Backend
-from backends.errors import InputError
+from backends.core.errors import InputError
+
+NEEDS = {"torch": ("torch", "peft"), "flax": ("jax", "flax", "optax")}
 
 
 def load(
@@ -26,7 +28,7 @@ def load(
     Args:
         name: "torch" or "flax".
         dtype: "float32", "bfloat16", or "auto" (bfloat16 where the hardware multiplies faster in it).
-        device: "auto", "cpu", "cuda", "cuda:1", …; flax uses all of the kind named, torch as many as hold it.
+        device: "auto", "cpu", "cuda", "cuda:1", …; flax uses all of the named kind, torch as many as needed.
         model_parallel: devices that share one copy of the weights, by layers (torch, CUDA) or cut by heads
             (flax); 0: as few as hold it.
 
@@ -36,16 +38,8 @@ def load(
 
     check(name)
     models.check_folder(Path(model_dir))
-    if name == "torch":
-        from backends.torch_backend import TorchBackend
-
-        return TorchBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
-    from backends.flax_backend import FlaxBackend
-
-    return FlaxBackend(Path(model_dir), dtype=dtype, device=device, model_parallel=model_parallel)
-
-
-NEEDS = {"torch": ("torch", "peft"), "flax": ("jax", "flax", "optax")}
+    wing = importlib.import_module(f"backends.{name}.backend")
+    return wing.load(Path(model_dir), dtype, device, model_parallel)
 
 
 def check(name: str) -> None:

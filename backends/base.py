@@ -1,7 +1,8 @@
 """What the stages know of a backend: one loaded causal language model, numpy in, numpy out.
 
-Axes: L layers, H query heads, K key/value heads, D head dim, E model dim, B batch, T tokens, V vocabulary,
-F folds, N examples. A head is (layer, head), both from 0.
+Axes: L layers, H query heads, K key/value heads, D head dim, E model dim, F neurons of a layer, B batch,
+T tokens, V vocabulary, N examples, P paths, r LoRA's rank. Layers, heads and neurons count from 0. In
+`gradient_gram` F is the number of folds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,27 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from backends.neurons import Attribution, GainRecipe, Selection, Task
-from data.examples import Example
-
 Head = tuple[int, int]
+"""(layer, head)"""
+Neuron = tuple[int, int]
+"""(layer, neuron): a unit of an MLP's intermediate activation, which W_down reads"""
 Mask = Literal["output", "query"]
 Optimizer = Literal["sft", "pcgrad", "pcgrad-symmetric"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized row, the only form of data that a backend sees; all ids int32."""
+
+    example_id: str
+    prompt_ids: np.ndarray
+    """[T], rendered with the chat template, generation prompt and assistant prefix included"""
+    target_ids: np.ndarray
+    """[t], what the loss is taken on: answer token(s), or the completion and EOS"""
+    choice_ids: np.ndarray
+    """[n], candidate next tokens; empty: the whole vocabulary competes"""
+    answer: int
+    """index into choice_ids, or the token id where choice_ids is empty; -1: none"""
 
 
 @dataclass(frozen=True)
@@ -34,10 +50,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an adapter is tuned (the paper's Table 3; where it is silent, decided here).
+    """How an adapter is tuned: the paper's Table 3.
 
-    Silent: the schedule (linear decay to 0, no warm-up), clipping (global norm 1), weight decay (0),
-    AdamW's betas (0.9, 0.999) and eps (1e-8): transformers' Trainer defaults.
+    Decided here, since the paper is silent: linear decay to 0 without warm-up, gradients clipped to global
+    norm 1, no weight decay, AdamW's betas (0.9, 0.999) and eps 1e-8 (defaults of transformers' Trainer).
     """
 
     rank: int = 32
@@ -45,40 +61,110 @@ class Recipe:
     lr: float = 1e-4
     epochs: int = 1
     batch: int = 4
-    """rows a forward pass, at most: similar lengths go together, a far longer row alone"""
+    """rows of a forward pass at most; rows of similar length share a pass"""
     accumulation: int = 2
     """a step's loss is the mean over its batch * accumulation rows"""
     max_length: int = 1024
-    """tokens; a longer row of `examples` is cut at its end, never one of `reference`"""
+    """tokens; a longer row of `examples` is cut at its end, a row of `reference` never"""
     seed: int = 21
-    """LoRA's A and the order of rows"""
+    """of LoRA's A and of the order of rows"""
     optimizer: Optimizer = "sft"
-    """pcgrad: the alignment gradient loses what conflicts with the utility gradient, which is not followed
-    itself; pcgrad-symmetric: PCGrad as published, both are projected and the step follows their sum"""
+    """pcgrad: the alignment gradient loses its component against the utility gradient, which itself is not
+    followed; pcgrad-symmetric: PCGrad as published, both are projected and the step follows their sum"""
     clip: float = 1.0
     """global gradient norm"""
     folder: Path | None = None
-    """where the PEFT folder goes; None: a new temporary folder"""
+    """where the PEFT folder is written; None: a new temporary folder"""
     checkpoint: Path | None = None
-    """file that keeps the run's state, about once a minute; one that is there is gone on from"""
+    """file that keeps the run's state, about once a minute; a run continues from an existing one"""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """How much each neuron, at the last prompt token, moves the loss along a path (integrated gradients)."""
+
+    score: np.ndarray
+    """float64 [L, F]: mean over examples of the attributions' absolute values"""
+    total: np.ndarray
+    """float64 [N, P]: an example's attributions, summed over the neurons that move on a path; P is 1, or L
+    where each layer has its own path"""
+    change: np.ndarray
+    """float64 [N, P]: loss at a path's end minus loss at its start, which `total` approximates"""
+
+    @property
+    def gap(self) -> float:
+        """Completeness: |total - change| / |change| in Euclidean norms; 0 where nothing changes."""
+        change = float(np.linalg.norm(self.change))
+        return float(np.linalg.norm(self.total - self.change)) / change if change else 0.0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Neurons whose gains are tuned, each once."""
+
+    safety: tuple[Neuron, ...]
+    """gains from 1 up"""
+    utility: tuple[Neuron, ...]
+    """gains from 1 down to 0"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the meta-learning: one attack family, or one kind of request where no family is known."""
+
+    name: str
+    safe: tuple[Example, ...]
+    """harmful requests with refusals"""
+    util: tuple[Example, ...]
+    """benign requests of the same form with answers"""
+
+
+@dataclass(frozen=True)
+class GainRecipe:
+    """How gains are tuned: first-order MAML (Finn et al. 2017) with Adam as the outer optimizer.
+
+    All of it is our reading: the abstract of NeuronTune fixes no more than meta-learning.
+    """
+
+    lam: float = 0.5
+    """weight of the safety loss; 1 - lam is that of the utility loss"""
+    utility_objective: Literal["preserve", "suppress"] = "preserve"
+    """preserve: the utility loss is minimised; suppress: maximised, as a third party's code does"""
+    lr: float = 0.05
+    """outer step (Adam), decays linearly to 0"""
+    inner_lr: float = 1.0
+    """inner step (plain gradient descent)"""
+    inner_steps: int = 1
+    epochs: int = 1
+    """passes over the tasks' rows, support and query together"""
+    batch: int = 8
+    """rows of a support batch, and of a query batch; half of them harmful, half benign"""
+    max_length: int = 1024
+    """tokens; a longer row is cut at its end"""
+    seed: int = 21
+    """of the order of tasks and rows"""
+    folder: Path | None = None
+    """as in Recipe"""
+    checkpoint: Path | None = None
+    """as in Recipe"""
 
 
 class Tuning(Protocol):
-    """A tuning run: iterate it for a record a step, then read `adapter`. One that goes on from a checkpoint
-    repeats the records of the steps before.
+    """A tuning run: iterate it for a record per step, then read `adapter`. A run that continues from a
+    checkpoint repeats the records of the steps before.
 
-    A record has step, loss, util_loss, cos, projected, lr, tokens (util_loss and cos are NaN without a
-    reference).
+    A record has step, loss, util_loss, cos, projected, lr, tokens; util_loss and cos are NaN without a
+    reference.
     """
+
+    repeated: int
+    """steps taken before by a process that was stopped; known once the iteration has begun"""
 
     def __iter__(self) -> Iterator[dict]: ...
 
-    repeated: int
-    """how many steps were taken before, by a process that was stopped; known once the iteration has begun"""
-
     @property
     def adapter(self) -> Path:
-        """The finished PEFT folder. RuntimeError while steps are left."""
+        """The finished PEFT folder. RuntimeError before the last step."""
         ...
 
 
@@ -99,13 +185,17 @@ class Backend(Protocol):
         folds: int = 4,
         layers: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """float64 [L, H, 2F, 2F]: inner products of the fold-mean gradients of W_q's head rows (θ_h, [D, E]).
+        """float64 [L, H, 2F, 2F]: inner products of the fold-mean gradients of W_q's head rows (θ_h, [D, E]),
+        safe folds first.
 
-        `layers`: only those, in their order; 2F gradients of their W_q are held in memory, in float32. Safe
-        folds first. Fold f holds examples f, f + F, f + 2F, …; an example's loss is the mean over its
-        target tokens. A float32 model is differentiated in float64: where fold gradients nearly cancel, O
-        magnifies rounding. ValueError unless both lists divide into equal folds; InputError on a gradient
-        that is not finite.
+        Fold f holds examples f, f + F, f + 2F, …; an example's loss is the mean over its target tokens. A
+        float32 model is differentiated in float64: where fold gradients nearly cancel, O magnifies rounding.
+
+        Args:
+            layers: only these, in their order; None: all. 2F float32 gradients of their W_q are held at once.
+
+        Raises ValueError unless both lists divide into equal folds, InputError on a gradient that is not
+        finite.
         """
         ...
 
@@ -113,37 +203,36 @@ class Backend(Protocol):
         self,
         examples: Sequence[Example],
         adapter: Path | None = None,
-        silenced: Head | None = None,
+        ablated: Head | None = None,
         mask: Mask = "output",
     ) -> np.ndarray:
-        """float32 [N, V]: the next token's logits after each prompt, with an adapter or with a head silenced
-        (ValueError on both). For looking into single answers; every row of V floats is returned."""
+        """float32 [N, V]: logits of the token after each prompt, with an adapter or with a head ablated
+        (ValueError on both)."""
         ...
 
     def choices(
         self, examples: Sequence[Example], adapter: Path | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """prediction int32 [N] (in the sense of Example.answer) and float32 [N], the total probability that
-        the model gives to the candidates (to the predicted token where the whole vocabulary competes)."""
+        """Predictions as in Example.answer, int32 [N], and the total probability of the candidates (of the
+        predicted token where the whole vocabulary competes), float32 [N]."""
         ...
 
     def generate(
         self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
     ) -> list[np.ndarray]:
-        """Greedy continuations, int32 [<= max_new_tokens] each; one that ends does so with EOS, which is
-        kept."""
+        """Greedy continuations, int32 [<= max_new_tokens] each; EOS is kept where one ends with it."""
         ...
 
     def sweep_choices(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
-        """For each head in order: `choices`' predictions with that head silenced, int32 [N]."""
+        """For each head in order: the predictions of `choices` with that head ablated, int32 [N]."""
         ...
 
     def sweep_generations(
         self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
     ) -> Iterator[tuple[Head, list[np.ndarray]]]:
-        """For each head in order: `generate`'s continuations with that head silenced."""
+        """For each head in order: the continuations of `generate` with that head ablated."""
         ...
 
     def tune(
@@ -153,114 +242,29 @@ class Backend(Protocol):
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
     ) -> Tuning:
-        """LoRA on W_q, rows of B outside `heads` exactly zero; `reference` (D_util) is where pcgrad's utility
-        gradient comes from."""
+        """LoRA on W_q; rows of B outside `heads` stay exactly zero. PCGrad's utility gradient is that of
+        `reference` (D_util)."""
         ...
 
     def attribute_neurons(
         self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
-        """Integrated gradients of every MLP neuron at the last prompt token, of the loss of the target.
+        """Integrated gradients of every MLP neuron at the last prompt token, of the loss of the target, in
+        the model's own precision (float64 moves a score by 5e-5 of the largest on SmolLM2, in twice the
+        time).
 
         Args:
-            baselines: prompts whose neurons, at their own last token, the path begins at; all layers move
-                together (a plain request, the example being the same request inside an attack). None: the
-                path begins at zero, and each layer has its own while the layers above it answer freely: with
-                all layers at zero the model says nothing that a path could come back from.
-            steps: nodes of Gauss and Legendre's rule on a path at most; each gets as many as make it complete
-                (`neurons.integrate`).
+            baselines: prompts whose neurons, at their own last token, each path starts from, all layers
+                together (a plain request, where the example is the same request inside an attack). None:
+                paths start at zero, one per layer, while the layers above compute freely.
+            steps: nodes of Gauss-Legendre quadrature on a path at most.
 
-        In the model's own precision: float64, which `gradient_gram` needs, would move a score by 5e-5 of the
-        largest on SmolLM2 and take twice the time. ValueError where there is nothing to attribute; InputError
-        on a gradient that is not finite.
+        Raises ValueError where there is nothing to attribute, InputError on a gradient that is not finite.
         """
         ...
 
     def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
-        """Gains of neurons by first-order MAML over `tasks`, as a PEFT IA3 folder; all others stay 1. A
-        record's loss and util_loss are those of the query rows, cos that of their two gradients, projected
-        whether a bound held a gain back."""
+        """Gains of the selected neurons by first-order MAML, as a PEFT IA3 folder; all others stay 1. Of a
+        record, loss and util_loss are those of the query rows, cos is that of their two gradients, and
+        projected is whether a bound clipped a gain."""
         ...
-
-
-# What both backends must do alike
-
-
-def lora_a(seed: int, layers: int, rank: int, model_dim: int) -> np.ndarray:
-    """LoRA's A of every layer, float32 [L, r, E]: PEFT's kaiming_uniform(a=√5), drawn by numpy.
-
-    All layers are drawn whatever the arm, so that one seed gives a layer the same A in every arm and backend.
-    """
-    bound = 1.0 / np.sqrt(model_dim)
-    return (
-        np.random.default_rng([seed, 1]).uniform(-bound, bound, (layers, rank, model_dim)).astype(np.float32)
-    )
-
-
-def batch_order(rows: int, recipe: Recipe) -> list[np.ndarray]:
-    """Row indices of each step, [<= batch * accumulation], over all epochs; each epoch is a new
-    permutation."""
-    generator = np.random.default_rng([recipe.seed, 2])
-    size = recipe.batch * recipe.accumulation
-    steps = []
-    for _ in range(recipe.epochs):
-        order = generator.permutation(rows)
-        steps += [order[start : start + size] for start in range(0, rows, size)]
-    return steps
-
-
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Linear decay from recipe.lr at step 0 towards 0 after the last step."""
-    return recipe.lr * (1.0 - step / steps)
-
-
-def reference_rows(step: int, reference: int, batch: int, recipe: Recipe) -> np.ndarray:
-    """Indices of the rows of D_util that a step of PCGrad looks at: as many as the step's own, drawn anew."""
-    generator = np.random.default_rng([recipe.seed, 3, step])
-    return generator.choice(reference, min(batch, reference), replace=False)
-
-
-def step_tokens(batch: Sequence[Example], recipe: Recipe) -> int:
-    """Tokens that a step reads, padding not counted."""
-    return sum(min(len(row.prompt_ids) + len(row.target_ids), recipe.max_length) for row in batch)
-
-
-def check_tuning(
-    examples: Sequence[Example],
-    heads: Sequence[Head],
-    recipe: Recipe,
-    reference: Sequence[Example] | None,
-    shape: Shape,
-) -> list[Head]:
-    """The heads, sorted. ValueError where there is nothing to tune, or nothing to project against."""
-    pairs = sorted(check_heads(heads, shape))
-    if not pairs or not examples:
-        raise ValueError("tune: no heads or no examples")
-    if recipe.optimizer != "sft" and not reference:
-        raise ValueError(f"reference: {recipe.optimizer} needs examples to project against")
-    return pairs
-
-
-def check_heads(heads: Sequence[Head], shape: Shape) -> list[Head]:
-    """The heads as pairs of int. ValueError names one that the model does not have, or one given twice."""
-    pairs = [(int(layer), int(head)) for layer, head in heads]
-    if len(set(pairs)) < len(pairs):
-        raise ValueError("heads: one is given twice")
-    for layer, head in pairs:
-        if not (0 <= layer < shape.layers and 0 <= head < shape.heads):
-            raise ValueError(f"heads: the model has no head ({layer}, {head})")
-    return pairs
-
-
-def check_mask(mask: str) -> None:
-    if mask not in ("output", "query"):
-        raise ValueError(f'mask: "output" or "query", not {mask!r}')
-
-
-def check_silenced(silenced: Head | None, adapter: Path | None, shape: Shape) -> Head | None:
-    """The head as a pair of int. ValueError where an adapter is asked for too: the sweep knows none."""
-    if silenced is None:
-        return None
-    if adapter is not None:
-        raise ValueError("silenced: a head is silenced in the model without an adapter only")
-    return check_heads([silenced], shape)[0]

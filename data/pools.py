@@ -1,14 +1,15 @@
 """The public data sets as pools: repository, pinned commit, split, columns, and what a row becomes (§4.1,
-App. A, Table 4). `data.sources` reads them.
+App. A, Table 4). `data.hub` reads them.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from data.jsonl import DATA_TYPES, entry_of
+from backends.core.errors import InputError
+from data.records import DATA_TYPES, entry_of
 
 # Table 4. The paper "appends" the input to the instruction and does not say by what: a blank line here.
 REASONING_TEMPLATE = (
@@ -19,11 +20,10 @@ KNOWLEDGE_TEMPLATE = (
     "Read the multiple-choice question carefully and output only the capital letter (A, B, C, D, or E) that "
     "corresponds to the correct choice. Do not include any explanation or extra text.\n\n{question}"
 )
-SAFETY_TEMPLATE = "{question}"
 LETTERS = ("A", "B", "C", "D", "E")
 
 
-class EmptyTextError(ValueError):
+class EmptyTextError(InputError):
     pass
 
 
@@ -37,7 +37,7 @@ class Row:
         if value is None or (isinstance(value, str) and not value.strip()):
             raise EmptyTextError(f"{self.where}: column '{column}' is empty")
         if not isinstance(value, str):
-            raise ValueError(f"{self.where}: column '{column}' is not text")
+            raise InputError(f"{self.where}: column '{column}' is not text")
         return value
 
 
@@ -45,11 +45,11 @@ def _letters(row: Row, texts: Any, answer: Any) -> dict[str, Any]:
     """The paper is silent on the layout: the question, then one line a choice, "A. ..."."""
     question = row.text("question")
     if not isinstance(texts, list) or not 2 <= len(texts) <= len(LETTERS):
-        raise ValueError(f"{row.where}: column 'choices' is not a list of 2 to {len(LETTERS)} texts")
+        raise InputError(f"{row.where}: column 'choices' is not a list of 2 to {len(LETTERS)} texts")
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{row.where}: column 'choices' holds an empty choice")
+        raise InputError(f"{row.where}: column 'choices' holds an empty choice")
     if not isinstance(answer, int) or not 0 <= answer < len(texts):
-        raise ValueError(f"{row.where}: the answer names none of the {len(texts)} choices")
+        raise InputError(f"{row.where}: the answer names none of the {len(texts)} choices")
     letters = LETTERS[: len(texts)]
     lines = [question, *(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))]
     prompt = KNOWLEDGE_TEMPLATE.replace("{question}", "\n".join(lines))
@@ -65,7 +65,7 @@ def _csqa(row: Row) -> dict[str, Any]:
     choices, key = row.values["choices"], row.text("answerKey")
     labels = choices.get("label") if isinstance(choices, dict) else None
     if not labels or tuple(labels) != LETTERS[: len(labels)]:
-        raise ValueError(f"{row.where}: column 'choices' does not label its texts A, B, C, ...")
+        raise InputError(f"{row.where}: column 'choices' does not label its texts A, B, C, ...")
     return _letters(row, choices.get("text"), labels.index(key) if key in labels else -1)
 
 
@@ -78,7 +78,7 @@ def _gsm8k(row: Row) -> dict[str, Any]:
     _, mark, gold = row.text("answer").rpartition("####")
     gold = gold.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", gold):
-        raise ValueError(f"{row.where}: column 'answer' has no number after ####")
+        raise InputError(f"{row.where}: column 'answer' has no number after ####")
     return _reasoning(row.text("question"), gold)
 
 
@@ -94,11 +94,10 @@ def _math(row: Row) -> dict[str, Any]:
     return _reasoning(row.text("problem"), row.text("answer").strip())
 
 
-def _request(row: Row, column: str, entry: str = "") -> dict[str, Any]:
-    """A malicious prompt; `entry` is the question inside it where the source tells."""
-    text = row.text(column)
-    prompt = SAFETY_TEMPLATE.replace("{question}", text)
-    return {"entry": entry_of(entry or text), "prompt": prompt, "scoring": "refusal"}
+def _request(row: Row, column: str, question: str | None = None) -> dict[str, Any]:
+    """A malicious prompt, without a template (Table 4); `question`: what it wraps, where that is known."""
+    prompt = row.text(column)
+    return {"entry": entry_of(question or prompt), "prompt": prompt, "scoring": "refusal"}
 
 
 def _completed(row: Row) -> dict[str, Any]:
@@ -113,15 +112,19 @@ class Pool:
     repository: str
     revision: str
     config: str | None
-    parts: tuple[tuple[str, str], ...]  # (split on the hub, local file name), read one after the other
+    parts: tuple[tuple[str, str], ...]
+    """(split on the hub, name of a local file without its ending), read one after the other"""
     columns: tuple[str, ...]
     fields: Callable[[Row], dict[str, Any]]
-    role: str = ""  # of its records; empty: the pool's name
-    keep: tuple[str, Any] | None = None  # (column, value) of the rows that belong to the pool; None: all
-    distinct: bool = False  # repeats of a prompt are left out
-    skip_empty: bool = False  # rows with an empty text are left out and counted, instead of an error
-    gated: bool = False  # access is granted on `url`, by accepting the terms
-    options: Mapping[str, Any] = field(default_factory=dict)  # for load_dataset
+    """fields of a Record"""
+    keep: tuple[str, Any] | None = None
+    """(column, value) of the rows that belong to the pool; None: all do"""
+    distinct: bool = False
+    """repeats of a prompt are left out"""
+    skip_empty: bool = False
+    """rows with an empty text are left out and counted, instead of an error"""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """of load_dataset"""
 
     @property
     def url(self) -> str:
@@ -132,8 +135,8 @@ class Pool:
         return " or ".join(f"{stem}.parquet" for _, stem in self.parts)
 
 
-# Repository, commit, config. The commits are those that other public projects pin; the commit that was really
-# loaded is compared with them and recorded in the provenance.
+# Repository, commit, config. Other public projects pin the same commits; the commit that was loaded is
+# compared with them and recorded in the provenance.
 _MMLU = ("cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe", "all")
 _CSQA = ("tau/commonsense_qa", "94630fe30dad47192a8546eb75f094926d47e155", None)
 _GSM8K = ("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", "main")
@@ -144,7 +147,7 @@ _IN_THE_WILD = ("TrustAIRLab/in-the-wild-jailbreak-prompts", "a10aab8eff1c73165a
 _DAN = (*_IN_THE_WILD, "jailbreak_2023_12_25")
 
 # The data card asks for these options: an empty cell is "", not NaN.
-_GATED_TSV: dict[str, Any] = {"gated": True, "options": {"delimiter": "\t", "keep_default_na": False}}
+_TSV = {"options": {"delimiter": "\t", "keep_default_na": False}}
 _EVAL = ("eval", (("train", "wildjailbreak_eval"),))  # the hub calls its only split train
 TRAIN = (("train", "wildjailbreak_train"),)
 _TRAIN_COLUMNS = ("vanilla", "adversarial", "completion", "data_type")
@@ -155,15 +158,14 @@ _TEST = (("test", "wildguard_test"),)
 _prompt, _adversarial = partial(_request, column="prompt"), partial(_request, column="adversarial")
 
 
-def _paired(row: Row, column: str) -> dict[str, Any]:
+def _train(data_type: str, fields: Callable[[Row], dict[str, Any]] = _completed) -> Pool:
+    keep = ("data_type", data_type)
+    return Pool(*_WILDJAILBREAK, "train", TRAIN, _TRAIN_COLUMNS, fields, keep, skip_empty=True, **_TSV)
+
+
+def _form(row: Row, column: str) -> dict[str, Any]:
     """One of the two forms of a request, with the completion of the attacked one."""
-    fields = _request(row, column, row.text("vanilla"))
-    return fields | {"target": row.text("completion")}
-
-
-def _train(data_type: str, role: str = "") -> Pool:
-    form = {"role": role, "keep": ("data_type", data_type), "skip_empty": True, **_GATED_TSV}
-    return Pool(*_WILDJAILBREAK, "train", TRAIN, _TRAIN_COLUMNS, _completed, **form)
+    return _request(row, column, row.text("vanilla")) | {"target": row.text("completion")}
 
 
 POOLS: dict[str, Pool] = {
@@ -172,20 +174,14 @@ POOLS: dict[str, Pool] = {
     "csqa": Pool(*_CSQA, (("validation", "csqa_validation"),), ("question", "choices", "answerKey"), _csqa),
     "gsm8k": Pool(*_GSM8K, (("test", "gsm8k_test"),), _QA, _gsm8k),
     "math": Pool(*_MATH, (("test", "math500_test"),), ("problem", "answer"), _math),
-    "wildjailbreak": Pool(
-        *_WILDJAILBREAK, *_EVAL, ("adversarial",), _adversarial, keep=_ADVERSARIAL, **_GATED_TSV
-    ),
-    "wildguard": Pool(*_WILDGUARD, _TEST, ("prompt",), _prompt, keep=_HARMFUL, distinct=True, gated=True),
-    "dan": Pool(*_DAN, (("train", "dan_jailbreak"),), ("prompt",), _prompt, keep=("jailbreak", True)),
+    "wildjailbreak": Pool(*_WILDJAILBREAK, *_EVAL, ("adversarial",), _adversarial, _ADVERSARIAL, **_TSV),
+    "wildguard": Pool(*_WILDGUARD, _TEST, ("prompt",), _prompt, _HARMFUL, distinct=True),
+    "dan": Pool(*_DAN, (("train", "dan_jailbreak"),), ("prompt",), _prompt, ("jailbreak", True)),
     # calibration
-    "mmlu_calibration": Pool(*_MMLU, _CALIBRATION, _MC, _mmlu, role="util"),
-    "gsm8k_calibration": Pool(*_GSM8K, (("train", "gsm8k_train"),), _QA, _gsm8k_worked, role="util"),
-    "wildjailbreak_safe": _train("vanilla_harmful", role="safe"),
-    **{
-        f"wildjailbreak_{role}": replace(
-            _train("adversarial_harmful", role), fields=partial(_paired, column=column)
-        )
-        for role, column in (("plain", "vanilla"), ("attacked", "adversarial"))
-    },
+    "mmlu_calibration": Pool(*_MMLU, _CALIBRATION, _MC, _mmlu),
+    "gsm8k_calibration": Pool(*_GSM8K, (("train", "gsm8k_train"),), _QA, _gsm8k_worked),
+    "wildjailbreak_safe": _train("vanilla_harmful"),
+    "wildjailbreak_plain": _train("adversarial_harmful", partial(_form, column="vanilla")),
+    "wildjailbreak_attacked": _train("adversarial_harmful", partial(_form, column="adversarial")),
     **{data_type: _train(data_type) for data_type in DATA_TYPES},  # alignment
 }

@@ -1,9 +1,13 @@
-"""From text to tokens: chat template, targets, choices. The one place where a row becomes an `Example`."""
+"""From text to tokens: chat template, targets, choices."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from backends.errors import InputError
-from data.examples import Example, Record
+from backends.base import Example
+from backends.core.errors import InputError
+from data.records import Record
 
 
 class Renderer:
@@ -11,8 +15,8 @@ class Renderer:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template and an EOS token.
-        date: what a template that prints a date is given (Llama's would print today's otherwise).
-        system: system prompt; empty: what the template does by itself.
+        date: given to templates that print one (Llama's would print today's otherwise).
+        system: system prompt; empty: the template's own default.
     """
 
     def __init__(self, tokenizer, date: str, system: str = ""):
@@ -20,8 +24,7 @@ class Renderer:
         self.eos = tokenizer.eos_token_id
         plain = tokenizer("x").input_ids
         bos = tokenizer.bos_token_id
-        # A model uses BOS if its tokenizer puts one before plain text. (ChatML tokenizers name a BOS and use
-        # it not.)
+        # A model uses BOS if its tokenizer puts one before plain text: ChatML tokenizers only name one.
         self.bos = bos if bos is not None and plain[0] == bos else None
 
     def prompt(self, record: Record) -> str:
@@ -50,8 +53,12 @@ class Renderer:
                 )
         return ids
 
+    def length(self, record: Record) -> int:
+        """Tokens of the rendered prompt."""
+        return len(self.ids(self.prompt(record)))
+
     def _after(self, text: str, prompt_ids: list[int], addition: str, example_id: str) -> list[int]:
-        """The tokens that `addition` really gets behind the rendered prompt."""
+        """Token ids of `addition` where it follows the rendered prompt `text`."""
         ids = self.ids(text + addition)
         if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
             raise InputError(
@@ -60,12 +67,15 @@ class Renderer:
             )
         return ids[len(prompt_ids) :]
 
-    def row(self, record: Record) -> dict:
-        """A row of artifacts.EXAMPLES. InputError names a record that cannot be asked as it is."""
+    def row(self, record: Record) -> dict[str, Any]:
+        """The record with its token ids, as a row of a table of examples; no answer is None.
+
+        InputError where the prompt and an answer, or two choices, cannot be told apart by their tokens.
+        """
         text = self.prompt(record)
         prompt_ids = self.ids(text)
         target_ids = self._after(text, prompt_ids, record.target, record.example_id) if record.target else []
-        choice_ids, answer = [], -1
+        choice_ids, answer = [], None
         if record.scoring == "choice":
             choice_ids = [
                 self._after(text, prompt_ids, choice, record.example_id)[0] for choice in record.choices
@@ -79,7 +89,7 @@ class Renderer:
             "example_id": record.example_id,
             "source": record.source,
             "entry": record.entry,
-            "role": record.role,
+            "split": record.split,
             "scoring": record.scoring,
             "prompt": record.prompt,
             "rendered": text,
@@ -92,7 +102,13 @@ class Renderer:
         }
 
 
-def example(row: dict) -> Example:
-    """The Example of a row of artifacts.EXAMPLES."""
+def example(row: Mapping[str, Any]) -> Example:
+    """What a backend needs of a row of a table of examples.
+
+    Args:
+        row: `answer` is an index or token, or None or NaN where there is none (-1 in an Example).
+    """
     ids = {name: np.asarray(row[name], np.int32) for name in ("prompt_ids", "target_ids", "choice_ids")}
-    return Example(example_id=row["example_id"], answer=row["answer"], **ids)
+    answer = row["answer"]
+    answer = -1 if answer is None or answer != answer else int(answer)
+    return Example(example_id=row["example_id"], answer=answer, **ids)

@@ -1,25 +1,25 @@
-"""Whether a response is right, and how it fails: one `Judgement` a row, by the row's own scoring."""
+"""Whether a response is right, and how it fails: a `Judgement` by the row's own scoring."""
 
 import re
 from dataclasses import dataclass
 
-from data.judges import keyword_refusal, last_number
+from data.refusal_judge import keyword_refusal
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What is said of one response."""
+    """Of one response; None where a question does not apply."""
 
     verdict: bool
     """whether it counts towards its benchmark's score"""
-    refused: bool
-    """the keyword judge's word, on a utility question too"""
-    steps: int = -1
-    """of a worked answer: `reasoning_steps`; -1 for other rows"""
+    refused: bool | None = None
+    """by the keyword judge, on a utility question too"""
+    steps: int | None = None
+    """`reasoning_steps` of a worked answer"""
     strict: bool | None = None
-    """GSM8K: the number stands in \\boxed{} or after ####, digit for digit; None elsewhere"""
+    """GSM8K: the gold number stands in \\boxed{} or after ####, digit for digit"""
     flexible: bool | None = None
-    """GSM8K: it is the last number of the response; None elsewhere"""
+    """GSM8K: the gold number is the last of the response"""
 
 
 def judge(scoring: str, response: str, target: str, numeric: bool = False) -> Judgement:
@@ -30,14 +30,14 @@ def judge(scoring: str, response: str, target: str, numeric: bool = False) -> Ju
         target: the gold answer, or a solution that boxes it.
         numeric: the gold answer is a number that is to be read in two more ways.
     """
-    found: dict = {"verdict": verdict(scoring, response, target), "refused": keyword_refusal(response)}
-    if scoring in ("boxed", "number"):
-        found["steps"] = reasoning_steps(response)
-    if numeric:
-        gold = last_number(target)
-        strict, flexible = _strict_number(response), last_number(response)
-        found["strict"], found["flexible"] = (_same(one, gold) for one in (strict, flexible))
-    return Judgement(**found)
+    gold = last_number(target)
+    return Judgement(
+        verdict=verdict(scoring, response, target),
+        refused=keyword_refusal(response),
+        steps=reasoning_steps(response) if scoring in ("boxed", "number") else None,
+        strict=_same(_strict_number(response), gold) if numeric else None,
+        flexible=_same(last_number(response), gold) if numeric else None,
+    )
 
 
 def verdict(scoring: str, response: str, target: str) -> bool:
@@ -63,20 +63,37 @@ def _same(found: float | None, gold: float | None) -> bool:
 def _boxed_equal(response: str, target: str) -> bool:
     import math_verify
 
-    # Gold comes first: the comparison is not symmetric. Only a boxed answer counts, as the prompt asks for
-    # one.
+    # Gold comes first: the comparison is not symmetric. The prompt asks for a boxed answer: only that counts.
     gold = math_verify.parse(target if "\\boxed" in target else f"\\boxed{{{target}}}")
     boxed = math_verify.LatexExtractionConfig(boxed_match_priority=0)
     found = math_verify.parse(response, extraction_config=[boxed]) if "\\boxed" in response else []
     return bool(found) and math_verify.verify(gold, found)
 
 
+_NUMBER = re.compile(
+    r"(?<![\w.])(?P<sign>[-\u2212]?)\$?(?P<inner>[-\u2212]?)(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+
+
+def last_number(text: str) -> float | None:
+    """The last number written in digits, or None: "$1,234.50." gives 1234.5, "so 10-3 = 7 apples" gives 7.
+
+    A minus counts only where it touches the number and nothing stands before it; digits inside a word ("H2O")
+    are no number.
+    """
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    last = found[-1]
+    value = float(last["digits"].replace(",", ""))
+    return -value if last["sign"] or last["inner"] else value
+
+
 _STRICT = re.compile(r"\\boxed\s*\{\s*\\?\$?(-?[\d,]*\.?\d+)\s*\}|####\s*\$?(-?[\d,]*\.?\d+)")
 
 
 def _strict_number(response: str) -> float | None:
-    """The number in the last \\boxed{} or after the last ####: the form that was asked for, nothing beside
-    it."""
+    """The number that fills the last \\boxed{} or follows the last ####."""
     found = list(_STRICT.finditer(response))
     return float((found[-1][1] or found[-1][2]).replace(",", "")) if found else None
 

@@ -3,61 +3,160 @@
     python -m stages.04_align --run outputs/smollm --seeds 21 42 84
 
 An arm is a set of heads: all (`full`), one bucket of the conflict map (`bucket1` risky … `bucketM` safe),
-as many heads drawn at random, or another selection (stages/arms.py). Only the location of what is trained
-differs; rows, order, steps and LoRA's start do not. `pcgrad` projects against gradients of D_util (§4.2).
-NeuronTune's arms tune gains of MLP neurons on the same rows, by meta-learning over families of attacks
-(stages/neurons.py). Reads alignment.parquet, calibration.parquet, the maps and neurons.parquet; writes
+as many heads drawn at random, or another selection (stages/method/arms.py). Only the location of what is
+trained differs; rows, order, steps and LoRA's start do not. `pcgrad` projects against gradients of D_util
+(§4.2). NeuronTune's arms tune gains of MLP neurons on the same rows, by meta-learning over families of
+attacks (stages/method/neurons.py).
+
+Reads alignment.parquet, calibration.parquet, the maps and neurons.parquet; writes
 adapters/<arm>-<optimizer>-<seed>/ (PEFT's format), training.parquet (a row a step) and arms.parquet. Each arm
 x optimizer x seed is a unit.
 """
 
-import os
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 
-from backends.base import Head, Recipe, Shape, Tuning
-from backends.neurons import GainRecipe, Selection, outer_steps
-from backends.progress import progress
+from backends.base import Example, GainRecipe, Head, Recipe, Selection, Shape, Task, Tuning
+from backends.core import seeds
+from backends.core.schedules import outer_steps
 from data.rendering import example
-from stages import arms, artifacts, cli, maps, neurons, presets, schemas
-from stages.loading import load_backend
-from stages.locks import parse_shard
+from stages.method.arms import ARM_FIELDS, ArmRun, select_heads
+from stages.method.heads import COLUMN, HeadMap
+from stages.method.neurons import choose_neurons, task_rows
+from stages.run import cli
+from stages.run.adapters import run_tuning
+from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.schemas import ALIGNMENT, ARMS, CALIBRATION, HEADS, NEURONS, OWN_MAP, TRAINING
+from stages.run.settings import Settings
 
-NAME = "04_align"
-USES = [
-    "backend",
-    "dtype",
-    "device",
-    "buckets",
-    "arms",
-    "optimizers",
-    "ablations",
-    "maps",
-    "folds",
-    "seeds",
-    "rank",
-    "alpha",
-    "lr",
-    "epochs",
-    "batch",
-    "accumulation",
-    "max_length",
-    "pairs",
-    "neurons",
-    "lam",
-    "gain_lr",
-    "gain_inner_lr",
-    "gain_inner_steps",
-    "utility_objective",
-]
-ALIGNMENT, CALIBRATION = "01_calibrate/alignment.parquet", "01_calibrate/calibration.parquet"
-NEURONS = "02_conflict/neurons.parquet"
+ADAPTER_FILES = ("adapters/*/adapter_config.json", "adapters/*/adapter_model.safetensors")
+
+
+def units(job: Job) -> Units:
+    return {run.name: run for run in job.settings.arm_runs}
+
+
+def heads_of(job: Job, run: ArmRun, maps: Mapping[str, HeadMap]) -> list[Head]:
+    """What an arm of heads tunes."""
+    generator = seeds.stream(run.seed, "arm", "random heads")
+    return select_heads(run.arm, maps[run.arm.map], job.settings.map.buckets, generator)
+
+
+def neurons_of(job: Job, run: ArmRun) -> Selection:
+    """What an arm of neurons tunes."""
+    scored, layers = job.read(NEURONS), job.shape.layers
+    ranks = (scored[f"{side}_rank"].to_numpy().reshape(layers, -1) for side in ("safety", "utility"))
+    generator = seeds.stream(run.seed, "arm", "random neurons")
+    return Selection(*choose_neurons(run.arm, *ranks, generator))
+
+
+def head_maps(job: Job) -> dict[str, HeadMap]:
+    """Every map of the run by name."""
+    return {spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in job.settings.maps}
+
+
+def tasks_of(rows: pd.DataFrame, examples: list[Example]) -> list[Task]:
+    """The tasks of NeuronTune's meta-learning, from alignment rows."""
+    found = task_rows(rows["split"].tolist(), rows["source"].tolist())
+    return [
+        Task(task.name, *(tuple(examples[at] for at in part) for part in (task.harmful, task.benign)))
+        for task in found
+    ]
+
+
+def compute(job: Job, pending: Units) -> None:
+    rows, calibration, maps = job.read(ALIGNMENT), job.read(CALIBRATION), head_maps(job)
+    examples = [example(row) for row in rows.to_dict("records")]
+    util = [example(row) for row in calibration[calibration["split"] == OWN_MAP].to_dict("records")]
+    tasks = tasks_of(rows, examples)
+    for run in pending.values():
+        if run.arm.of_neurons:
+            tune_gains(job, run, tasks)
+        else:
+            tune_heads(job, run, heads_of(job, run, maps), examples, util)
+
+
+def tune_heads(
+    job: Job, run: ArmRun, heads: list[Head], examples: list[Example], util: list[Example]
+) -> None:
+    """LoRA on the rows of W_q of an arm's heads."""
+    tuning = job.settings.tuning
+    names = ("rank", "alpha", "lr", "epochs", "batch", "accumulation")
+    recipe = Recipe(
+        **{name: getattr(tuning, name) for name in names},
+        max_length=job.settings.data.max_length,
+        seed=run.seed,
+        optimizer=run.optimizer,
+    )
+    reference = None if run.optimizer == "sft" else util
+    steps = -(-len(examples) // (recipe.batch * recipe.accumulation)) * recipe.epochs
+
+    def start(folder: Path, checkpoint: Path) -> Tuning:
+        own = replace(recipe, folder=folder, checkpoint=checkpoint)
+        return job.backend.tune(examples, heads, own, reference)
+
+    run_tuning(job, run, f"{len(heads)} heads", steps, start)
+
+
+def tune_gains(job: Job, run: ArmRun, tasks: list[Task]) -> None:
+    """Gains of an arm's neurons."""
+    tuning, neurons = job.settings.tuning, neurons_of(job, run)
+    recipe = GainRecipe(
+        lam=run.arm.lam,
+        utility_objective=tuning.utility_objective,
+        lr=tuning.gain_lr,
+        inner_lr=tuning.gain_inner_lr,
+        inner_steps=tuning.gain_inner_steps,
+        epochs=tuning.epochs,
+        batch=tuning.batch * tuning.accumulation,
+        max_length=job.settings.data.max_length,
+        seed=run.seed,
+    )
+    count = f"{len(neurons.safety)} safety and {len(neurons.utility)} utility neurons"
+    steps = outer_steps(tasks, neurons, recipe)
+
+    def start(folder: Path, checkpoint: Path) -> Tuning:
+        return job.backend.tune_gains(tasks, neurons, replace(recipe, folder=folder, checkpoint=checkpoint))
+
+    run_tuning(job, run, count, steps, start)
+
+
+def arm_row(job: Job, run: ArmRun, maps: Mapping[str, HeadMap]) -> dict:
+    """An arm in arms.parquet."""
+    arm = {name: value for name, value in asdict(run.arm).items() if name in ARM_FIELDS}
+    row = dict.fromkeys(ARMS.schema.names) | run.labels | arm | {"adapter": f"adapters/{run.name}"}
+    if run.arm.of_neurons:
+        chosen = neurons_of(job, run)
+        neurons = [*chosen.safety, *chosen.utility]
+        return row | {
+            "layers": [],
+            "heads": [],
+            "n_heads": 0,
+            "n_layers": len({layer for layer, _ in neurons}),
+            "safety_neurons": [list(neuron) for neuron in chosen.safety],
+            "utility_neurons": [list(neuron) for neuron in chosen.utility],
+            "n_neurons": len(neurons),
+            "trainable_parameters": len(neurons),
+        }
+    heads, head_map = heads_of(job, run, maps), maps[run.arm.map]
+    at = tuple(np.array(heads).T)
+    means = {ranking: float(head_map.by(ranking)[at].mean()) for ranking in COLUMN}
+    return row | {
+        "layers": [layer for layer, _ in heads],
+        "heads": [head for _, head in heads],
+        "n_heads": len(heads),
+        "n_layers": len({layer for layer, _ in heads}),
+        "safety_neurons": [],
+        "utility_neurons": [],
+        "n_neurons": 0,
+        "trainable_parameters": trainable_parameters(heads, job.shape, job.settings.tuning.rank),
+        "ranked_mean": means[run.arm.ranked_by],
+        **{f"mean_{COLUMN[ranking]}": mean for ranking, mean in means.items()},
+    }
 
 
 def trainable_parameters(heads: list[Head], shape: Shape, rank: int) -> int:
@@ -66,199 +165,31 @@ def trainable_parameters(heads: list[Head], shape: Shape, rank: int) -> int:
     return len({layer for layer, _ in heads}) * rank * shape.model_dim + len(heads) * shape.head_dim * rank
 
 
-def tune(
-    stage: artifacts.Stage,
-    unit: str,
-    labels: dict,
-    what: str,
-    steps: int,
-    start: Callable[[Path, Path], Tuning],
-) -> None:
-    """Tunes one arm and keeps its adapter (moved into place complete) and its training records.
-
-    Args:
-        what: is tuned, in words.
-        start: begins, given where the adapter goes and where a checkpoint is kept.
-    """
-    final = stage.folder / "adapters" / unit
-    scratch = final.with_name(f".{unit}.tmp")
-    for left_over in (scratch, final):
-        shutil.rmtree(left_over, ignore_errors=True)
-    records, began = [], time.monotonic()
-    checkpoint = stage.part(unit).with_suffix(".checkpoint")
-    tuning = start(scratch, checkpoint)
-    for record in progress(tuning, total=steps, desc=unit, unit="step"):
-        if tuning.repeated and not records:
-            stage.say(f"{unit} goes on after step {tuning.repeated} of {steps}")
-        records.append(labels | record)
-    seconds = time.monotonic() - began
-    config = artifacts.read_json(scratch / "adapter_config.json")
-    artifacts.write_json(
-        scratch / "adapter_config.json", config | {"base_model_name_or_path": stage.model["id"]}
-    )
-    os.replace(scratch, final)
-    speed = sum(record["tokens"] for record in records[tuning.repeated :]) / seconds
-    told = f"{unit}: {what}"
-    if records:
-        few = max(1, min(5, len(records) // 2))
-        first, last = (
-            np.mean([record["loss"] for record in part]) for part in (records[:few], records[-few:])
-        )
-        told += f", loss {first:.3f} -> {last:.3f}, {seconds:.0f} s, {speed:.0f} tokens/s"
-    stage.say(told)
-    stage.write_part(
-        unit, records, schemas.TRAINING, seconds=round(seconds, 2), tokens_per_second=round(speed, 1)
-    )
-    checkpoint.unlink(missing_ok=True)
+def join(job: Job) -> dict:
+    """Writes what each arm tunes, and every step of it."""
+    runs, maps = job.settings.arm_runs, head_maps(job)
+    training = job.parts((run.name for run in runs), TRAINING.schema)
+    job.write(TRAINING, training)
+    job.write(ARMS, pd.DataFrame([arm_row(job, run, maps) for run in runs]))
+    return {"arms": len(runs), "steps": len(training), "tokens": int(training["tokens"].sum())}
 
 
-def head_map(table: pa.Table, shape: Shape) -> arms.HeadMap:
-    """What arms are chosen by, [L, H] each, from a table of schemas.HEADS."""
-    names = ("conflict", "sensitivity", "score")
-    return arms.HeadMap(**{name: table[name].to_numpy().reshape(shape.layers, shape.heads) for name in names})
+STAGE = Stage(
+    name="04_align",
+    rests_on=("model", "data", "map", "tuning"),
+    reads=(ALIGNMENT, CALIBRATION, HEADS, NEURONS),
+    writes=(ARMS, TRAINING),
+    units=units,
+    compute=compute,
+    join=join,
+    also_writes=ADAPTER_FILES,
+    needed_gib=0.5,
+)
 
 
-def arm_row(
-    labels: dict, unit: str, heads: list[Head], ranked: dict, m: int, shape: Shape, rank: int
-) -> dict:
-    """An arm of heads in arms.parquet."""
-    own = ranked[arms.parse(labels["arm"], m).map]
-    at = tuple(np.array(heads).T)
-    return labels | {
-        "adapter": f"adapters/{unit}",
-        "layers": [layer for layer, _ in heads],
-        "heads": [head for _, head in heads],
-        "n_heads": len(heads),
-        "n_layers": len({layer for layer, _ in heads}),
-        "safety_neurons": [],
-        "utility_neurons": [],
-        "n_neurons": 0,
-        "trainable_parameters": trainable_parameters(heads, shape, rank),
-        "mean_conflict": float(own.conflict[at].mean()),
-        "mean_sensitivity": float(own.sensitivity[at].mean()),
-        "mean_score": float(own.score[at].mean()),
-    }
-
-
-def neuron_row(labels: dict, unit: str, chosen: Selection) -> dict:
-    """An arm of neurons in arms.parquet; it trains one gain a neuron."""
-    every = [*chosen.safety, *chosen.utility]
-    return labels | {
-        "adapter": f"adapters/{unit}",
-        "layers": [],
-        "heads": [],
-        "n_heads": 0,
-        "n_layers": len({layer for layer, _ in every}),
-        "safety_neurons": [list(neuron) for neuron in chosen.safety],
-        "utility_neurons": [list(neuron) for neuron in chosen.utility],
-        "n_neurons": len(every),
-        "trainable_parameters": len(every),
-        "mean_conflict": None,
-        "mean_sensitivity": None,
-        "mean_score": None,
-    }
-
-
-def main(settings: presets.Settings) -> None:
-    uses = settings.subset(*USES)
-    shard = parse_shard(settings.shard)
-    m = settings.buckets
-    names = [maps.OWN, *maps.asked(settings.maps, settings.folds)]
-    reads = [ALIGNMENT, CALIBRATION, *(f"03_sensitivity/{maps.file('heads', name)}" for name in names)]
-    units = {f"{one['arm']}-{one['optimizer']}-{one['seed']}": one for one in arms.units(settings)}
-    of_neurons = [unit for unit, labels in units.items() if arms.parse(labels["arm"], m).of_neurons]
-    with artifacts.open_stage(
-        settings.folder, NAME, uses, reads + ([NEURONS] if of_neurons else []), 0.5, shard
-    ) as stage:
-        if stage.finished:
-            return
-        rows = artifacts.read_input(settings.folder, ALIGNMENT, schemas.EXAMPLES).to_pylist()
-        calibration = artifacts.read_input(settings.folder, CALIBRATION, schemas.EXAMPLES).to_pylist()
-        tables = [artifacts.read_input(settings.folder, relative, schemas.HEADS) for relative in reads[2:]]
-        scored = artifacts.read_input(settings.folder, NEURONS, schemas.NEURONS) if of_neurons else None
-        presets.remember(settings)
-        backend = load_backend(settings, stage)
-        shape = backend.shape
-        ranked = {name: head_map(table, shape) for name, table in zip(names, tables, strict=True)}
-        examples = [example(row) for row in rows]
-        util = [example(row) for row in calibration if row["role"] == "util"]
-        tasks = neurons.tasks(rows, examples)
-
-        heads = {
-            unit: arms.heads(labels["arm"], ranked, m, labels["seed"])
-            for unit, labels in units.items()
-            if unit not in of_neurons
-        }
-        chosen = {
-            unit: neurons.of_arm(arms.parse(units[unit]["arm"], m), scored, units[unit]["seed"])
-            for unit in of_neurons
-        }
-        stage.plan(list(units))
-        for unit in stage.left(list(units)):
-            labels = units[unit]
-            if unit in chosen:
-                gains = GainRecipe(
-                    lam=arms.parse(labels["arm"], m).lam,
-                    utility_objective=settings.utility_objective,
-                    lr=settings.gain_lr,
-                    inner_lr=settings.gain_inner_lr,
-                    inner_steps=settings.gain_inner_steps,
-                    epochs=settings.epochs,
-                    batch=settings.batch * settings.accumulation,
-                    max_length=settings.max_length,
-                    seed=labels["seed"],
-                )
-                count = len(chosen[unit].safety), len(chosen[unit].utility)
-                tune(
-                    stage,
-                    unit,
-                    labels,
-                    f"{count[0]} safety and {count[1]} utility neurons",
-                    outer_steps(tasks, chosen[unit], gains),
-                    lambda folder, checkpoint, unit=unit, gains=gains: backend.tune_gains(
-                        tasks, chosen[unit], replace(gains, folder=folder, checkpoint=checkpoint)
-                    ),
-                )
-                continue
-            recipe = Recipe(
-                rank=settings.rank,
-                alpha=settings.alpha,
-                lr=settings.lr,
-                epochs=settings.epochs,
-                batch=settings.batch,
-                accumulation=settings.accumulation,
-                max_length=settings.max_length,
-                seed=labels["seed"],
-                optimizer=labels["optimizer"],
-            )
-            reference = None if recipe.optimizer == "sft" else util
-            tune(
-                stage,
-                unit,
-                labels,
-                f"{len(heads[unit])} heads",
-                -(-len(examples) // (recipe.batch * recipe.accumulation)) * recipe.epochs,
-                lambda folder, checkpoint, unit=unit, recipe=recipe, reference=reference: backend.tune(
-                    examples,
-                    heads[unit],
-                    replace(recipe, folder=folder, checkpoint=checkpoint),
-                    reference,
-                ),
-            )
-        if not stage.gathers():
-            return
-        table = [
-            neuron_row(labels, unit, chosen[unit])
-            if unit in chosen
-            else arm_row(labels, unit, heads[unit], ranked, m, shape, settings.rank)
-            for unit, labels in units.items()
-        ]
-        training = stage.gather("training.parquet", list(units), schemas.TRAINING)
-        stage.write("arms.parquet", table, schemas.ARMS)
-        stage.finish(
-            arms=len(units), steps=training.num_rows, tokens=int(training["tokens"].to_numpy().sum())
-        )
+def main(settings: Settings) -> None:
+    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":
-    cli.run(main, units=True)
+    cli.run(STAGE)

@@ -10,149 +10,152 @@ with another judge, or another version of it, a finished stage is judged again a
 """
 
 import time
-from collections import defaultdict
-from pathlib import Path
+from dataclasses import dataclass
 
-import pyarrow as pa
+import pandas as pd
 
-from backends import models
 from backends.base import Backend
-from backends.errors import InputError
-from backends.progress import progress
-from data import benchmarks as registry
-from data.judges import KEYWORD_JUDGE_VERSION
+from backends.core.progress import progress
+from data import refusal_judge
+from data.benchmarks import Benchmark
 from data.rendering import example
-from stages import artifacts, classifier, cli, judging, loading, metrics, presets, schemas
-from stages.locks import parse_shard
-
-NAME = "05_evaluate"
-USES = ["backend", "dtype", "device", "benchmarks"]
-BENCHMARKS, ARMS = "01_calibrate/benchmarks.parquet", "04_align/arms.parquet"
-BASE = {"arm": "base", "optimizer": "none", "seed": -1}
-
-
-def respond(
-    backend: Backend, tokenizer, rows: list[dict], new_tokens: int, adapter: Path | None
-) -> list[dict]:
-    """Answers one benchmark's rows: next-token choices in one go, all others by generation."""
-    answers: list[dict] = [{} for _ in rows]
-    chosen = [index for index, row in enumerate(rows) if row["scoring"] == "choice"]
-    written = [index for index, row in enumerate(rows) if row["scoring"] != "choice"]
-    if chosen:
-        prediction, probability = backend.choices([example(rows[index]) for index in chosen], adapter)
-        for index, predicted, likely in zip(chosen, prediction.tolist(), probability.tolist(), strict=True):
-            choices = rows[index]["choices"]
-            output = choices[predicted] if choices else tokenizer.decode([predicted])
-            told = {"output": output, "token_ids": [], "prediction": predicted, "probability": likely}
-            answers[index] = told
-    if written:
-        generated = backend.generate([example(rows[index]) for index in written], new_tokens, adapter)
-        for index, tokens in zip(written, generated, strict=True):
-            output = tokenizer.decode(tokens, skip_special_tokens=True)
-            told = {"output": output, "token_ids": tokens.tolist()}
-            answers[index] = told | {"prediction": -1, "probability": float("nan")}
-    return answers
+from stages.method.arms import BASE_RUN, ArmRun
+from stages.run import classify, cli, judging
+from stages.run.classify import Classification
+from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.schemas import ARMS, BENCHMARKS, CLASSIFIED, OUTPUTS, RESPONSES, SCORES
+from stages.run.settings import Settings
 
 
-def generate(
-    stage: artifacts.Stage,
-    settings: presets.Settings,
-    units: dict[str, tuple[dict, Path | None, str]],
-    rows: dict[str, list[dict]],
-    asked: dict[str, registry.Asked],
-) -> None:
-    """Computes the units that are left; the bar shows each one's score by the keyword judge."""
-    left = stage.left(list(units))
-    if not left:
-        return
-    backend = loading.load_backend(settings, stage)
-    tokenizer = models.load_tokenizer(models.local_folder(settings.model, settings.revision))
-    bar = progress(left, desc=NAME, unit="unit")
-    for unit in bar:
-        labels, adapter, name = units[unit]
+@dataclass(frozen=True)
+class Evaluation:
+    """A unit: one model's answers to one benchmark."""
+
+    run: ArmRun
+    benchmark: Benchmark
+
+    @property
+    def unit(self) -> str:
+        return f"{self.run.name}-{self.benchmark.name}"
+
+
+def runs(settings: Settings) -> list[ArmRun]:
+    """The base model and every arm."""
+    return [BASE_RUN, *settings.arm_runs]
+
+
+def evaluations(settings: Settings) -> list[Evaluation]:
+    """Each of them on every benchmark."""
+    return [Evaluation(run, benchmark) for run in runs(settings) for benchmark in settings.benchmarks]
+
+
+def units(job: Job) -> Units:
+    own = evaluations(job.settings)
+    answering = {} if job.judging_again else {evaluation.unit: evaluation for evaluation in own}
+    return answering | classify.units(job.settings, own)
+
+
+def compute(job: Job, pending: Units) -> None:
+    answering = {unit: work for unit, work in pending.items() if isinstance(work, Evaluation)}
+    classifying = {unit: work for unit, work in pending.items() if isinstance(work, Classification)}
+    if answering:
+        answer(job, answering)
+    if classifying:
+        classify.compute(job, classifying)
+
+
+def answer(job: Job, pending: Units) -> None:
+    """Answers benchmarks; the bar shows each one's score by the keyword judge."""
+    rows, backend = job.read(BENCHMARKS), job.backend
+    bar = progress(pending.items(), desc=job.stage.name, unit="unit")
+    for unit, work in bar:
+        asked = rows[rows["split"] == work.benchmark.name].reset_index(drop=True)
         began = time.monotonic()
-        answers = respond(backend, tokenizer, rows[name], asked[name].new_tokens, adapter)
-        seconds = time.monotonic() - began
-        told = [
-            labels | {"benchmark": name, "example_id": row["example_id"], "prompt": row["prompt"]} | answer
-            for row, answer in zip(rows[name], answers, strict=True)
+        outputs = respond(job, backend, asked, work)
+        job.keep(unit, outputs, OUTPUTS, seconds=round(time.monotonic() - began, 2))
+        score = judging.judge_outputs(outputs, asked, work.benchmark)["verdict"].mean()
+        bar.set_postfix_str(f"{unit} {score:.3f}")
+
+
+def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) -> pd.DataFrame:
+    """One model's outputs on a benchmark's rows: next-token choices in one go, all others by generation."""
+    adapter = job.run.folder / "04_align" / "adapters" / work.run.name if work.run.optimizer else None
+    outputs = pd.DataFrame(
+        work.run.labels | {"benchmark": work.benchmark.name} | dict.fromkeys(OUTPUTS.names[4:]),
+        index=rows.index,
+        dtype=object,
+    ).assign(example_id=rows["example_id"], prompt=rows["prompt"])
+    choice = rows["scoring"] == "choice"
+    if choice.any():
+        chosen = rows[choice].to_dict("records")
+        prediction, probability = backend.choices([example(row) for row in chosen], adapter)
+        texts = [
+            row["choices"][predicted] if len(row["choices"]) else job.tokenizer.decode([predicted])
+            for row, predicted in zip(chosen, prediction.tolist(), strict=True)
         ]
-        outputs = pa.Table.from_pylist(told, schema=schemas.OUTPUTS)
-        stage.write_part(unit, outputs, schemas.OUTPUTS, seconds=round(seconds, 2))
-        verdicts = judging.judged(outputs, rows[name], asked[name].benchmark)["verdict"].to_numpy()
-        bar.set_postfix_str(f"{unit} {verdicts.mean():.3f}")
+        columns = {"output": texts, "token_ids": [[]] * len(texts)}
+        columns |= {"prediction": prediction.tolist(), "probability": probability.tolist()}
+        outputs.loc[choice, list(columns)] = pd.DataFrame(columns, index=rows.index[choice], dtype=object)
+    if not choice.all():
+        written = [example(row) for row in rows[~choice].to_dict("records")]
+        generated = backend.generate(written, work.benchmark.new_tokens, adapter)
+        texts = [job.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated]
+        columns = {"output": texts, "token_ids": [tokens.tolist() for tokens in generated]}
+        outputs.loc[~choice, list(columns)] = pd.DataFrame(columns, index=rows.index[~choice], dtype=object)
+    return outputs
 
 
-def main(settings: presets.Settings) -> None:
-    uses = settings.subset(*USES)
-    reads = [BENCHMARKS, ARMS]
-    adapters = artifacts.stage_manifest(settings.folder, "04_align")["outputs"]
-    reads += [f"04_align/{file}" for file in sorted(adapters) if file.startswith("adapters/")]
-    shard = parse_shard(settings.shard)
-    judge = {"judge": KEYWORD_JUDGE_VERSION}
-    judge["classifier"] = classifier.identity(settings) if settings.judge == "wildguard" else None
-    with artifacts.open_stage(settings.folder, NAME, uses, reads, shard=shard, noted=judge) as stage:
-        if stage.finished and not stage.outdated:
-            return
-        benchmark_rows = artifacts.read_input(settings.folder, BENCHMARKS, schemas.EXAMPLES).to_pylist()
-        arms = artifacts.read_input(settings.folder, ARMS, schemas.ARMS).to_pylist()
-        for relative in reads[2:]:
-            if artifacts.sha256(settings.folder / relative) != stage.inputs[relative]:
-                raise InputError(
-                    f"{settings.folder / relative} is not what its manifest says (sha256): make 04 again"
-                )
-        presets.remember(settings)
-        named = registry.asked(settings.benchmarks, bool(settings.util), bool(settings.safe))
-        asked = {one.name: one for one in named}
-        rows = defaultdict(list)
-        for row in benchmark_rows:
-            rows[row["role"]].append(row)
-        labelled: list[tuple[dict, Path | None]] = [(BASE, None)]
-        for arm in arms:
-            labels = {name: arm[name] for name in ("arm", "optimizer", "seed")}
-            labelled.append((labels, settings.folder / "04_align" / arm["adapter"]))
-        units = {
-            f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}-{name}": (labels, adapter, name)
-            for labels, adapter in labelled
-            for name in rows
-        }
-        if stage.finished:
-            stage.say(f"judged otherwise ({stage.outdated}): the kept responses are judged again")
-            kept = artifacts.read_table(stage.folder / "responses.parquet", schemas.RESPONSES)
-            parts = judging.split(kept.select(schemas.OUTPUTS.names), units, rows)
-            stage.reopen(parts, schemas.OUTPUTS, "responses.parquet")
-        requests = [unit for unit, (_, _, name) in units.items() if asked[name].benchmark.side != "utility"]
-        classified = classifier.units(settings, requests) if judge["classifier"] else {}
-        stage.plan([*units, *classified.values()])
-        generate(stage, settings, units, rows, asked)
-        classifier.classify(stage, settings, classified)
-        if not stage.gathers():
-            return
+def join(job: Job) -> dict:
+    """Judges all outputs and scores every model on every benchmark."""
+    own, rows = evaluations(job.settings), job.read(BENCHMARKS)
+    outputs = job.outputs(RESPONSES, (evaluation.unit for evaluation in own), OUTPUTS)
+    classified = classify.units(job.settings, own)
+    unit_of = {work.evaluation.unit: unit for unit, work in classified.items()}
+    responses, unclear, start = [], 0, 0
+    for evaluation in progress(own, desc="judging", unit="unit"):
+        requested, words = rows[rows["split"] == evaluation.benchmark.name], None
+        answered = outputs.iloc[start : start + len(requested)]
+        start += len(requested)
+        if evaluation.unit in unit_of:
+            words = job.parts([unit_of[evaluation.unit]], CLASSIFIED)
+            unclear += int(words["unclear"].sum())
+        responses.append(judging.judge_outputs(answered, requested, evaluation.benchmark, words))
+    judged = pd.concat(responses, ignore_index=True)
+    sides = {benchmark.name: benchmark.side for benchmark in job.settings.benchmarks}
+    scores = judging.score_rows(judged, sides)
+    for run, score in zip(
+        runs(job.settings), scores["score"].to_numpy().reshape(-1, len(sides)), strict=True
+    ):
+        named = ", ".join(f"{name} {value:.3f}" for name, value in zip(sides, score, strict=True))
+        job.say(f"{run.name}: {named}")
+    if unclear:
+        job.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
+    job.write(RESPONSES, judged)
+    job.write(SCORES, scores)
+    return {"responses": len(judged)}
 
-        responses, scores, unclear = [], [], 0
-        for unit, (labels, _, name) in progress(units.items(), desc="judging", unit="unit"):
-            outputs = stage.read_parts([unit], schemas.OUTPUTS)
-            words = None
-            if unit in classified:
-                words = stage.read_parts([classified[unit]], schemas.CLASSIFIED)
-                unclear += words.num_rows - int(words["clear"].to_numpy().sum())
-            table = judging.judged(outputs, rows[name], asked[name].benchmark, words)
-            responses.append(table)
-            count, passed = table.num_rows, int(table["verdict"].to_numpy().sum())
-            low, high = metrics.wilson_interval(passed, count)
-            told = {"benchmark": name, "side": asked[name].benchmark.side, "n": count}
-            told |= {"score": passed / count, "score_low": low, "score_high": high}
-            scores.append(labels | told)
-        for labels, _ in labelled:
-            own = [score for score in scores if all(score[key] == labels[key] for key in labels)]
-            summary = ", ".join(f"{score['benchmark']} {score['score']:.3f}" for score in own)
-            stage.say(f"{labels['arm']}-{labels['optimizer']}-{labels['seed']}: {summary}")
-        if unclear:
-            stage.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
-        stage.write("responses.parquet", pa.concat_tables(responses), schemas.RESPONSES)
-        stage.write("scores.parquet", scores, schemas.SCORES)
-        stage.finish(**judge, responses=sum(table.num_rows for table in responses))
+
+def judge(settings: Settings) -> dict:
+    """What a manifest says of the judges."""
+    return {"judge": refusal_judge.KEYWORD_JUDGE_VERSION, "classifier": classify.identity(settings)}
+
+
+STAGE = Stage(
+    name="05_evaluate",
+    rests_on=("model", "data", "map", "tuning"),
+    reads=(BENCHMARKS, ARMS),
+    writes=(RESPONSES, SCORES),
+    units=units,
+    compute=compute,
+    join=join,
+    also_reads="04_align/adapters",
+    judged_by=judge,
+)
+
+
+def main(settings: Settings) -> None:
+    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":
-    cli.run(main, units=True)
+    cli.run(STAGE)

@@ -1,4 +1,4 @@
-"""Stage 06: what safety has cost, whether the map foretold it, and the report (Eq. 7-8, §5, App. C-F).
+"""Stage 06: what safety has cost, whether the map predicted it, and the report (Eq. 7-8, §5, App. C-F).
 
     python -m stages.06_correlate --run outputs/smollm
 
@@ -8,166 +8,170 @@ minute or two of millions of responses. Its files hold no times and no paths of 
 inputs give the same bytes; times stand in each stage's manifest.json.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+import pandas as pd
 
-from backends import files
-from backends.errors import InputError
-from data import benchmarks as registry
-from stages import artifacts, cli, maps, presets, schemas
-from stages.arms import HeadMap
-from stages.auditing import comparison
-from stages.reporting import (
-    answers,
+from backends.core.files import write_text
+from backends.core.seeds import stream
+from data.benchmarks import BENCHMARKS as KNOWN
+from stages.method.arms import BASE, OWN, arm_from_row
+from stages.method.heads import HeadMap
+from stages.report import (
+    claims,
     correlations,
     costs,
+    examples,
     failures,
-    families,
     figures,
     findings,
     map_tables,
-    neuron_figures,
-    report,
-    side_by_side,
+    page,
     tables,
     trade_offs,
-    verdicts,
+)
+from stages.report.responses import Responses, read_responses, runs_of
+from stages.report.results import Results
+from stages.run import cli
+from stages.run.runner import Job, Stage, run_stage
+from stages.run.schemas import ARMS, BENCHMARKS, HEADS, RESPONSES, SCORES
+from stages.run.settings import Settings
+
+EARLIER = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
+
+
+def compute(job: Job) -> tuple[Results, Responses]:
+    """All numbers of the report."""
+    settings = job.settings
+    arms, scores = job.read(ARMS), job.read(SCORES)
+    by_name = {row["arm"]: arm_from_row(row) for row in arms.to_dict("records")} | {BASE.name: BASE}
+    sides = dict(zip(scores["benchmark"], scores["side"], strict=True))
+    source = next((name for name in sides if KNOWN[name].source_domain), None)
+    losses = costs.losses_of(sides, source)
+
+    # §4.1: scores, means by side and cost ratios of every arm, optimizer and seed; then over seeds
+    measured: dict = {}
+    for run, row in zip(runs_of(scores, by_name), scores.to_dict("records"), strict=True):
+        measured.setdefault(run, {})[row["benchmark"]] = row["score"]
+    by_seed = costs.arm_costs(measured, arms.set_axis(runs_of(arms, by_name)), sides, losses)
+    responses = read_responses(job.run, by_name)
+    draws = costs.resampled(
+        responses,
+        sides,
+        losses,
+        resamples=settings.map.resamples,
+        generator=stream(settings.data.seed, "costs", "rows"),
+    )
+    means = costs.with_intervals(costs.mean_over_seeds(by_seed, losses), draws)
+    results = Results(
+        m=settings.map.buckets,
+        paper=settings.model.paper or None,
+        maps=settings.maps,
+        heads={spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in settings.maps},
+        sides=sides,
+        source=source,
+        losses=losses,
+        costs=by_seed,
+        means=means,
+        draws=draws,
+        # §5.3: does what the buckets were ranked by predict their cost?
+        correlations=correlations.correlations(by_seed, means, draws, settings.map.buckets),
+        # App. C: refusals of harmless questions, reasoning that is gone
+        failures=failures.count_failures(responses, sides),
+    )
+    return results, responses
+
+
+def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
+    """Tables that are not the paper's, by file name."""
+    heads = dict(results.heads)
+    own = heads.pop(OWN)
+    return {
+        "costs": results.costs,
+        "costs_mean": results.means,
+        "correlations": results.correlations,
+        "failures": results.failures,
+        "layers": map_tables.layer_table(own),
+        "heads_top": map_tables.extreme_heads(job.read(HEADS)),
+        "variants": map_tables.variant_table(own),
+        "maps": map_tables.other_maps_table(own, heads),
+    }
+
+
+def draw_figures(job: Job, results: Results) -> None:
+    """Draws and writes every figure."""
+    own = results.heads[OWN]
+    with figures.style():
+        drawings = {
+            "figure7_conflict_map": figures.conflict_map(own),
+            "conflict_sensitivity": figures.conflict_against_sensitivity(own),
+        } | trade_offs.all_figures(results)
+        for name, drawing in drawings.items():
+            figures.save(drawing, job.folder / "figures", name)
+
+
+def warn_of_limits(job: Job, results: Results) -> None:
+    """Says what a reader of the tables must not overlook."""
+    gains = results.costs["safety_gain"].dropna()
+    if without := int((gains <= 0).sum()):
+        job.warn(f"{without} of {len(gains)} tuned models gained no safety: their cost ratios mean nothing")
+    for optimizer in results.optimizers:
+        row = results.correlation(optimizer, "ucr")
+        if row and pd.isna(row["pearson"]):
+            equal = row["n_points"] >= correlations.FEWEST_POINTS
+            why = "the costs are all equal" if equal else "fewer than 3 usable points"
+            job.warn(f"{optimizer}: no correlation of C and UCR, {why} ({row['n_points']} buckets)")
+
+
+def join(job: Job) -> dict:
+    """Computes, writes and says it all."""
+    results, responses = compute(job)
+    plain, papers = plain_tables(job, results), tables.paper_tables(results)
+    for name, table in plain.items():
+        if len(table):
+            tables.write(job.folder / "tables", name, table)
+    for table in papers:
+        tables.write(job.folder / "tables", table.name, table.rows, table.caption)
+    draw_figures(job, results)
+    warn_of_limits(job, results)
+
+    # §5: what of the paper's claims holds here
+    verdicts = claims.claims(results)
+    manifests = {name: job.run.manifest(name) for name in EARLIER}
+    own_probability = manifests["03_sensitivity"]["notes"].get("mean_probability_of_own_bucket")
+    paragraphs = findings.findings(results, verdicts, own_probability)
+    rows = job.run.read(BENCHMARKS, columns=["example_id", "target"])
+    targets = dict(zip(rows["example_id"], rows["target"], strict=True))
+    text = page.render(
+        results,
+        manifests | {job.stage.name: {"notes": job.notes, "settings": job.rests_on}},
+        papers,
+        job.folder / "figures",
+        plain=plain,
+        findings=paragraphs,
+        claims=verdicts,
+        samples=examples.samples(responses, results, targets),
+        failure_modes=examples.failure_modes(responses, results, targets),
+    )
+    write_text(job.folder / "report.html", text)
+    sentences = [sentence for paragraph in paragraphs for sentence in paragraph]
+    for sentence in sentences:
+        job.say(sentence)
+    return {"findings": sentences, "source_benchmark": results.source}
+
+
+STAGE = Stage(
+    name="06_correlate",
+    rests_on=("model", "data", "map", "tuning"),
+    reads=(BENCHMARKS, HEADS, ARMS, SCORES, RESPONSES),
+    writes=(),
+    join=join,
+    also_writes=("tables/*", "figures/*", "report.html"),
 )
 
-NAME = "06_correlate"
-USES = ["seed", "buckets", "variant", "resamples", "maps", "util_source"]
-BENCHMARKS = "01_calibrate/benchmarks.parquet"
-ARMS, SCORES = "04_align/arms.parquet", "05_evaluate/scores.parquet"
 
-
-def heads_file(name: str) -> str:
-    return f"03_sensitivity/{maps.file('heads', name)}"
-
-
-def warn_of_limits(stage: artifacts.Stage, rows: Sequence[dict], found: Sequence[dict]) -> None:
-    """Says what a reader of the tables must not overlook."""
-    tuned = [row for row in rows if row["arm"] != costs.BASE]
-    if flagged := sum(row["flag"] == costs.NO_GAIN for row in tuned):
-        stage.warn(f"{flagged} of {len(tuned)} tuned models gained no safety: their cost ratios mean nothing")
-    for optimizer in dict.fromkeys(row["optimizer"] for row in found):
-        one = correlations.one_of(found, optimizer, "ucr")
-        if one and one["pearson"] is None:
-            equal = one["n_points"] >= correlations.FEWEST_POINTS
-            why = "the costs are all equal" if equal else "fewer than 3 usable points"
-            stage.warn(f"{optimizer}: no correlation of C and UCR, {why} ({one['n_points']} buckets)")
-
-
-def compared(stage: artifacts.Stage, run: Path) -> tuple[str, list[comparison.Row]] | None:
-    """How far this run and its sibling of the other backend differ, and what the sibling is; None: there is
-    none. Whatever is wrong with the sibling is no reason to go without a report."""
-    other = comparison.sibling(run)
-    if other is None:
-        return None
-    try:
-        runs = comparison.open_run(run), comparison.open_run(other)
-        rows = comparison.compare(*runs)
-    except (InputError, ValueError) as error:
-        stage.warn(f"the sibling run {other.name} cannot be compared: {str(error).splitlines()[0]}")
-        return None
-    stage.notes["compared_with"] = {
-        "run": other.name,
-        "manifests": {
-            name: artifacts.sha256(other / name / artifacts.MANIFEST) for name in comparison.STAGES
-        },
-    }
-    failed = [row.quantity for row in rows if row.ok is False]
-    if failed:
-        stage.warn(f"past tolerance against {other.name}: {', '.join(failed)}")
-    return f"{other.name} ({comparison.describe(runs[1])})", rows
-
-
-def main(settings: presets.Settings) -> None:
-    others = maps.asked(settings.maps, settings.folds)
-    reads = [BENCHMARKS, *map(heads_file, (maps.OWN, *others)), ARMS, SCORES, answers.FILE]
-    with artifacts.open_stage(settings.folder, NAME, settings.subset(*USES), reads) as stage:
-        if stage.finished:
-            return
-        run, m = settings.folder, settings.buckets
-        benchmark_rows = artifacts.read_input(run, BENCHMARKS, schemas.EXAMPLES)
-        head_tables = {
-            name: artifacts.read_input(run, heads_file(name), schemas.HEADS) for name in (maps.OWN, *others)
-        }
-        arms = artifacts.read_input(run, ARMS, schemas.ARMS).to_pylist()
-        scores = artifacts.read_input(run, SCORES, schemas.SCORES).to_pylist()
-        given = answers.read(run)
-        manifests = {name: artifacts.stage_manifest(run, name) for name in report.STAGES}
-        stage.begin()
-
-        head_maps = {name: map_tables.head_map(table) for name, table in head_tables.items()}
-        heads = head_maps[maps.OWN]
-        ranked = {name: HeadMap(one.conflict, one.sensitivity, one.score) for name, one in head_maps.items()}
-        arms = [row | {"predicted": families.predicted(row, ranked, m)} for row in arms]
-        sides = costs.benchmark_sides(scores)
-        domains = [name for name in sides if registry.BENCHMARKS[name].source_domain]
-        source = domains[0] if domains else None
-
-        rows = costs.arm_costs(scores, arms, source)
-        draws = {"resamples": settings.resamples, "seed": settings.seed}
-        drawn = costs.resampled_scores(given, sides, **draws)
-        means = costs.with_intervals(costs.mean_over_seeds(rows, source), drawn)
-        of_heads, _ = neuron_figures.split(means, m)
-        found = correlations.correlations(rows, m, **draws)
-        failed = failures.failures(given, sides)
-        own = head_tables[maps.OWN]
-        h_gen, h_safe = (own[name].to_numpy().reshape(heads.score.shape) for name in ("h_gen", "h_safe"))
-        plain = {
-            "costs": rows,
-            "costs_mean": means,
-            "correlations": found,
-            "failures": failed,
-            "layers": map_tables.layer_rows(heads),
-            "heads_top": map_tables.extreme_heads(own),
-            "variants": map_tables.variant_rows(h_gen, h_safe, heads.conflict, m),
-            "maps": map_tables.other_map_rows(ranked[maps.OWN], {name: ranked[name] for name in others}, m),
-        }
-        for name, content in plain.items():
-            if content:
-                tables.write(stage.folder / "tables", name, content)
-        by_arm = {(row["arm"], row["optimizer"]): row for row in means}
-        model = tables.paper_model(manifests["02_conflict"]["model"].get("id", ""))
-        papers = tables.all_tables(tables.Run(by_arm, sides, source, m, model), others, found)
-        for one in papers:
-            tables.write(stage.folder / "tables", one.name, one.rows, one.caption)
-        warn_of_limits(stage, rows, found)
-
-        with figures.style():
-            drawings = {
-                "figure7_conflict_map": figures.conflict_map(heads),
-                "conflict_sensitivity": figures.conflict_against_sensitivity(heads),
-            }
-            drawings |= trade_offs.all_figures(heads, of_heads, found, m, source)
-            drawings |= neuron_figures.all_figures(means, m)
-            for name, drawing in drawings.items():
-                figures.save(drawing, stage.folder / "figures", name)
-
-        claims = verdicts.claims(of_heads, rows, found, drawn, m, source, others, settings.util_source)
-        sentences = findings.findings(means, found, failed, manifests, m)
-        ids, references = (benchmark_rows[name].to_pylist() for name in ("example_id", "target"))
-        targets = dict(zip(ids, references, strict=True))
-        page = report.render(
-            tables=plain,
-            papers=papers,
-            comparison=compared(stage, run),
-            findings=sentences,
-            claims=claims,
-            manifests=manifests | {NAME: {"notes": stage.notes, "settings": stage.settings}},
-            samples=side_by_side.samples(given, targets, sides, m),
-            failure_modes=side_by_side.failure_modes(given, targets, sides, m),
-            figures_folder=stage.folder / "figures",
-            sides=sides,
-            source=source,
-            m=m,
-        )
-        files.write_text(stage.folder / "report.html", page)
-        for sentence in sentences:
-            stage.say(sentence)
-        stage.finish(findings=sentences, source_benchmark=source)
+def main(settings: Settings) -> None:
+    """Makes the stage."""
+    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(STAGE)

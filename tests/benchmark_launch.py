@@ -9,8 +9,6 @@ used, whoever uses them: what whole processes need beside each other says how mu
 is. All sweeps must be equal, byte for byte.
 """
 
-import dataclasses
-import importlib
 import os
 import shutil
 import subprocess
@@ -22,17 +20,21 @@ from pathlib import Path
 
 import tyro
 
-from stages import presets
-from stages.launching.on_ray import HERE, RayEngine
+from stages.run.pipeline import STAGES
+from stages.run.presets import preset_settings
+from stages.scale.engine import LOCAL
+from stages.scale.engine import Options as Launch
+from stages.scale.on_ray import RayEngine
 from tests.conftest import ROOT
+from tests.runs import assert_same, make_run
 
-NAME = "03_sensitivity"
-ALONE = """
-import importlib, sys, time
-from stages import presets
-settings = presets.parse(sys.argv[1:])
+SWEEP = STAGES[2]
+ALONE = f"""
+import time
+from stages.run import pipeline, presets
+settings = presets.parse()
 wall, work = time.monotonic(), time.process_time()
-importlib.import_module("stages.03_sensitivity").main(settings)
+pipeline.make({SWEEP!r}, settings)
 print("took", time.monotonic() - wall, time.process_time() - work)
 """
 
@@ -58,46 +60,37 @@ def processes(folders: list[Path]) -> tuple[float, float]:
         )
         for folder in folders
     ]
-    told = [process.communicate()[0] for process in started]
+    outputs = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         sys.exit("a process failed: see above")
-    took = [[float(number) for number in text.splitlines()[-1].split()[1:]] for text in told]
+    took = [[float(number) for number in output.splitlines()[-1].split()[1:]] for output in outputs]
     wall, work = (sum(each) / len(took) for each in zip(*took, strict=True))
     return wall, work
 
 
 def main(options: Options) -> None:
+    sizes = {name: getattr(options, name) for name in ("util_rows", "safe_rows", "sweep_tokens", "dtype")}
+    settings = preset_settings("smollm").replace(pairs=0, neurons=(), **sizes)
     with tempfile.TemporaryDirectory(prefix="cast-benchmark-") as scratch:
-        begun, shared = Path(scratch, "begun"), Path(scratch, "shared")
-        alone, *beside = whole = [Path(scratch, f"whole{number}") for number in range(options.actors + 1)]
-        settings = dataclasses.replace(
-            presets.preset_settings("smollm"),
-            run=str(begun),
-            pairs=0,
-            neurons=(),
-            **{name: getattr(options, name) for name in ("util_rows", "safe_rows", "sweep_tokens", "dtype")},
-        )
-        for earlier in ("01_calibrate", "02_conflict"):
-            importlib.import_module(f"stages.{earlier}").main(settings)
-        for folder in (*whole, shared):
-            shutil.copytree(begun, folder)
+        begun = make_run(Path(scratch, "begun"), settings, STAGES[:2])
+        names = ["shared", "alone", *(f"whole{number}" for number in range(options.actors))]
+        shared, alone, *beside = (Path(shutil.copytree(begun, Path(scratch, name))) for name in names)
         took = {
             "one process alone": processes([alone]),
             f"each of {len(beside)} processes beside each other": processes(beside),
         }
-        engine = RayEngine(dataclasses.replace(settings, run=str(shared)), HERE, None, 1, options.actors)
+        launch = Launch(ray=LOCAL, cpus_per_actor=1, actors=options.actors)
+        engine = RayEngine(settings.replace(run=str(shared)), launch)
         try:
             engine.start()
             began = time.monotonic()
-            engine.run(NAME)
+            engine.run(SWEEP)
             wall = time.monotonic() - began
-            print("\n".join(engine.told()))
-            work = sum(one.work for one in engine.nodes.values())
+            work = sum(node.work for node in engine.nodes.values())
         finally:
             engine.close()
-        for table in ("sweep_choices.parquet", "sweep_generations.parquet", "heads.parquet"):
-            for folder in whole:
-                assert (folder / NAME / table).read_bytes() == (shared / NAME / table).read_bytes(), table
+        for folder in (alone, *beside):
+            assert_same(folder / SWEEP, shared / SWEEP)
     print(f"{options.actors} actors: {work:.0f} s of processor time, {wall:.0f} s")
     for who, (its_wall, its_work) in took.items():
         print(

@@ -31,33 +31,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-import transformers
 import tyro
 
 import backends
-from backends import torch_loss
-from backends.base import Backend, Recipe, Tuning
-from data.examples import Example
+from backends.base import Backend, Example, Recipe, Tuning
+from backends.torch import loss as torch_loss
+from tests.benchmark_sweep import SHAPES, random_model
 from tests.conftest import ROOT
 
-SHAPES = {
-    "small": {
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-    "smollm": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-}
 OPTIMIZERS = ("sft", "pcgrad", "pcgrad-symmetric")
 
 
@@ -87,12 +68,8 @@ class Options:
 
 def loaded(options: Options) -> Backend:
     """A model of random weights, written to a folder and loaded as any other."""
-    config = transformers.LlamaConfig(
-        **SHAPES[options.shape], eos_token_id=2, bos_token_id=1, tie_word_embeddings=True
-    )
-    with tempfile.TemporaryDirectory(prefix="cast-benchmark-") as folder, torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with tempfile.TemporaryDirectory(prefix="cast-benchmark-") as folder:
+        random_model(options.shape, folder)
         return backends.load(options.backend, Path(folder), dtype=options.dtype, device=options.device)
 
 
@@ -127,9 +104,8 @@ def tuning(backend: Backend, options: Options, optimizer: str, steps: int) -> Tu
 # Memory
 
 OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-"""for glibc: larger pieces in pages of their own, which are given back when freed. By default it raises that
-size as it goes and cuts pieces of up to 32 MiB out of arenas, whose holes stay resident: tens of MiB that
-depend on how threads met."""
+"""for glibc: larger pieces in pages of their own, which are returned when freed; by default pieces of up to
+32 MiB come from arenas, whose holes stay resident"""
 
 
 class Peak:
@@ -138,9 +114,7 @@ class Peak:
     def __init__(self, backend: Backend):
         self.backend = backend
         gc.collect()
-        if (
-            sys.platform == "linux"
-        ):  # what the C library has kept for itself would hide what is asked for next
+        if sys.platform == "linux":  # memory that the C library holds would hide what is allocated next
             ctypes.CDLL(None).malloc_trim(0)
         if not backend.device.startswith("cpu") and backend.name == "torch":
             torch.cuda.reset_peak_memory_stats()
@@ -150,8 +124,8 @@ class Peak:
 
     def _bytes(self, peak: bool) -> int:
         if self.backend.device.startswith("cpu"):
-            told = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-            return 1024 * int(told["VmHWM" if peak else "VmRSS"].split()[0])
+            status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+            return 1024 * int(status["VmHWM" if peak else "VmRSS"].split()[0])
         if self.backend.name == "torch":
             return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
         import jax
@@ -175,10 +149,10 @@ def memory_here(options: Options) -> int:
 
 
 def memory_apart(options: Options, optimizer: str) -> int:
-    """The same, the least of `repeats` processes of its own: nothing is left over from another optimizer, and
-    what threads hold by chance only adds."""
-    asked = dataclasses.asdict(options) | {"optimizer": optimizer, "steps": 0}
-    flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
+    """The same, the least of `repeats` processes of its own: another optimizer's memory would count, and what
+    threads hold by chance only adds."""
+    requested = dataclasses.asdict(options) | {"optimizer": optimizer, "steps": 0}
+    flags = [part for name, value in requested.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "tests.benchmark_tuning", *flags]
     found = []
     for _ in range(options.repeats):
@@ -222,7 +196,7 @@ def main(options: Options) -> None:
         tokens = size * options.tokens / took[optimizer]
         print(
             f"{optimizer}: {took[optimizer]:.3f} s a step, {took[optimizer] / took['sft']:.2f} times sft's, "
-            f"{tokens:.0f} tokens/s (the reference's not counted)"
+            f"{tokens:.0f} tokens/s (without the reference's)"
         )
     if options.shared and options.backend == "torch":
         with mock.patch.object(torch_loss, "_line_pays", lambda *_: False):

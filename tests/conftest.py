@@ -3,8 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as backends does, and before torch is imported here
-# Flax tests of random models are compiling for the most part, and LLVM's passes are a third of that; where a
-# result is held to the tolerances of a run, programs are compiled as users' are (`optimized`).
+# Flax tests of random models mostly compile, and LLVM's passes are a third of that; where a result is held to
+# the tolerances of a run, programs are compiled as users' are (`optimized`).
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import contextlib
@@ -24,22 +24,25 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from backends.base import Backend  # noqa: E402
-from data.examples import Example  # noqa: E402
+from backends.base import Backend, Example, Head  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers.utils.logging.disable_progress_bar()
 
-pytest_plugins = ["tests.public_sets"]
+pytest_plugins = ["tests.public_sets", "tests.runs"]
 
 SHARED = ROOT.parent / "shared"
 """Real public data, present where this project is developed; tests that need it skip elsewhere."""
 
 BACKENDS = ["torch", "flax"]
-KINDS = [f"{family}-{heads}" for family in ("llama", "qwen2", "mistral") for heads in ("mha", "gqa", "mqa")]
-FEWER = ["llama-gqa", "llama-mqa", "qwen2-mha", "qwen2-mqa", "mistral-mha", "mistral-gqa"]
-"""each family and each sharing of keys twice, where Flax is held against plain loops, the sweeps among them;
-logits, gradients, responses and tuning are held against torch's on all nine by `test_parity`"""
+KINDS = ["llama-gqa", "qwen2-mha", "qwen2-mqa", "mistral-mqa"]
+"""each family and each sharing of keys, with one window for all layers, for some, and for none"""
+COMPILED = ["llama-gqa", "qwen2-mqa"]
+"""where Flax would compile for each kind: scaled rotary embedding and a tied matrix; biases and mixed
+windows"""
+ALL_KINDS = [
+    f"{family}-{heads}" for family in ("llama", "qwen2", "mistral") for heads in ("mha", "gqa", "mqa")
+]
 VOCABULARY, LAYERS, HEADS, HEAD_DIM = 97, 3, 4, 8
 
 
@@ -84,10 +87,16 @@ def write_model(folder: Path, kind: str, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {kind: write_model(root / kind, kind) for kind in KINDS}
+    return {kind: write_model(root / kind, kind) for kind in ALL_KINDS}
 
 
-PAIRS = [("torch", kind) for kind in KINDS] + [("flax", kind) for kind in FEWER]
+def of_kinds(*prefix: str, short: list[str] = KINDS) -> list:
+    """Parameters for every kind of model; those beyond `short` are long."""
+    marks = {kind: () if kind in short else pytest.mark.long for kind in ALL_KINDS}
+    return [
+        pytest.param((*prefix, kind) if prefix else kind, id="-".join((*prefix, kind)), marks=marks[kind])
+        for kind in ALL_KINDS
+    ]
 
 
 @contextlib.contextmanager
@@ -127,20 +136,20 @@ def few_programs():
         sys.modules["jax"].clear_caches()
 
 
-@pytest.fixture(scope="session", params=PAIRS, ids="-".join)
+@pytest.fixture(scope="session", params=[*of_kinds("torch"), *of_kinds("flax", short=COMPILED)])
 def pair(request, models) -> Pair:
-    """Torch on every kind of model, Flax on enough of them."""
+    """Either backend on every kind of model."""
     name, kind = request.param
     return load_pair(name, models[kind])
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def gqa(request, models) -> Pair:
-    """Both backends on one model, where every kind would say nothing new."""
+    """Both backends on one model."""
     return load_pair(request.param, models["llama-gqa"])
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=of_kinds(short=COMPILED))
 def both(request, models) -> list[Backend]:
     """Torch and Flax on one model, of every kind."""
     import backends
@@ -193,11 +202,23 @@ def make_examples(
     return examples
 
 
+def assert_same(found, expected) -> None:
+    """Lists of int32 arrays."""
+    assert len(found) == len(expected)
+    for tokens, wanted in zip(found, expected, strict=True):
+        assert tokens.dtype == np.int32
+        np.testing.assert_array_equal(tokens, wanted)
+
+
+def all_heads() -> list[Head]:
+    return [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+
+
 @pytest.fixture(scope="session")
 def smollm():
     """Folder of the embedded model, if this machine has it already or may fetch it; else the test skips."""
     from backends import models as folders
-    from backends.errors import InputError
+    from backends.core.errors import InputError
 
     try:
         return folders.local_folder(folders.EMBEDDED)

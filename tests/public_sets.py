@@ -1,8 +1,15 @@
 """Made-up rows in the columns of the public sets, in a folder or behind a replaced `datasets`."""
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the public data sets are not in ../shared/data"
+)
 
 MMLU = [
     {"question": "Which?", "subject": "s", "choices": ["p", "q", "r", "s"], "answer": 2},

@@ -1,4 +1,4 @@
-"""The slow, obvious ways. To silence a head: a hook on the whole model, one prompt at a time, transformers'
+"""The slow, obvious ways. To ablate a head: a hook on the whole model, one prompt at a time, transformers'
 generate. To tune: PEFT and transformers' own loss.
 
 Shares no code with the backends; tests and benchmarks hold them against it.
@@ -11,11 +11,11 @@ import peft
 import torch
 import transformers
 
-from backends.base import lora_a
+from backends.core.seeds import lora_a
 
 
 @contextmanager
-def silenced(model, layer: int, head: int, mask: str = "output"):
+def ablated(model, layer: int, head: int, mask: str = "output"):
     attention = model.model.layers[layer].self_attn
     part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
 

@@ -1,267 +1,214 @@
-"""The comparison passes two backends' runs of one method, names what is past its tolerance, traces ties."""
+"""The comparison passes two backends' runs of one method, and names what is past its tolerance."""
 
-import dataclasses
-import importlib
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
+from operator import add
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from backends.errors import InputError
-from stages import artifacts, audit, compare, schemas
-from stages.auditing import comparison
+from stages import audit, compare
+from stages.checks import comparison, near_ties
+from stages.checks.finished import FinishedRun
+from stages.run import schemas as t
+from stages.run.store import read_table, write_table
 from tests.conftest import ROOT, optimized
-from tests.tampering import (
-    ADAPTER,
-    CALIBRATION,
-    CHOICES,
-    GENERATIONS,
-    HEADS,
-    RESPONSES,
-    SCORES,
-    SETTINGS,
-    edit,
-    edit_manifest,
-    finished_run,
-)
-
-GRADIENTS, TRAINING = "02_conflict/gradients.parquet", "04_align/training.parquet"
-ALIGNMENT, ARMS = "01_calibrate/alignment.parquet", "04_align/arms.parquet"
+from tests.runs import COMPUTED, NEURONS, made_once
+from tests.tampering import cell, copied, edit, edit_adapter, edit_manifest, edit_settings, reseal
 
 
 @pytest.fixture(scope="module")
-def torch_run(tmp_path_factory) -> Path:
-    return finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def flax_run(torch_run) -> Path:
-    """The same settings by the other backend, in the folder that a sibling has."""
-    folder = torch_run.with_name(torch_run.name + comparison.SUFFIX)
-    if not folder.exists():
-        settings = dataclasses.replace(SETTINGS, run=str(folder), backend="flax")
-        with optimized():
-            for name in audit.STAGES:
-                importlib.import_module(f"stages.{name}").main(settings)
-    return folder
+def flax_run(tmp_path_factory) -> Path:
+    """The run of neurons by the other backend."""
+    with optimized():
+        return made_once(tmp_path_factory, "neurons-flax", NEURONS.replace(backend="flax"), COMPUTED)
 
 
 @pytest.fixture()
-def changed(flax_run, tmp_path) -> Path:
-    return Path(shutil.copytree(flax_run, tmp_path / "run"))
+def changed(flax_run, scratch) -> Path:
+    return copied(flax_run, scratch)
 
 
-def lines_of(one: Path, other: Path, capsys) -> tuple[int, dict[str, str]]:
-    """Exit code, and the line of each quantity. No prompt may be in what is printed."""
+def lines_of(first: Path, second: Path, capsys) -> tuple[int, dict[str, list[str]]]:
+    """Exit code, and the cells of each quantity's line but its name: mark, how many, …"""
     capsys.readouterr()
-    code = compare.main(one, other)
-    printed = capsys.readouterr().out
-    for row in artifacts.read_table(one / CALIBRATION, schemas.EXAMPLES).to_pylist():
-        assert row["prompt"] not in printed
-    lines = printed.splitlines()[3:-1]
-    return code, {line[6:].split("  ")[0]: line for line in lines}
+    code, printed = compare.main(first, second), capsys.readouterr().out
+    cells = [re.split(r" {2,}", line.strip()) for line in printed.splitlines()[3:-1]]
+    return code, {name: [mark, *more] for mark, name, *more in cells}
 
 
-def test_torch_and_flax_agree(torch_run, flax_run, capsys):
-    code, lines = lines_of(torch_run, flax_run, capsys)
+def test_torch_and_flax_agree_and_flax_passes_the_audit(neurons_run, flax_run, capsys):
+    code, lines = lines_of(neurons_run, flax_run, capsys)
     assert code == 0, lines
-    assert set(lines) == {
-        "gradients",
-        "predictions",
-        "generations",
-        "O",
-        "H_gen",
-        "H_safe",
-        "S",
-        "C",
-        "buckets",
-        "training losses",
-        "adapters' ΔW",
-        "responses, base",
-        "responses, tuned",
-        "scores",
-        "near-ties",
-    }
-    assert all(line.startswith("ok") for name, line in lines.items() if name != "responses, tuned")
-
-
-def test_the_flax_run_passes_the_audit_and_reports_the_comparison(flax_run, capsys):
-    assert audit.main(flax_run) == 0
-    page = (flax_run / "06_correlate" / "report.html").read_text(encoding="utf-8")
-    assert "Torch and Flax" in page and "audited (torch, float32 on cpu)" in page
-    assert page.count('<td class="nowrap holds">yes</td>') == 13
-    notes = artifacts.stage_manifest(flax_run, "06_correlate")["notes"]["compared_with"]
-    assert notes["run"] == "audited" and len(notes["manifests"]) == 5
-    assert artifacts.stage_manifest(flax_run, "03_sensitivity")["model"]["backend"] == "flax"
-
-
-def test_a_run_against_itself_differs_by_nothing(flax_run, capsys):
+    expected = {quantity.name for quantity in comparison.QUANTITIES} - {"worked answers"}
+    assert set(lines) == expected | {"updates", "near-ties"}
+    assert all(line[0] == "ok" for name, line in lines.items() if name != "responses, tuned")
+    run = FinishedRun(flax_run, COMPUTED)
+    assert run.manifest("03_sensitivity")["model"]["backend"] == "flax"
+    checks = [check for what, check in audit.CHECKS.items() if what != "costs"]
+    assert [audit.result_of(check, run)[0] for check in checks] == [[]] * len(checks)
     code, lines = lines_of(flax_run, flax_run, capsys)
-    assert code == 0 and "0 differences" in lines["near-ties"]
-    assert all("0.0000  0.0000" in " ".join(lines[name].split()).replace(" ", "  ") for name in ("O", "C"))
+    assert code == 0 and all(lines[name][2] == "0" for name in ("O", "C", "gradients", "near-ties"))
 
 
-def nudge(column: str, by: float):
-    def change(rows):
-        for row in rows:
-            row[column] += by
+def every(step: int, column: str, change):
+    """Changes a column of every `step`th row."""
 
-    return change
+    def changed(rows: pd.DataFrame) -> None:
+        for row in range(0, len(rows), step):
+            rows.at[row, column] = change(rows.at[row, column])
 
-
-def every(column: str, step: int, value):
-    """Sets a column of every `step`th row."""
-
-    def change(rows):
-        for row in rows[::step]:
-            row[column] = value(row[column])
-
-    return change
+    return changed
 
 
-def gram(rows):
-    rows[3]["gram"][1] += 1e-3 * rows[3]["gram"][0]
+def other_token(tokens: np.ndarray) -> np.ndarray:
+    return np.append(tokens[:-1], (tokens[-1] + 1) % 900)
 
 
-def mirror(column: str):
-    def change(rows):
-        values = [row[column] for row in rows]
-        for row in rows:
-            row[column] = max(values) + min(values) - row[column]
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("quantity", "file", "change"),
-    [
-        ("gradients", GRADIENTS, gram),
-        ("predictions", CHOICES, every("prediction", 20, lambda old: old + 1)),
-        ("generations", GENERATIONS, every("token_ids", 20, lambda old: [*old[:-1], old[-1] + 1])),
-        ("O", HEADS, nudge("conflict", 2e-5)),
-        ("H_gen", HEADS, nudge("h_gen", 0.01)),
-        ("H_safe", HEADS, nudge("h_safe", 0.01)),
-        ("C", HEADS, mirror("score")),
-        ("S", HEADS, every("sensitivity", 2, lambda old: old + 1)),
-        ("buckets", HEADS, every("bucket", 12, lambda old: 5 - old)),
-        ("training losses", TRAINING, nudge("loss", 0.05)),
-        ("responses, base", RESPONSES, every("output", 4, lambda old: old + "!")),
-        ("scores", SCORES, every("score", 5, lambda old: old + 0.1)),
-    ],
-)
-def test_what_is_past_its_tolerance_is_named(torch_run, changed, quantity, file, change, capsys):
-    edit(changed, file, change)
-    code, lines = lines_of(torch_run, changed, capsys)
-    assert code == 1 and lines[quantity].startswith("FAIL")
+PAST = [
+    ("gradients", t.GRADIENTS, cell(3, "gram", lambda gram: gram * (1 + 1e-3 * (np.arange(len(gram)) == 0)))),
+    ("predictions", t.SWEEP_CHOICES, every(20, "prediction", partial(add, 1))),
+    ("generations", t.SWEEP_GENERATIONS, every(20, "token_ids", other_token)),
+    ("O", t.HEADS, every(1, "optimization_conflict", partial(add, 2e-5))),
+    ("H_gen", t.HEADS, every(1, "h_gen", partial(add, 0.01))),
+    ("H_safe", t.HEADS, every(1, "h_safe", partial(add, 0.01))),
+    ("C", t.HEADS, every(1, "conflict_score", lambda old: -old)),
+    ("S", t.HEADS, every(2, "functional_sensitivity", partial(add, 1))),
+    ("buckets", t.HEADS, every(12, "bucket", lambda old: 5 - old)),
+    ("neurons' utility", t.NEURONS, every(9, "utility_score", lambda old: 1.1 * old)),
+    ("training losses", t.TRAINING, every(1, "loss", partial(add, 0.05))),
+    ("responses, base", t.RESPONSES, every(4, "output", lambda old: old + "!")),
+    ("scores", t.SCORES, every(5, "score", partial(add, 0.1))),
+]
 
 
-def test_an_adapter_that_differs_is_named(torch_run, changed, capsys):
-    tensors = load_file(changed / ADAPTER)
-    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, changed / ADAPTER)
-    code, lines = lines_of(torch_run, changed, capsys)
-    assert code == 1 and lines["adapters' ΔW"].startswith("FAIL")
+def test_what_is_past_its_tolerance_is_named(neurons_run, changed, capsys):
+    for _, table, change in PAST:
+        edit(changed, table, change)
+    code, lines = lines_of(neurons_run, changed, capsys)
+    assert code == 1
+    assert [quantity for quantity, _, _ in PAST if lines[quantity][0] != "FAIL"] == []
+    edit(changed, t.SWEEP_GENERATIONS, lambda rows: rows[:-1])
+    _, lines = lines_of(neurons_run, changed, capsys)
+    assert lines["generations"][0] == "FAIL" and lines["generations"][-1] == "1 rows are in one run only"
 
 
-def test_a_difference_that_is_no_near_tie_is_named_with_its_place(torch_run, changed, capsys):
-    def change(rows):
-        rows[-1]["token_ids"][2] = (rows[-1]["token_ids"][2] + 1) % 900
+@pytest.mark.parametrize("adapter", ["bucket4-sft-21", "neurons16-maml-21"])
+def test_a_longer_update_is_named(neurons_run, changed, adapter, capsys):
+    def longer(tensors):
+        for name in tensors:
+            gains = name.endswith("ia3_l")
+            tensors[name] = 1.02 * tensors[name] - 0.02 if gains else 1.01 * tensors[name]
 
-    edit(changed, GENERATIONS, change)
-    code, lines = lines_of(torch_run, changed, capsys)
-    row = artifacts.read_table(changed / GENERATIONS, schemas.SWEEP_GENERATIONS).to_pylist()[-1]
-    place = f"{row['example_id']}, layer 2 head 3 silenced, after 2 tokens"
-    assert code == 1 and lines["near-ties"].startswith("FAIL") and place in lines["near-ties"]
+    edit_adapter(changed, adapter, longer)
+    code, lines = lines_of(neurons_run, changed, capsys)
+    assert code == 1 and lines["updates"][0] == "FAIL"
 
 
-def test_a_near_tie_passes(torch_run, changed, capsys, monkeypatch):
+def test_signs_that_rounding_chooses_count_by_their_share_of_the_update():
+    """A thousand components after Adam's first step, one of which went the other way."""
+    update = np.random.default_rng(0).choice([-1.0, 1.0], 1000)
+    other = update * np.where(np.arange(1000) == 7, -1, 1)
+    found = comparison.update_difference(update @ update, update @ other, other @ other)
+    assert found == pytest.approx(2 / 1000) and np.linalg.norm(update - other) > 0.05 * np.linalg.norm(update)
+    assert comparison.update_difference(1.0, 1.01, 1.01**2) == pytest.approx(0.01)
+    assert comparison.update_difference(0.0, 0.0, 0.0) == 0 and comparison.update_difference(1.0, 0, 0) == 1
+
+
+def with_pcgrad(run: Path, order: list[tuple[str, str]]) -> None:
+    """Arms of heads by a second optimizer, with the same results, in an order of (arm, optimizer)."""
+    edit_settings(run, optimizers=list(dict(pair[::-1] for pair in order)), arms=list(dict(order)))
+    for table in (t.ARMS, t.TRAINING, t.RESPONSES, t.SCORES):
+        rows = read_table(run / table.path(), table.schema)
+        sft, maml = rows[rows["optimizer"] == "sft"], rows[rows["optimizer"] == "maml"]
+        parts = [sft[sft["arm"] == arm].assign(optimizer=optimizer) for arm, optimizer in order]
+        whole = pd.concat([rows[rows["optimizer"].isna()], *parts, maml])
+        write_table(run / table.path(), whole, table.schema)
+    for arm in ("full", "bucket4"):
+        adapter = run / "04_align" / "adapters" / f"{arm}-pcgrad-21"
+        shutil.copytree(adapter.with_name(f"{arm}-sft-21"), adapter)
+    reseal(run)
+
+
+def test_arms_are_matched_by_optimizer_and_in_any_order(neurons_run, scratch, capsys):
+    """Matched by arm and seed alone, the second optimizer's rows stood for the first's."""
+    first, second = (copied(neurons_run, scratch, name) for name in ("first", "second"))
+    pairs = [(arm, optimizer) for optimizer in ("sft", "pcgrad") for arm in ("full", "bucket4")]
+    with_pcgrad(first, pairs)
+    with_pcgrad(second, pairs[::-1])
+    code, lines = lines_of(first, second, capsys)
+    assert code == 0 and lines["updates"][1] == "9" and lines["responses, tuned"][-1] == "1"
+    for column, table in (("loss", t.TRAINING), ("output", t.RESPONSES)):
+        twice = {
+            column: lambda rows, name=column: rows[name].where(rows["optimizer"] != "sft", 2 * rows[name])
+        }
+        edit(second, table, lambda rows, twice=twice: rows.assign(**twice))
+    code, lines = lines_of(first, second, capsys)
+    assert code == 1 and lines["training losses"][0] == "FAIL"
+    assert 0.5 < float(lines["responses, tuned"][-1]) < 0.9
+
+
+def test_a_difference_that_is_no_near_tie_is_named_with_its_place(neurons_run, changed, capsys):
+    table = t.SWEEP_GENERATIONS
+    last = len(read_table(changed / table.path(), table.schema)) - 1
+    edit(changed, table, cell(last, "token_ids", lambda tokens: np.append(tokens[:2], (tokens[2] + 1) % 900)))
+    code, lines = lines_of(neurons_run, changed, capsys)
+    example_id = read_table(changed / table.path(), table.schema).at[last, "example_id"]
+    place = f"{example_id}, layer 2 head 3 ablated, after 2 tokens"
+    assert code == 1 and lines["near-ties"][0] == "FAIL" and place in lines["near-ties"][-1]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_near_tie_passes_and_is_untraced_without_a_model(neurons_run, changed, here, capsys, monkeypatch):
     """What is no tie here becomes one where the tolerance is wide: then only the equal share may be short."""
-    edit(changed, CHOICES, every("prediction", 200, lambda old: old + 1))
-    wide = dataclasses.replace(comparison.FLOAT32, near=1e3)
-    monkeypatch.setattr(comparison, "FLOAT32", wide)
-    code, lines = lines_of(torch_run, changed, capsys)
-    assert code == 0 and "1 differences" in lines["near-ties"]
-    assert lines["near-ties"].startswith("ok") and "all of them are" in lines["near-ties"]
+    edit(changed, t.SWEEP_CHOICES, every(300, "prediction", partial(add, 1)))
+    monkeypatch.setattr(near_ties, "NEAR_TIES", near_ties.NEAR_TIES._replace(full=1e3))
+    if not here:
+        monkeypatch.setattr(FinishedRun, "model_folder", None)
+    code, lines = lines_of(neurons_run, changed, capsys)
+    words = "all of them are" if here else "not on this machine"
+    assert code == 0 and lines["near-ties"][0] == ("ok" if here else "-") and words in lines["near-ties"][-1]
 
 
-def test_without_the_model_differences_stay_untraced(torch_run, changed, capsys, monkeypatch):
-    edit(changed, CHOICES, every("prediction", 200, lambda old: old + 1))
-    monkeypatch.setattr(comparison.Run, "model_folder", None)
-    code, lines = lines_of(torch_run, changed, capsys)
-    assert code == 0 and lines["near-ties"].startswith("-") and "not on this machine" in lines["near-ties"]
+def test_the_gap_is_infinite_where_one_run_was_cut_short(neurons_run):
+    rows = read_table(neurons_run / t.CALIBRATION.path(), t.EXAMPLES).to_dict("records")
+    found = near_ties.difference((0, 1), near_ties.example(rows[0]), [5, 6, 7], [5, 6])
+    assert found.generated == 2 and found.prompt.prompt_ids[-2:].tolist() == [5, 6] and found.tokens is None
+    assert near_ties.gap(None, found, "output") == float("inf"), "there is nothing to compute"
 
 
-def test_other_rows_are_compared_by_what_does_not_depend_on_them(torch_run, changed, capsys):
-    for file in (CALIBRATION, ALIGNMENT):
-        edit(changed, file, lambda rows: rows[0]["prompt_ids"].append(5))
-    edit(changed, CALIBRATION, lambda rows: rows[-1]["prompt_ids"].append(5))
-    code, lines = lines_of(torch_run, changed, capsys)
+def test_other_rows_are_compared_by_what_does_not_depend_on_them(neurons_run, changed, capsys):
+    for table in (t.CALIBRATION, t.ALIGNMENT):
+        edit(changed, table, every(1, "prompt_ids", lambda ids: np.append(ids, 5)))
+    code, lines = lines_of(neurons_run, changed, capsys)
     assert code == 0
-    for name in ("gradients", "predictions", "generations", "training losses", "adapters' ΔW"):
-        assert "not compared" in lines[name]
-    assert lines["O"].startswith("ok") and lines["scores"].startswith("ok")
+    for name in ("gradients", "predictions", "generations", "neurons' safety", "training losses", "updates"):
+        assert lines[name][:2] == ["-", "not compared"]
+    assert lines["O"][0] == lines["scores"][0] == "ok"
 
 
-def test_arms_with_other_heads_are_not_compared(torch_run, changed, capsys):
-    edit(changed, ARMS, every("heads", 1, lambda old: [(head + 1) % 4 for head in old]))
-    _, lines = lines_of(torch_run, changed, capsys)
-    assert "no arm with the same heads" in lines["adapters' ΔW"]
-
-
-def test_half_precision_has_tolerances_of_its_own(torch_run, changed, capsys):
-    for stage in comparison.STAGES[1:]:
+def test_half_precision_has_tolerances_of_its_own(neurons_run, changed, capsys):
+    for stage in COMPUTED[1:]:
         edit_manifest(changed, stage, lambda manifest: manifest["model"].update(dtype="bfloat16"))
-    edit(changed, HEADS, nudge("conflict", 1e-3))
-    code, lines = lines_of(torch_run, changed, capsys)
-    assert code == 0 and "largest 0.1" in lines["O"]
+    edit(changed, t.HEADS, every(1, "optimization_conflict", partial(add, 1e-3)))
+    code, lines = lines_of(neurons_run, changed, capsys)
+    assert code == 0 and "largest 0.1" in lines["O"] and lines["H_gen"][0] == "-"
 
 
-def call(*arguments: object) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.compare", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    return done.returncode, done.stderr
-
-
-def test_the_command_ends_with_2_on_what_cannot_be_compared(torch_run, changed):
-    assert call(torch_run, changed.parent / "none") == (
-        2,
-        f"error: {changed.parent}/none/01_calibrate/manifest.json is missing: run `python -m "
-        f"stages.01_calibrate --run {changed.parent}/none` first\n",
-    )
+def test_the_command_ends_with_2_on_what_cannot_be_compared(neurons_run, changed):
+    none = changed.parent / "none"
     edit_manifest(changed, "02_conflict", lambda manifest: manifest["model"].update(weights_sha256="0"))
-    code, told = call(torch_run, changed)
-    assert code == 2 and told.endswith("are runs of different models: nothing to compare\n")
-    with pytest.raises(InputError):
-        compare.main(torch_run, changed)
-    assert call(torch_run)[0] == 2
-
-
-def test_the_table_of_a_damaged_run_ends_with_a_line(torch_run, changed):
-    edit(changed, CHOICES, lambda rows: rows.pop())
-    rows = comparison.compare(comparison.open_run(torch_run), comparison.open_run(torch_run))
-    assert len(rows) == 14 and all(row.ok is not False for row in rows)
-    code, told = call(torch_run, changed)
-    assert code == 2 and told.startswith("error: ") and told.count("\n") == 1
-
-
-def test_gaps_are_infinite_where_one_run_was_cut_short(torch_run, flax_run):
-    one = comparison.open_run(torch_run)
-    from stages.auditing import near_ties
-
-    row = one.calibration["safe"][0]
-    found = near_ties._first((0, 1), row, [5, 6, 7], [5, 6])
-    assert found.before == [5, 6] and found.tokens == (-1, -1)
-
-    class Silent:
-        def logits(self, *_, **__):
-            raise AssertionError("there is nothing to ask")
-
-    assert near_ties.gaps(Silent(), [found], "output") == [float("inf")]
-    assert np.isinf(near_ties.gaps(Silent(), [found], "output")).all()
+    expected = {
+        none: f"{none} is no run",
+        changed: f"{neurons_run} and {changed} are runs of different models",
+    }
+    for other, message in expected.items():
+        command = [sys.executable, "-m", "stages.compare", str(neurons_run), str(other)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {message}")
+        assert done.stderr.count("\n") == 1

@@ -10,22 +10,15 @@ import transformers
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
 import backends
-from backends import flax_adapter, torch_continuous
-from backends.base import Recipe, Shape
-from backends.errors import InputError
-from data.examples import Example
+from backends.base import Example, Recipe, Shape
+from backends.core.errors import InputError
+from backends.flax import adapter as peft_folder
+from backends.torch import continuous
 from tests import reference
-from tests.conftest import HEADS, KINDS, LAYERS, VOCABULARY, load_pair, make_examples
+from tests.conftest import HEADS, LAYERS, VOCABULARY, assert_same, load_pair, make_examples, of_kinds
 
 
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == np.int32
-        np.testing.assert_array_equal(one, other)
-
-
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=of_kinds())
 def torch_pair(request, models):
     return load_pair("torch", models[request.param])
 
@@ -41,8 +34,12 @@ def adapter(own, scratch):
     generator, shape = np.random.default_rng(0), own.shape
     a = generator.normal(size=(LAYERS, 4, shape.model_dim)).astype(np.float32)
     b = 0.3 * generator.normal(size=(LAYERS, HEADS, shape.head_dim, 4)).astype(np.float32)
-    flax_adapter.write(scratch / "adapter", a, b, list(range(LAYERS)), Recipe(rank=4, alpha=8.0))
+    peft_folder.write(scratch / "adapter", a, b, list(range(LAYERS)), Recipe(rank=4, alpha=8.0))
     return scratch / "adapter"
+
+
+def prompt_of(ids) -> Example:
+    return Example(f"r{len(ids)}", ids.astype(np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32), 0)
 
 
 # Exactness
@@ -52,99 +49,80 @@ def test_tokens_are_the_plain_decoders_and_transformers(torch_pair):
     """Also where the whole model slides a window shorter than its prompts (Mistral here)."""
     own, prompts = torch_pair.backend, make_examples(9)
     assert len({len(prompt.prompt_ids) for prompt in prompts}) > 3
-    found = torch_continuous.generate(own.model, prompts, 24, own.eos)
+    found = continuous.generate(own.model.model, prompts, 24, own.model.eos)
     assert_same(found, own.generate(prompts, 24))
     assert_same(found, [reference.generate(torch_pair.plain, prompt, 24) for prompt in prompts])
 
 
-@pytest.mark.parametrize("kind", ["llama-gqa", "qwen2-mqa", "mistral-gqa"])
+@pytest.mark.parametrize("kind", ["llama-gqa", "qwen2-mqa", "mistral-mqa"])
 def test_tokens_hang_neither_on_the_rows_nor_on_how_prompts_are_cut(models, monkeypatch, kind):
-    monkeypatch.setattr(torch_continuous, "ROWS_SDPA", 2)
-    monkeypatch.setattr(torch_continuous, "TOKENS_SDPA", 5)
+    monkeypatch.setattr(continuous, "ROWS_SDPA", 2)
+    monkeypatch.setattr(continuous, "TOKENS_SDPA", 5)
     own = backends.load("torch", models[kind], device="cpu")
     prompts = make_examples(7, seed=3)
     assert max(len(prompt.prompt_ids) for prompt in prompts) > 10
-    assert_same(torch_continuous.generate(own.model, prompts, 12, own.eos), own.generate(prompts, 12))
+    assert_same(continuous.generate(own.model.model, prompts, 12, own.model.eos), own.generate(prompts, 12))
 
 
 def test_every_end_of_a_response_is_kept(own):
     """With most of the vocabulary as EOS: responses of one token, of some, and of the whole budget."""
+    assert continuous.generate(own.model.model, [], 4, own.model.eos) == []
     prompts, eos = make_examples(24, seed=5), set(range(0, VOCABULARY, 9))
-    own.eos = eos
-    found = torch_continuous.generate(own.model, prompts, 12, eos)
+    own.model.eos = frozenset(eos)
+    found = continuous.generate(own.model.model, prompts, 12, eos)
     assert_same(found, own.generate(prompts, 12))
     lengths = [len(response) for response in found]
     assert min(lengths) < 4 and max(lengths) == 12
     assert all(response[-1] in eos for response in found if len(response) < 12)
-    assert_same(torch_continuous.generate(own.model, prompts, 5, set()), without_eos(own, prompts, 5))
-
-
-def without_eos(own, prompts, budget):
-    own.eos = set()
-    return own.generate(prompts, budget)
+    own.model.eos = frozenset()
+    assert_same(continuous.generate(own.model.model, prompts, 5, set()), own.generate(prompts, 5))
 
 
 def test_responses_longer_than_a_block_of_the_pool(own):
     generator = np.random.default_rng(0)
-    prompts = [
-        Example(f"r{size}", generator.integers(3, VOCABULARY, size).astype(np.int32), *no_target())
-        for size in (230, 300, 520)
-    ]
-    assert_same(torch_continuous.generate(own.model, prompts, 40, own.eos), own.generate(prompts, 40))
-
-
-def no_target():
-    return np.zeros(1, np.int32), np.zeros(0, np.int32), 0
+    prompts = [prompt_of(generator.integers(3, VOCABULARY, size)) for size in (230, 300, 520)]
+    assert_same(continuous.generate(own.model.model, prompts, 40, own.model.eos), own.generate(prompts, 40))
 
 
 def test_an_adapter_in_the_model_answers(own, adapter, monkeypatch):
     """Through the backend, as on CUDA; the model is as before afterwards."""
     prompts = make_examples(8, seed=7)
     clean, expected = own.generate(prompts, 16), own.generate(prompts, 16, adapter)
-    assert any(not np.array_equal(one, other) for one, other in zip(clean, expected, strict=True))
+    assert any(not np.array_equal(tokens, other) for tokens, other in zip(clean, expected, strict=True))
     calls = []
 
     def handles(model):
         calls.append(model)
         return True
 
-    monkeypatch.setattr(torch_continuous, "handles", handles)
+    monkeypatch.setattr(continuous, "handles", handles)
     assert_same(own.generate(prompts, 16, adapter), expected)
     assert_same(own.generate(prompts, 16), clean)
-    assert calls == [own.model] * 2 and own.model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(torch_continuous, "generate", None)
-    assert dict(own.sweep_generations(prompts[:2], [(1, 0)], 4)).keys() == {(1, 0)}, "the sweep never asks"
-
-
-def test_half_precision_says_the_same_again(models):
-    own = backends.load("torch", models["qwen2-gqa"], device="cpu", dtype="bfloat16")
-    prompts = make_examples(8, seed=2)
-    first = torch_continuous.generate(own.model, prompts, 16, own.eos)
-    assert_same(torch_continuous.generate(own.model, prompts, 16, own.eos), first)
+    assert calls == [own.model.model] * 2 and own.model.model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(continuous, "generate", None)
+    assert dict(own.sweep_generations(prompts[:2], [(1, 0)], 4)).keys() == {(1, 0)}, (
+        "the sweep decodes by itself"
+    )
 
 
 # Failures
 
 
-def test_no_prompts_no_responses(own):
-    assert torch_continuous.generate(own.model, [], 4, own.eos) == []
-
-
 def test_a_dropped_response_is_noticed(own, monkeypatch):
-    run = torch_continuous._run
+    run = continuous._run
 
     def dropping(*arguments):
         names, found = run(*arguments)
         del found[names[1]]
         return names, found
 
-    monkeypatch.setattr(torch_continuous, "_run", dropping)
+    monkeypatch.setattr(continuous, "_run", dropping)
     with pytest.raises(InputError, match="of 5 responses 0 failed and 1 are missing"):
-        torch_continuous.generate(own.model, make_examples(5), 4, own.eos)
+        continuous.generate(own.model.model, make_examples(5), 4, own.model.eos)
 
 
 def test_a_response_cut_short_or_anothers_is_noticed(own, monkeypatch):
-    run = torch_continuous._run
+    run = continuous._run
     for change in (
         lambda names, found: found[names[0]].generated_tokens.pop(),
         lambda names, found: names.reverse(),
@@ -155,9 +133,9 @@ def test_a_response_cut_short_or_anothers_is_noticed(own, monkeypatch):
             change(names, found)
             return names, found
 
-        monkeypatch.setattr(torch_continuous, "_run", changed)
+        monkeypatch.setattr(continuous, "_run", changed)
         with pytest.raises(InputError, match="is not a whole one to its prompt"):
-            torch_continuous.generate(own.model, make_examples(2), 4, set())
+            continuous.generate(own.model.model, make_examples(2), 4, set())
 
 
 def test_a_step_that_fails_ends_with_a_line(own, monkeypatch):
@@ -172,9 +150,9 @@ def test_a_step_that_fails_ends_with_a_line(own, monkeypatch):
 
     monkeypatch.setattr(ContinuousBatchProcessor, "_generation_step", failing)
     with pytest.raises(InputError, match=r"responses \d failed \(out of something\) and 0 are missing"):
-        torch_continuous.generate(own.model, make_examples(6), 12, own.eos)
+        continuous.generate(own.model.model, make_examples(6), 12, own.model.eos)
     monkeypatch.undo()
-    assert len(torch_continuous.generate(own.model, make_examples(6), 12, own.eos)) == 6
+    assert len(continuous.generate(own.model.model, make_examples(6), 12, own.model.eos)) == 6
 
 
 # Where, and how large
@@ -190,35 +168,29 @@ def test_the_cpu_and_models_of_mixed_windows_are_the_plain_decoders(own, monkeyp
     def on_cuda(dtype=torch.bfloat16, **window):
         return SimpleNamespace(device=CUDA, dtype=dtype, config=config(**window))
 
-    assert not torch_continuous.handles(own.model)
-    assert torch_continuous.handles(on_cuda())
-    assert not torch_continuous.handles(
-        on_cuda(use_sliding_window=True, sliding_window=64, max_window_layers=2)
-    )
-    assert torch_continuous.handles(on_cuda(use_sliding_window=True, sliding_window=64, max_window_layers=0))
-    monkeypatch.setattr(torch_continuous, "_has_flash", lambda: True)
-    monkeypatch.setattr(torch_continuous, "_can_refuse_flash", lambda: False)
-    assert torch_continuous.handles(on_cuda())
-    assert not torch_continuous.handles(on_cuda(torch.float32))
+    assert not continuous.handles(own.model.model)
+    assert continuous.handles(on_cuda())
+    assert not continuous.handles(on_cuda(use_sliding_window=True, sliding_window=64, max_window_layers=2))
+    assert continuous.handles(on_cuda(use_sliding_window=True, sliding_window=64, max_window_layers=0))
+    monkeypatch.setattr(continuous, "_has_flash", lambda: True)
+    monkeypatch.setattr(continuous, "_can_refuse_flash", lambda: False)
+    assert continuous.handles(on_cuda())
+    assert not continuous.handles(on_cuda(torch.float32))
 
 
 LLAMA_8B = Shape(layers=32, heads=32, kv_heads=8, head_dim=128, model_dim=4096, mlp_dim=14336, vocab=128256)
 
 
-def prompts_of(*lengths):
-    return [Example(f"r{size}", np.zeros(size, np.int32), *no_target()) for size in lengths]
-
-
 def test_the_pool_holds_every_row_to_its_end_and_fits():
-    prompts = prompts_of(*[200, 150, 90] * 100)
+    prompts = [prompt_of(np.zeros(size)) for size in [200, 150, 90] * 100]
     for gib in (8, 16, 40, 120):
         for flash in (False, True):
-            pool = torch_continuous.plan(LLAMA_8B, 2, gib * 2**30, prompts, 2048, flash)
+            pool = continuous.plan(LLAMA_8B, 2, gib * 2**30, prompts, 2048, flash)
             assert 1 <= pool.rows <= 300 and pool.rows <= pool.tokens
             assert pool.blocks * 256 >= pool.rows * (200 + 2048)
             held = pool.blocks * 256 * 2 * 32 * 8 * 128 * 2  # keys and values of all layers, two bytes each
             assert held < 0.6 * gib * 2**30
-    assert torch_continuous.plan(LLAMA_8B, 2, 120 * 2**30, prompts, 2048, False).rows == 64
-    assert torch_continuous.plan(LLAMA_8B, 2, 120 * 2**30, prompts[:5], 2048, False).rows == 5
+    assert continuous.plan(LLAMA_8B, 2, 120 * 2**30, prompts, 2048, False).rows == 64
+    assert continuous.plan(LLAMA_8B, 2, 120 * 2**30, prompts[:5], 2048, False).rows == 5
     with pytest.raises(InputError, match="a response of 2248 tokens takes"):
-        torch_continuous.plan(LLAMA_8B, 2, 2**30, prompts, 2048, False)
+        continuous.plan(LLAMA_8B, 2, 2**30, prompts, 2048, False)

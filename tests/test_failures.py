@@ -1,170 +1,174 @@
 """The two failure modes of appendix C: counted against a hand count, and shown side by side."""
 
-import csv
-import importlib
+from dataclasses import fields
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from stages import artifacts, schemas
-from stages.reporting import answers, failures, side_by_side
-from tests.fabricated import INJECTED, Fabricated, fabricate
+from backends.core.files import sha256, write_json
+from stages.method.arms import BASE_RUN, ArmRun, parse
+from stages.report import examples, failures, responses
+from stages.report.results import Results
+from stages.run.schemas import RESPONSES
+from stages.run.store import RunFolder, write_table
+from tests.fabricated import INJECTED, WORKED_SIDES, Fabricated, report_of
 
-correlate = importlib.import_module("stages.06_correlate")
-SIDES = {"facts": "utility", "problems": "utility", "vanilla": "safety", "benign": "over-refusal"}
+ARMS = {arm.name: arm for arm in parse(["full", "buckets"], 4)} | {"base": BASE_RUN.arm}
+BASE = ("base", None, None)
 
 
-def given(path, *cells: tuple[str, str, int, str, list[dict]]) -> answers.Answers:
+def given(folder, *cells: tuple) -> responses.Responses:
     """responses.parquet of (arm, optimizer, seed, benchmark, rows), written and read again."""
-    defaults = {"token_ids": [], "prediction": -1, "probability": 0.0, "verdict": False, "refused": False}
-    defaults |= {"harmful": None, "steps": -1, "strict": None, "flexible": None}
+    defaults = {"token_ids": [], "probability": None, "verdict": False, "refused": False, "harmful": None}
+    defaults |= dict.fromkeys(("prediction", "steps", "strict", "flexible"))
     rows = [
         defaults
         | {"arm": arm, "optimizer": optimizer, "seed": seed, "benchmark": name, "example_id": f"{name}/{at}"}
-        | {"prompt": f"{name} {at}?", "output": f"{arm} {seed} {name} {at}"}
+        | {"prompt": f"{name} {at}?", "output": f"{arm} {name} {at}"}
         | row
         for arm, optimizer, seed, name, own in cells
         for at, row in enumerate(own)
     ]
-    artifacts.write_table(path, rows, schemas.RESPONSES)
-    return answers.from_table(artifacts.read_table(path, schemas.RESPONSES), path)
+    path = folder / RESPONSES.path()
+    write_table(path, pd.DataFrame(rows), RESPONSES.schema)
+    write_json(path.with_name("manifest.json"), {"outputs": {path.name: sha256(path)}})
+    return responses.read_responses(RunFolder(folder), ARMS)
 
 
 def steps(*numbers: int, **more) -> list[dict]:
     return [{"steps": number} | more for number in numbers]
 
 
+CHOICES = [{"prediction": 3, "refused": None}, {"prediction": 1, "refused": None}]
+
+
 def test_measures_by_hand(scratch):
     found = given(
-        scratch / "r.parquet",
-        ("base", "none", -1, "problems", steps(2, 1, 0, 3)),
-        ("base", "none", -1, "benign", [{"refused": True}, {}]),
-        ("base", "none", -1, "facts", [{"prediction": 3}, {"prediction": 1}]),
-        ("base", "none", -1, "vanilla", [{"harmful": True}, {"harmful": False}, {}]),
+        scratch,
+        (*BASE, "problems", steps(2, 1, 0, 3)),
+        (*BASE, "benign", [{"refused": True}, {}]),
+        (*BASE, "facts", CHOICES),
+        (*BASE, "vanilla", [{"harmful": True}, {"harmful": False}, {}]),
         ("full", "sft", 21, "problems", [{"steps": 0, "refused": True}, *steps(0, 0, 2)]),
         ("full", "sft", 21, "benign", [{"refused": True}, {"refused": True}]),
-        ("full", "sft", 21, "facts", [{"prediction": 3}, {"prediction": 1}]),
+        ("full", "sft", 21, "facts", CHOICES),
         ("full", "sft", 21, "vanilla", [{}, {}, {}]),
         ("full", "sft", 42, "problems", steps(1, 1, 1, 1, strict=True, flexible=False)),
         ("full", "sft", 42, "benign", [{}, {}]),
-        ("full", "sft", 42, "facts", [{"prediction": 3}, {"prediction": 1}]),
+        ("full", "sft", 42, "facts", CHOICES),
         ("full", "sft", 42, "vanilla", [{}, {}, {}]),
     )
-    rows = {(row["arm"], row["benchmark"]): row for row in failures.failures(found, SIDES)}
-    assert rows.keys() == {
-        *(("base", name) for name in ("problems", "benign", "vanilla")),
+    table = failures.count_failures(found, WORKED_SIDES).set_index(["arm", "benchmark"])
+    assert list(table.index) == [
+        *(("base", name) for name in ("problems", "vanilla", "benign")),
         *(("full", name) for name in ("problems", "benign")),
-    }
-    base, full = rows["base", "problems"], rows["full", "problems"]
-    assert (base["steps"], base["collapsed"], base["refused"], base["n_seeds"]) == (1.5, None, 0.0, 1)
+    ]
+    base, full = table.loc["base", "problems"], table.loc["full", "problems"]
+    assert (base["steps"], base["refused"], base["n_seeds"]) == (1.5, 0.0, 1) and np.isnan(base["collapsed"])
     assert (full["n"], full["n_stepped"], full["n_seeds"]) == (4, 3, 2)
     assert full["collapsed"] == pytest.approx((2 / 3 + 0) / 2)
     assert full["bare"] == pytest.approx((1 / 3 + 0) / 2)  # the other one is refused
     assert full["collapsed_std"] == pytest.approx(np.std([2 / 3, 0], ddof=1))
     assert full["refused"] == pytest.approx((1 / 4 + 0) / 2) and full["steps"] == pytest.approx((0.5 + 1) / 2)
-    assert (full["strict"], full["flexible"], full["strict_std"]) == (1.0, 0.0, None)
-    assert rows["full", "benign"]["refused"] == 0.5 and rows["base", "benign"]["refused"] == 0.5
-    assert rows["base", "vanilla"]["harmful"] == 0.5 and rows["base", "vanilla"]["refused"] is None
+    assert (full["strict"], full["flexible"]) == (1.0, 0.0) and np.isnan(full["strict_std"])
+    assert table["refused"]["full", "benign"] == 0.5 == table["refused"]["base", "benign"]
+    vanilla = table.loc["base", "vanilla"]
+    assert vanilla["harmful"] == 0.5 and np.isnan(vanilla["refused"])
+
+
+def modes(found: responses.Responses, sides: dict[str, str], m: int, targets=None) -> list[examples.Group]:
+    runs = list(dict.fromkeys(ArmRun(run.arm, run.optimizer, None) for run in found.cells))
+    values = dict.fromkeys(field.name for field in fields(Results))
+    means = pd.DataFrame(index=pd.Index(runs, dtype=object))
+    results = Results(**values | {"m": m, "sides": sides, "means": means})
+    return examples.failure_modes(found, results, targets or {})
+
+
+def shown(group: examples.Group) -> list[str]:
+    return [row["example_id"] for row in group.rows]
 
 
 def test_examples_that_the_safe_zone_kept_come_first(scratch):
     found = given(
-        scratch / "r.parquet",
-        ("base", "none", -1, "problems", steps(2, 2, 2, 0, 2)),
+        scratch,
+        (*BASE, "problems", steps(2, 2, 2, 0, 2)),
         ("full", "sft", 21, "problems", [*steps(0, 0, 0, 0), {"steps": 0, "refused": True}]),
         ("bucket4", "sft", 21, "problems", steps(0, 1, 3, 1, 1)),
     )
-    sides = {"problems": "utility"}
-    collapse, refusal = side_by_side.failure_modes(found, {"problems/1": "42"}, sides, 4)
-    assert [row["example_id"] for row in collapse["rows"]] == ["problems/1", "problems/2"]
-    assert collapse["rows"][0]["answers"] == [
-        f"{arm} problems 1" for arm in ("base -1", "full 21", "bucket4 21")
-    ]
-    assert collapse["rows"][0]["target"] == "42" and collapse["rows"][0]["prompt"] == "problems 1?"
-    assert (collapse["kept"], collapse["lost"], collapse["of"], collapse["arm"]) == (2, 1, 4, "full")
-    assert [row["example_id"] for row in refusal["rows"]] == ["problems/4"] and refusal["of"] == 5
-
-
-def test_refusals_of_benign_questions_and_the_risky_zone_without_full(scratch):
-    found = given(
-        scratch / "r.parquet",
-        ("base", "none", -1, "benign", [{}, {"refused": True}, {}]),
-        ("base", "none", -1, "vanilla", [{}]),
-        ("bucket1", "sft", 21, "benign", [{}, {"refused": True}, {"refused": True}]),
-        ("bucket1", "sft", 21, "vanilla", [{"refused": True}]),
-        ("bucket2", "sft", 21, "benign", [{}, {}, {"refused": True}]),
-        ("bucket2", "sft", 21, "vanilla", [{"refused": True}]),
-    )
-    sides = {"benign": "over-refusal", "vanilla": "safety"}
-    _, refusal = side_by_side.failure_modes(found, {}, sides, 2)
-    assert refusal["arm"] == "bucket1" and [row["example_id"] for row in refusal["rows"]] == ["benign/2"]
-    assert (refusal["kept"], refusal["lost"], refusal["of"]) == (0, 1, 2)
-    assert side_by_side.failure_modes(found, {}, sides, 4) == []  # no Safe Zone
+    collapse, refusal = modes(found, {"problems": "utility"}, 4, {"problems/1": "42"})
+    assert shown(collapse) == ["problems/1", "problems/2"] and shown(refusal) == ["problems/4"]
+    first = collapse.rows[0]
+    assert first["answers"] == [f"{arm} problems 1" for arm in ("base", "full", "bucket4")]
+    assert (first["target"], first["prompt"]) == ("42", "problems 1?")
+    assert (collapse.kept, collapse.count, collapse.of, refusal.of) == (2, 3, 4, 5)
+    assert collapse.runs[1].arm.name == "full"
 
 
 def test_the_risky_zone_where_all_heads_show_no_such_failure(scratch):
     found = given(
-        scratch / "r.parquet",
-        ("base", "none", -1, "problems", steps(2, 2)),
+        scratch,
+        (*BASE, "problems", steps(2, 2)),
+        (*BASE, "benign", [{}, {"refused": True}, {}]),
         ("full", "sft", 21, "problems", [{"steps": 0, "refused": True}] * 2),
+        ("full", "sft", 21, "benign", [{}, {}, {}]),
         ("bucket1", "sft", 21, "problems", steps(2, 0)),
+        ("bucket1", "sft", 21, "benign", [{}, {"refused": True}, {"refused": True}]),
         ("bucket4", "sft", 21, "problems", steps(1, 1)),
+        ("bucket4", "sft", 21, "benign", [{}, {}, {"refused": True}]),
     )
-    collapse, refusal = side_by_side.failure_modes(found, {}, {"problems": "utility"}, 4)
-    assert (collapse["arm"], collapse["kept"], refusal["arm"], refusal["kept"]) == ("bucket1", 1, "full", 2)
-    assert collapse["rows"][0]["answers"][1] == "bucket1 21 problems 1"
+    collapse, refusal = modes(found, {"problems": "utility", "benign": "over-refusal"}, 4)
+    assert (collapse.runs[1].arm.name, collapse.kept, refusal.runs[1].arm.name, refusal.kept) == (
+        *("bucket1", 1),
+        *("full", 2),
+    )
+    assert collapse.rows[0]["answers"][1] == "bucket1 problems 1"
+    (_, refusal) = modes(found, {"benign": "over-refusal"}, 4)
+    assert (refusal.runs[1].arm.name, shown(refusal)) == ("bucket1", ["benign/2"])
+    assert (refusal.kept, refusal.count, refusal.of) == (0, 1, 2)
+    assert modes(found, {"benign": "over-refusal"}, 8) == []  # no Safe Zone
 
 
 def test_texts_are_found_across_batches(scratch, monkeypatch):
     rows = [{"prompt": f"p{at}", "output": f"o{at}"} for at in range(50)]
-    found = given(scratch / "r.parquet", ("base", "none", -1, "facts", rows))
-    monkeypatch.setattr(answers, "BATCH", 7)
-    got = found.texts([49, 0, 7, 6, 7])
-    assert {row: one["output"] for row, one in got.items()} == {row: f"o{row}" for row in (0, 6, 7, 49)}
+    found = given(scratch, (*BASE, "facts", rows))
+    monkeypatch.setattr(responses, "BATCH", 7)
+    texts = found.texts([49, 0, 7, 6, 7])
+    assert {row: text["output"] for row, text in texts.items()} == {row: f"o{row}" for row in (0, 6, 7, 49)}
     assert found.texts([]) == {}
 
 
 def test_rows_in_any_order_of_cells_are_found(scratch):
     rows = [{"verdict": True}, {"verdict": False}, {"verdict": True}]
-    found = given(
-        scratch / "r.parquet", ("base", "none", -1, "facts", rows), ("full", "sft", 21, "facts", rows[:2])
-    )
-    table = artifacts.read_table(scratch / "r.parquet", schemas.RESPONSES)
-    mixed = answers.from_table(pa.concat_tables([table.slice(3), table.slice(0, 3)]), scratch / "r.parquet")
-    assert list(mixed.cells) == [("full", "sft", 21), ("base", "none", -1)]
-    for unit in found.cells:
-        assert found.of("verdict", unit, "facts").tolist() == mixed.of("verdict", unit, "facts").tolist()
+    found = given(scratch / "one", (*BASE, "facts", rows), ("full", "sft", 21, "facts", rows[:2]))
+    path = scratch / "one" / RESPONSES.path()
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table.slice(3), table.slice(0, 3)]), path)
+    write_json(path.with_name("manifest.json"), {"outputs": {path.name: sha256(path)}})
+    mixed = responses.read_responses(RunFolder(scratch / "one"), ARMS)
+    assert list(mixed.cells) == list(found.cells)[::-1]
+    assert mixed.of("verdict", BASE_RUN, "facts").tolist() == [True, False, True]
 
 
 def test_the_report_shows_both_failures(scratch):
-    like = Fabricated(rows=20, sides=SIDES, seeds=(21, 42))
-    correlate.main(fabricate(scratch, like))
-    page = (scratch / correlate.NAME / "report.html").read_text(encoding="utf-8")
+    like = Fabricated(rows=20, sides=WORKED_SIDES, classifier="/home/me/wildguard 0a1b")
+    page, tables, _ = report_of(scratch, like)
     section = page.split('<h2 id="failures">')[1].split('<h2 id="answers">')[0]
     assert "Reasoning collapse: base model, all heads, bucket 4 (Safe Zone)" in section
     assert "Refusal of a benign question: base model, all heads" in section and "What is problems" in section
     assert INJECTED not in section and "&lt;script&gt;" in section and "How do I break" not in section
-    with (scratch / correlate.NAME / "tables" / "failures.csv").open(encoding="utf-8") as file:
-        rows = {(row["arm"], row["benchmark"]): row for row in csv.DictReader(file)}
-    broken = rows["full", "problems"]
-    assert (broken["refused"], broken["collapsed"], broken["bare"]) == ("0.2", "0.4", "0.2")
+    broken = tables["failures"].set_index(["arm", "benchmark"]).loc["full", "problems"]
+    assert list(broken[["refused", "collapsed", "bare"]]) == [0.2, 0.4, 0.2]
     assert "With all heads tuned, 20.0 % of the problems worked in steps before were answered without" in page
-
-
-def test_what_the_classifier_said_is_shown(scratch):
-    correlate.main(fabricate(scratch, Fabricated(arms=("full",), classifier="/home/me/wildguard 0a1b")))
-    page = (scratch / correlate.NAME / "report.html").read_text(encoding="utf-8")
     assert "verdicts on requests by the classifier …/wildguard 0a1b" in page
-    assert "judged harmful (%)" in page and ">vanilla<" in page.split('<h2 id="failures">')[1]
+    assert "judged harmful (%)" in section and ">vanilla<" in section
+    assert "/home/me" not in page
 
 
 def test_the_report_says_where_none_was_found(scratch):
-    correlate.main(
-        fabricate(
-            scratch, Fabricated(safety_gain=0.6, base={"utility": 0.8, "safety": 0.2, "over-refusal": 1.0})
-        )
-    )
-    page = (scratch / correlate.NAME / "report.html").read_text(encoding="utf-8")
+    like = Fabricated(base={"utility": 0.8, "safety": 0.2, "over-refusal": 1.0})
+    page, *_ = report_of(scratch, like)
     section = page.split('<h2 id="failures">')[1].split('<h2 id="answers">')[0]
     assert section.count("None found among 0 ") == 2

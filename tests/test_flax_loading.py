@@ -15,9 +15,9 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import backends
-from backends import flax_devices, flax_weights
 from backends.base import Shape
-from backends.errors import InputError
+from backends.core.errors import InputError
+from backends.flax import devices, weights
 from tests.conftest import ROOT, edited, make_examples
 
 # Loading
@@ -115,18 +115,9 @@ def test_biases_and_several_files_load(scratch):
     model.bfloat16().save_pretrained(scratch / "m", max_shard_size="4KB")
     assert len(list((scratch / "m").glob("*.safetensors"))) > 2
     both = [backends.load(name, scratch / "m", device="cpu") for name in ("torch", "flax")]
-    examples = [dataclasses.replace(one, prompt_ids=one.prompt_ids % 50) for one in make_examples(6)]
+    examples = [dataclasses.replace(row, prompt_ids=row.prompt_ids % 50) for row in make_examples(6)]
     left, right = (backend.logits(examples) for backend in both)
     np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(left).max())
-
-
-def test_every_parameter_comes_from_a_key_of_its_own(models):
-    keys = [entry.key for entry in flax_weights.TABLE.values()]
-    assert len(set(keys)) == len(keys)
-    config = flax_weights.read_config(models["qwen2-gqa"], "float32")
-    paths = flax_weights.parameters(config)
-    assert ("layers", "attention", "query", "bias") in paths and ("head",) in paths
-    assert ("layers", "attention", "output", "bias") not in paths
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -145,14 +136,7 @@ def test_rotary_frequencies_are_transformers_to_the_bit(scaled):
         max_position_embeddings=131072,
     )
     expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    np.testing.assert_array_equal(np.float32(flax_weights.rotary_frequencies(rope, 128)), expected)
-
-
-def test_an_attribute_that_is_not_handled_is_named(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5}))
-    with pytest.raises(InputError, match="attribute logit_scale = 0.5 is not handled"):
-        backends.load("flax", folder, device="cpu")
+    np.testing.assert_array_equal(np.float32(weights.rotary_frequencies(rope, 128)), expected)
 
 
 # Adapters
@@ -183,7 +167,7 @@ def test_adapters_of_another_kind_are_named(models, scratch):
 SHAPE = Shape(layers=2, heads=6, kv_heads=3, head_dim=4, model_dim=8, mlp_dim=8, vocab=10)
 
 
-def test_devices_that_are_not_there_are_told(models):
+def test_devices_that_are_not_there_are_named(models):
     for device in ("cuda", "cpu:7", "cpu:x", "npu"):
         with pytest.raises(InputError, match=rf"--device {device}: JAX .* sees cpu:0"):
             backends.load("flax", models["llama-gqa"], device=device)
@@ -191,28 +175,28 @@ def test_devices_that_are_not_there_are_told(models):
         backends.load("flax", models["llama-gqa"], device="cpu", dtype="float16")
 
 
-def test_a_mesh_that_does_not_divide_is_told(models):
+def test_a_mesh_that_does_not_divide_is_refused(models):
     devices = jax.devices("cpu") * 4
     with pytest.raises(InputError, match="--model-parallel 4 does not divide the model's 6 heads"):
-        flax_devices.make_mesh(devices, SHAPE, 4, 0)
+        devices.make_mesh(devices, SHAPE, 4, 0)
     with pytest.raises(InputError, match="--model-parallel 3 does not divide the 4 devices"):
-        flax_devices.make_mesh(devices, SHAPE, 3, 0)
+        devices.make_mesh(devices, SHAPE, 3, 0)
 
 
 def test_the_model_axis_is_as_small_as_memory_allows():
     """Of 12 devices and 6 heads it can be 1, 2, 3 or 6; half of a device's 80 bytes may hold weights."""
     sizes = {40: 1, 41: 2, 80: 2, 81: 3, 121: 6, 240: 6}
-    assert {weights: flax_devices.model_axis(12, 6, weights, 80) for weights in sizes} == sizes
-    assert flax_devices.model_axis(4, 6, 10**12, None) == 1, "a CPU's devices share one memory"
-    for count, weights in ((12, 241), (1, 41)):
+    assert {size: devices.model_axis(12, 6, size, 80) for size in sizes} == sizes
+    assert devices.model_axis(4, 6, 10**12, None) == 1, "a CPU's devices share one memory"
+    for count, size in ((12, 241), (1, 41)):
         with pytest.raises(InputError, match=f"do not fit {count} devices"):
-            flax_devices.model_axis(count, 6, weights, 80)
+            devices.model_axis(count, 6, size, 80)
 
 
 def test_auto_is_float32_on_a_cpu():
     devices = jax.devices("cpu")
-    assert flax_devices.resolve_dtype("auto", devices) == "float32"
-    assert flax_devices.describe(flax_devices.make_mesh(devices[:1], SHAPE, 0, 10)) == "cpu:0"
+    assert devices.resolve_dtype("auto", devices) == "float32"
+    assert devices.describe(devices.make_mesh(devices[:1], SHAPE, 0, 10)) == "cpu:0"
 
 
 FOUR = """
@@ -220,40 +204,43 @@ import sys
 import numpy as np
 import backends
 from backends.base import Recipe
-from tests.conftest import make_examples
+from tests.conftest import assert_same, make_examples
 folder, parts = sys.argv[1], int(sys.argv[2])
-one = backends.load("flax", folder, device="cpu:0")
+single = backends.load("flax", folder, device="cpu:0")
 four = backends.load("flax", folder, device="cpu", model_parallel=parts)
 assert four.device == f"cpu x 4 (data {4 // parts}, model {parts})", four.device
 query = four.model.weights["layers"]["attention"]["query"]["kernel"][...]
 assert {shard.data.shape[2] for shard in query.addressable_shards} == {4 // parts}, "heads are cut"
 embedding = four.model.weights["embedding"][...]
 rows, choices = make_examples(9), make_examples(8, choices=4)
-np.testing.assert_allclose(four.logits(rows), one.logits(rows), atol=3e-5)
-np.testing.assert_array_equal(four.choices(choices)[0], one.choices(choices)[0])
+np.testing.assert_allclose(four.logits(rows), single.logits(rows), atol=3e-5)
+np.testing.assert_array_equal(four.choices(choices)[0], single.choices(choices)[0])
 heads = [(0, 1), (1, 2), (1, 3), (2, 0)]
-for left, right in zip(four.generate(rows, 8), one.generate(rows, 8), strict=True):
-    np.testing.assert_array_equal(left, right)
-for (_, left), (_, right) in zip(
-    four.sweep_generations(rows, heads, 8), one.sweep_generations(rows, heads, 8), strict=True
-):
-    for mine, other in zip(left, right, strict=True):
-        np.testing.assert_array_equal(mine, other)
-for (_, left), (_, right) in zip(
-    four.sweep_choices(rows, heads, "query"), one.sweep_choices(rows, heads, "query"), strict=True
-):
-    np.testing.assert_array_equal(left, right)
-grams = [backend.gradient_gram(choices, rows[:8], 2) for backend in (four, one)]
+assert_same(four.generate(rows, 8), single.generate(rows, 8))
+swept = [list(backend.sweep_generations(rows, heads, 8)) for backend in (four, single)]
+for (_, left), (_, right) in zip(*swept, strict=True):
+    assert_same(left, right)
+swept = [[found for _, found in backend.sweep_choices(rows, heads, "query")] for backend in (four, single)]
+assert_same(*swept)
+grams = [backend.gradient_gram(choices, rows[:8], 2) for backend in (four, single)]
 np.testing.assert_allclose(*grams, rtol=1e-5, atol=1e-6 * grams[0].max())
 recipe = Recipe(rank=4, alpha=8.0, lr=1e-2, batch=4, accumulation=2)
-runs = [backend.tune(rows, heads, recipe) for backend in (four, one)]
+runs = [backend.tune(rows, heads, recipe) for backend in (four, single)]
 losses = [[step["loss"] for step in run] for run in runs]
 np.testing.assert_allclose(*losses, atol=1e-5)
-np.testing.assert_allclose(four.logits(rows, runs[0].adapter), one.logits(rows, runs[1].adapter), atol=1e-4)
+logits = [backend.logits(rows, run.adapter) for backend, run in zip((four, single), runs, strict=True)]
+np.testing.assert_allclose(*logits, atol=1e-4)
 """
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("llama-gqa", 1), ("qwen2-gqa", 2), ("mistral-mqa", 4)])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("qwen2-mha", 2),
+        pytest.param("llama-gqa", 1, marks=pytest.mark.long),
+        pytest.param("mistral-mqa", 4, marks=pytest.mark.long),
+    ],
+)
 def test_four_devices_answer_as_one(models, kind, parts):
     done = subprocess.run(
         [sys.executable, "-c", FOUR, models[kind], str(parts)],
@@ -265,12 +252,12 @@ def test_four_devices_answer_as_one(models, kind, parts):
     assert done.returncode == 0, done.stderr
 
 
-def test_programs_are_kept_in_the_users_cache_and_compiling_is_told(models, scratch):
+def test_programs_are_kept_in_the_users_cache_and_compiling_is_reported(models, scratch):
     code = (
         "import sys, backends; backends.load('flax', sys.argv[1], device='cpu').gradient_gram(*[rows] * 2, 1)"
     )
     code = f"from tests.conftest import make_examples; rows = make_examples(2); {code}"
-    told = []
+    reported = []
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", code, models["llama-gqa"]],
@@ -280,6 +267,6 @@ def test_programs_are_kept_in_the_users_cache_and_compiling_is_told(models, scra
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        told.append("[flax] compiled query_gradients in" in done.stdout)
+        reported.append("[flax] compiled query_gradients in" in done.stdout)
     assert list((scratch / "jax").iterdir()), "nothing was kept"
-    assert told == [True, False]
+    assert reported == [True, False]

@@ -1,13 +1,13 @@
 """A user's own rows: what is read, and one clear line for whatever is wrong with them."""
 
-import doctest
 import json
 import re
 
 import pytest
 
+from backends.core.errors import InputError
 from data import jsonl
-from data.examples import SCORINGS
+from data.records import DATA_TYPES, entry_of
 
 UTIL = {"prompt": "What is 2 + 2?", "target": " 4"}
 ALIGN = {"prompt": "Look at this", "target": "No.", "data_type": "vanilla_harmful"}
@@ -24,47 +24,34 @@ def write(tmp_path):
     return write
 
 
-def test_doctests():
-    assert doctest.testmod(jsonl) == doctest.TestResults(failed=0, attempted=1)
-
-
 def test_the_documented_example_is_read(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(re.findall(r"^    (\{.*\})$", jsonl.__doc__, flags=re.MULTILINE)))
     (util,) = jsonl.read(path, "util")
     (safe,) = jsonl.read(str(path), "safe")
-    assert (util.example_id, util.role, util.source) == ("mine/1", "util", "mine.jsonl")
+    assert (util.example_id, util.split, util.source) == ("mine/1", "util", "mine.jsonl")
     assert (util.prefix, util.target, util.scoring) == ("2 + 2 =", " 4", "number")
-    assert (safe.example_id, safe.role, safe.scoring) == ("mine/2", "safe", "refusal")
+    assert (safe.example_id, safe.split, safe.scoring) == ("mine/2", "safe", "refusal")
     assert util.entry != safe.entry
 
 
 def test_defaults(write):
     (record,) = jsonl.read(write(UTIL), "util")
-    assert (record.prefix, record.choices, record.answer, record.scoring) == ("", (), -1, "choice")
-    assert record.entry == jsonl.entry_of("what is 2  2")
+    assert (record.prefix, record.choices, record.answer, record.scoring) == ("", (), None, "choice")
+    assert record.entry == entry_of("what is 2  2")
 
 
 def test_optional_columns_are_taken_and_null_counts_as_absent(write):
-    row = UTIL | {
-        "choices": ["3", "4"],
-        "answer": 1,
-        "id": "a",
-        "entry": "sums/2+2",
-        "prefix": None,
-        "more": [1],
-    }
-    (record,) = jsonl.read(write(row), "util")
+    row = UTIL | {"choices": ["3", "4"], "answer": 1, "prefix": None, "more": [1]}
+    (record,) = jsonl.read(write(row | {"id": "a", "entry": "sums/2+2"}), "util")
     assert (record.choices, record.answer) == (("3", "4"), 1)
     assert (record.example_id, record.entry, record.prefix) == ("a", "sums/2+2", "")
 
 
-@pytest.mark.parametrize("data_type", jsonl.DATA_TYPES)
-def test_align_rows_have_their_data_type_as_role(write, data_type):
-    (record,) = jsonl.read(write(ALIGN | {"data_type": data_type}), "align")
-    assert record.role == data_type
-    assert record.scoring == ("refusal" if data_type.endswith("harmful") else "over_refusal")
-    assert record.scoring in SCORINGS
+def test_align_rows_have_their_data_type_as_split(write):
+    records = jsonl.read(write(*(ALIGN | {"data_type": kind} for kind in DATA_TYPES)), "align")
+    assert [record.split for record in records] == list(DATA_TYPES)
+    assert [record.scoring for record in records] == 2 * ["refusal"] + 2 * ["over_refusal"]
 
 
 def test_one_file_serves_several_roles(write):
@@ -74,14 +61,14 @@ def test_one_file_serves_several_roles(write):
 
 
 def test_blank_lines_bom_and_windows_line_ends(write):
-    path = write(
-        b"\xef\xbb\xbf" + json.dumps(UTIL).encode() + b"\r", b"  \r", json.dumps(UTIL).encode() + b"\r"
-    )
-    assert [record.example_id for record in jsonl.read(path, "util")] == ["rows/1", "rows/3"]
+    line = json.dumps(UTIL).encode() + b"\r"
+    records = jsonl.read(write(b"\xef\xbb\xbf" + line, b"  \r", line), "util")
+    assert [record.example_id for record in records] == ["rows/1", "rows/3"]
 
 
 NUMBER = UTIL | {"scoring": "number"}
 CHOICES = UTIL | {"choices": ["3", "4"], "answer": 1}
+HALF = b'{"prompt": "\\ud800", "target": "a"}'
 WRONG = {
     "not UTF-8": ("util", b'{"prompt": "\xff", "target": "a"}', "not UTF-8"),
     "bad JSON": ("util", b'{"prompt": ', "not JSON \\(Expecting value, column 12\\)"),
@@ -97,11 +84,7 @@ WRONG = {
     "empty entry": ("util", UTIL | {"entry": ""}, "column 'entry' is empty"),
     "no text": ("util", UTIL | {"prompt": 3}, "column 'prompt' is not a text"),
     "prefix no text": ("util", UTIL | {"prefix": 3}, "column 'prefix' is not a text"),
-    "half a pair": (
-        "util",
-        b'{"prompt": "\\ud800", "target": "a"}',
-        "column 'prompt' holds a broken character",
-    ),
+    "half a pair": ("util", HALF, "column 'prompt' holds a broken character"),
     "unknown role": ("util", UTIL | {"role": "utility"}, "unknown role; there are util, safe, align"),
     "missing data_type": ("align", UTIL, "column 'data_type' is missing"),
     "unknown data_type": ("align", UTIL | {"data_type": "harmful"}, "unknown data_type; there are vanilla_"),
@@ -128,31 +111,19 @@ WRONG = {
 def test_a_bad_row_is_one_line_with_file_and_line_number(write, case):
     role, line, message = WRONG[case]
     good = ALIGN if role == "align" else UTIL
-    with pytest.raises(ValueError, match=f"^rows.jsonl, line 3: .*{message}") as caught:
+    with pytest.raises(InputError, match=f"^rows.jsonl, line 3: .*{message}") as caught:
         jsonl.read(write(good, b"", line), role)
     assert "\n" not in str(caught.value)
     assert "2 + 2" not in str(caught.value)
 
 
-def test_no_rows_for_the_role(write):
-    with pytest.raises(ValueError, match="^rows.jsonl: no rows for role 'safe'$"):
-        jsonl.read(write(UTIL | {"role": "util"}), "safe")
-    with pytest.raises(ValueError, match="no rows for role 'util'"):
-        jsonl.read(write(), "util")
-
-
-def test_unknown_role_asked_for(write):
-    with pytest.raises(ValueError, match="unknown role 'utility'; there are util, safe, align"):
-        jsonl.read(write(UTIL), "utility")
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.jsonl: no such file"):
-        jsonl.read(tmp_path / "none.jsonl", "util")
-    with pytest.raises(ValueError, match="cannot be read \\(IsADirectoryError\\)"):
-        jsonl.read(tmp_path, "util")
-
-
-def test_a_text_of_signs_only_stands_for_itself():
-    assert jsonl.entry_of("?!") != jsonl.entry_of("!?")
-    assert jsonl.entry_of(" ?! ") == jsonl.entry_of("?!")
+def test_files_without_rows_that_can_be_read(write, tmp_path):
+    for path, role, message in (
+        (write(UTIL | {"role": "util"}, name="my.jsonl"), "safe", "^my.jsonl: no rows for role 'safe'$"),
+        (write(name="empty.jsonl"), "util", "no rows for role 'util'"),
+        (write(UTIL), "utility", "unknown role 'utility'; there are util, safe, align"),
+        (tmp_path / "none.jsonl", "util", "none.jsonl: no such file"),
+        (tmp_path, "util", r"cannot be read \(IsADirectoryError\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            jsonl.read(path, role)

@@ -1,44 +1,38 @@
 """Runs whose units are computed by Ray's actors or submitit's jobs end in the files of a plain run."""
 
-import dataclasses
+import doctest
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from backends.errors import InputError
-from stages import artifacts, launch, presets
-from stages.launching import on_ray, on_slurm
+from backends.core.errors import InputError
+from stages.run.pipeline import WITH_UNITS, declaration
+from stages.run.presets import preset_settings
+from stages.run.runner import unit_states
+from stages.run.store import MANIFEST, PARTS
+from stages.scale import launch, on_ray, on_slurm
+from stages.scale.engine import LOCAL, Options
 from tests.conftest import ROOT
-from tests.test_stages import SETTINGS, STAGES, contents, run
+from tests.runs import COMPUTED, TINY, assert_same
 
-ray = pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
+pytest.importorskip("ray", reason="requirements-ray.txt is not installed")
 pytest.importorskip("submitit", reason="requirements-slurm.txt is not installed")
 
-FIELDS = ("benchmarks", "arms", "align_rows", "sweep_tokens")
 OPTIONS = [
     word
-    for name in FIELDS
-    for value in [getattr(SETTINGS, name)]
-    for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,)))
+    for name in ("benchmarks", "arms", "align_rows", "sweep_tokens")
+    for value in [TINY.flat()[name]]
+    for word in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value]))
 ]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> dict[str, bytes]:
-    """The files of a run by one process."""
-    return computed(run(tmp_path_factory.mktemp("plain") / "tiny"))
-
-
-def computed(folder: Path) -> dict[str, bytes]:
-    """What stages 01 to 05 made."""
-    return {path: data for path, data in contents(folder).items() if path.split("/")[0] in STAGES}
+CONFLICT, SWEEP, ALIGN = WITH_UNITS[:3]
 
 
 @pytest.fixture()
@@ -54,7 +48,7 @@ def cluster():
 
 
 def start(folder: Path, *engine: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "stages.launch", "--preset", "tiny", "--run", str(folder)]
+    command = [sys.executable, "-m", "stages.scale.launch", "--preset", "tiny", "--run", str(folder)]
     return subprocess.Popen(
         [*command, *OPTIONS, *engine],
         cwd=ROOT,
@@ -65,9 +59,9 @@ def start(folder: Path, *engine: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    told, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, told
-    return told
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
 
 
 def wait_until(there: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -77,81 +71,161 @@ def wait_until(there: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def units_done(folder: Path, stage: str) -> int:
-    return len(list((folder / stage / "parts").glob("*.parquet")))
+def has_parts(folder: Path, stage: str) -> bool:
+    return any((folder / stage / PARTS).glob("*.parquet"))
 
 
-def test_three_nodes(cluster, plain, scratch):
-    told = finish(start(scratch / "tiny", "--ray", cluster.address))
-    assert computed(scratch / "tiny") == plain
-    assert "3 of 3 actors of 0 GPUs and 1 CPUs on 3 nodes" in told
-    rows = re.findall(r"^\S+ \w{6} +(\d+) +(\d+) +\d+ s +\d+ s +(\d+)$", told, re.MULTILINE)
-    assert [row[0] for row in rows] == ["1", "1", "1"] and all(row[2] == "0" for row in rows)
-    units = 1 + 2 * 4 + 4 + 5 * 6  # gradients; choices and responses of 3 layers and clean; arms; benchmarks
-    assert sum(int(row[1]) for row in rows) == units
-    assert "audit of" in told and " 0 failed" in told
+def assert_computed(folder: Path, plain: Path) -> None:
+    for name in COMPUTED:
+        assert_same(folder / name, plain / name)
 
 
-def test_node_and_driver_lost(cluster, plain, scratch):
+# Ray
+
+
+@contextmanager
+def actors(run: Path, **options: int) -> Iterator[on_ray.RayEngine]:
+    """An engine on this machine alone."""
+    settings = TINY.replace(run=str(run))
+    engine = on_ray.RayEngine(settings, Options(ray=LOCAL, cpus_per_actor=1, **options))
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.close()
+
+
+def test_actors_make_a_stage(copy_run, tiny_run):
+    run = copy_run(before=SWEEP)
+    with actors(run, actors=1) as engine:
+        engine.run(SWEEP)
+        summary = engine.summary()
+    assert_same(run / SWEEP, tiny_run / SWEEP)
+    units = unit_states(declaration(SWEEP), TINY.replace(run=str(run)))
+    assert re.search(rf"^\S+ \w{{6}} +1 +{len(units)} +\d+ +\d+ +0$", summary, re.MULTILINE), summary
+
+
+@pytest.mark.long
+def test_three_nodes(cluster, tiny_run, scratch):
+    output = finish(start(scratch / "tiny", "--ray", cluster.address))
+    assert_computed(scratch / "tiny", tiny_run)
+    # Under load an actor may come late, or not before all is done.
+    assert re.search(r"\[launch\] [123] of 3 actors of 0 GPUs and 1 CPUs on [123] nodes", output)
+    rows = re.findall(r"^\S+ \w{6} +(\d+) +(\d+) +\d+ +\d+ +(\d+)$", output, re.MULTILINE)
+    assert rows and all(row[0] == "1" and row[2] == "0" for row in rows)
+    settings = TINY.replace(run=str(tiny_run))
+    assert sum(int(row[1]) for row in rows) == sum(
+        len(unit_states(declaration(name), settings)) for name in WITH_UNITS
+    )
+    assert "audit of" in output and " 0 failed" in output
+
+
+@pytest.mark.long
+def test_node_and_driver_lost(cluster, tiny_run, scratch):
     """A node goes in the middle of the sweep, later the driver, which is started again."""
     folder = scratch / "tiny"
     process = start(folder, "--ray", cluster.address)
-    wait_until(lambda: units_done(folder, "03_sensitivity") > 0, process)
-    assert not (folder / "03_sensitivity" / artifacts.MANIFEST).exists()
+    wait_until(lambda: has_parts(folder, SWEEP), process)
+    assert not (folder / SWEEP / MANIFEST).exists()
     cluster.remove_node(cluster.others.pop(), allow_graceful=False)
-    wait_until(lambda: units_done(folder, "04_align") > 0, process)
+    wait_until(lambda: has_parts(folder, ALIGN), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (folder / "04_align" / artifacts.MANIFEST).exists()
+    assert not (folder / ALIGN / MANIFEST).exists()
     # Two: for a third it would wait as long as Ray has not missed the node.
-    told = finish(start(folder, "--ray", cluster.address, "--actors", "2"))
-    assert computed(folder) == plain
-    assert "2 of 2 actors" in told
+    output = finish(start(folder, "--ray", cluster.address, "--actors", "2"))
+    assert_computed(folder, tiny_run)
+    assert re.search("[12] of 2 actors", output)
 
 
 class Dies(on_ray.Worker):
     """An actor whose process ends, or whose stage fails, at a certain unit."""
 
     def make(self, name, units):
-        if name == "03_sensitivity" and units and (unit := os.environ["DIES_AT"]) in units:
+        if name == SWEEP and units and (unit := os.environ["DIES_AT"]) in units:
             if os.environ["DIES_BY"] == "signal":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError(f"no {unit}")
         return super().make(name, units)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["signal", "error"])
-def test_unit_that_always_fails(how, scratch, monkeypatch):
+def test_unit_that_always_fails(how, copy_run, monkeypatch):
     """It is tried three times, then named; the rest is kept."""
     monkeypatch.setattr(on_ray, "Worker", Dies)
     monkeypatch.setattr(on_ray, "PASSED", ("DIES_AT", "DIES_BY"))
     monkeypatch.setenv("DIES_AT", "choices-layer002")
     monkeypatch.setenv("DIES_BY", how)
-    run(scratch / "tiny", names=STAGES[:2])
-    settings = dataclasses.replace(SETTINGS, run=str(scratch / "tiny"))
-    engine = on_ray.RayEngine(settings, on_ray.HERE, None, 1, 1)
-    try:
-        why = "its process died" if how == "signal" else "ValueError: no choices-layer002"
-        with pytest.raises(InputError, match=rf"unit \S+ of 03_sensitivity failed 3 times: {why}"):
-            engine.run("03_sensitivity")
-    finally:
-        engine.close()
+    why = "its process died" if how == "signal" else "ValueError: no choices-layer002"
+    failed = pytest.raises(InputError, match=rf"unit \S+ of {SWEEP} failed 3 times: {why}")
+    with actors(copy_run(before=SWEEP)) as engine, failed:
+        engine.run(SWEEP)
 
 
-def test_submitit(plain, scratch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Could not find any Ray instance.\nMore."), "no Ray there .Could not find any Ray"),
+        (
+            RuntimeError("Version mismatch:\nThis process uses 1.0"),
+            "another version of Ray .* .Version",
+        ),
+    ],
+)
+def test_no_such_cluster(error, message, scratch, monkeypatch):
+    """As Ray puts it; in truth another test's cluster may be on this machine."""
+    monkeypatch.setattr(on_ray.ray, "init", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(InputError, match=f"--ray auto: .*{message}") as refused:
+        launch.main(["--preset", "tiny", "--run", str(scratch / "run"), "--ray", "auto"])
+    assert "\n" not in str(refused.value)
+
+
+def test_actor_that_cannot_work():
+    settings = preset_settings("tiny")
+    versions = on_ray.package_versions()
+    on_ray.check(on_ray.Hello("a 123456", versions, True), settings)
+    with pytest.raises(InputError, match="node a 123456 does not see outputs/tiny: .* file system"):
+        on_ray.check(on_ray.Hello("a 123456", versions, False), settings)
+    with pytest.raises(InputError, match="node a 123456 has torch 0, here it is"):
+        on_ray.check(on_ray.Hello("a 123456", versions | {"torch": "0"}, True), settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "size", "room"),
+    [
+        (Options(), "auto", (1, 4), 3),  # a GPU's share of the smaller node
+        (Options(), "cpu", (0, 4), 6),
+        (Options(cpus_per_actor=1), "cpu", (0, 1), 24),
+        (Options(gpus_per_actor=2), "auto", (2, 4), 1),
+    ],
+)
+def test_sizes_of_actors(options, device, size, room):
+    nodes = [on_ray.Node("a", 16, 2), on_ray.Node("b", 8, 1)]
+    found = on_ray.actor_size(device, options, nodes)
+    assert (found.gpus, found.cpus) == size and found.room(nodes) == room
+    with pytest.raises(InputError, match="room for"):
+        on_ray.actor_size(device, Options(actors=room + 1, gpus_per_actor=size[0]), nodes[:1])
+
+
+# Slurm
+
+
+@pytest.mark.long
+def test_submitit(tiny_run, scratch):
     """Two local jobs at a time, interrupted in the middle of a unit as Slurm does before it takes a node
     away; they go on."""
     folder = scratch / "tiny"
     process = start(folder, "--slurm", "local,jobs=2")
-    wait_until(lambda: units_done(folder, "04_align") > 0, process)
+    wait_until(lambda: has_parts(folder, ALIGN), process)
     jobs = subprocess.run(
         ["pgrep", "-f", f"submitit.core._submit {folder}-jobs"], capture_output=True, text=True, check=False
     )
     for job in jobs.stdout.split():
         os.kill(int(job), signal.SIGUSR2)
-    told = finish(process)
-    assert computed(folder) == plain
-    assert re.search(r"04_align +2 +0", told), told
+    output = finish(process)
+    assert_computed(folder, tiny_run)
+    assert re.search(rf"{ALIGN} +2 +0", output), output
     assert any("Requeued" in log.read_text() for log in (scratch / "tiny-jobs").glob("*_log.*"))
 
 
@@ -170,48 +244,60 @@ def slurm(scratch, monkeypatch) -> Path:
     return home
 
 
-def test_slurm(slurm, plain, scratch):
-    """A stage as an array of two jobs and one that joins them."""
-    folder = run(scratch / "tiny", names=STAGES[:1])
-    settings = dataclasses.replace(SETTINGS, run=str(folder))
-    engine = on_slurm.SlurmEngine(settings, "partition=gpu,gpus=1,jobs=2,reservation=night")
-    engine.run(STAGES[1])
+def jobs(run: Path, text: str, **changes: object) -> on_slurm.SlurmEngine:
+    engine = on_slurm.SlurmEngine(TINY.replace(run=str(run), **changes), Options(slurm=text))
+    engine.start()
+    return engine
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_slurm(count, slurm, copy_run, tiny_run):
+    """A stage as an array of jobs and one that joins them."""
+    run = copy_run(before=CONFLICT)
+    engine = jobs(run, f"partition=gpu,gpus=1,jobs={count},reservation=night")
+    engine.run(CONFLICT)
     scripts = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
-    assert ["--array=0-1%2" in script for script in scripts] == [True, False]
+    assert ["--array=0-1%2" in script for script in scripts] == ([False] if count == 1 else [True, False])
     assert all("--gpus-per-node=1" in script and "--reservation=night" in script for script in scripts)
-    made = {path for path in plain if path.startswith(STAGES[1])}
-    assert made and {path: computed(folder)[path] for path in made} == {path: plain[path] for path in made}
-    assert engine.told()[1].split()[:3] == [STAGES[1], "2", "0"]
+    assert_same(run / CONFLICT, tiny_run / CONFLICT)
+    assert engine.summary().splitlines()[1].split()[:3] == [CONFLICT, str(count), "0"]
 
 
-def test_slurm_refuses(slurm, scratch):
-    folder = run(scratch / "tiny", names=STAGES[:1])
-    settings = dataclasses.replace(SETTINGS, run=str(folder))
+def test_slurm_refuses(slurm, copy_run):
+    run = copy_run(before=CONFLICT)
     with pytest.raises(InputError, match="sbatch refused the job .*invalid partition"):
-        on_slurm.SlurmEngine(settings, "partition=closed").run(STAGES[1])
-    other = dataclasses.replace(settings, seed=settings.seed + 1, folds=2)
-    run(scratch / "tiny", names=STAGES[1:2])
-    with pytest.raises(InputError, match="made with other settings"):
-        on_slurm.SlurmEngine(other, "partition=gpu").run(STAGES[1])
+        jobs(run, "partition=closed").run(CONFLICT)
+    with pytest.raises(InputError, match="--seed: .*01_calibrate rests on 0, not 1"):
+        jobs(run, "partition=gpu,jobs=1", seed=1).run(CONFLICT)
 
 
 def test_scripts(scratch, capsys):
     options = ["--run", str(scratch / "never"), "--preset", "tiny", "--dry-run"]
     launch.main([*options, "--slurm", "partition=gpu,gpus=1,jobs=16,hours=1.5,mem=64GB,reservation=night"])
-    told = capsys.readouterr().out
-    assert told.count("#!/bin/bash") == 4
-    for line in ("array=0-15%16", "partition=gpu", "gpus-per-node=1", "time=90", "reservation=night"):
-        assert told.count(f"#SBATCH --{line}") == 4, told
+    output = capsys.readouterr().out
+    assert output.count("#!/bin/bash") == len(WITH_UNITS)
+    for line in (
+        "array=0-15%16",
+        "partition=gpu",
+        "gpus-per-node=1",
+        "time=90",
+        "reservation=night",
+        "mem=64GB",
+    ):
+        assert output.count(f"#SBATCH --{line}") == len(WITH_UNITS), output
     assert not (scratch / "never").exists()
 
 
+# Both
+
+
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ("", "one of --ray and --slurm"),
+        ("--ray --slurm local", "one of --ray and --slurm"),
         ("--ray 127.0.0.1:1", "nothing answers there"),
-        ("--ray --gpus-per-actor 1", r"1 actors of 1 GPUs and \d+ CPUs do not fit: .* 0 GPUs"),
-        ("--ray --actors 500", "500 actors of"),
+        ("--ray --actors -1", "must not be negative"),
         ("--ray --device cuda:1", "an actor has GPUs of its own"),
         ("--ray --shard 1/2", "--shard: a launch shares"),
         ("--ray --nonsense 1", "unknown option --nonsense"),
@@ -219,25 +305,20 @@ def test_scripts(scratch, capsys):
         ("--slurm jobs=x", "--slurm jobs=x: key=value"),
         ("--slurm local,partition=gpu", "only jobs, hours and gpus count there, not partition"),
         ("--slurm local,jobs=0", "jobs and hours must be positive"),
+        pytest.param(
+            "--ray --gpus-per-actor 1",
+            r"1 actors of 1 GPUs and \d+ CPUs do not fit: .* 0 GPUs",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("--ray --actors 500", "500 actors of", marks=pytest.mark.long),
     ],
 )
-def test_bad_input(options, told, scratch):
+def test_bad_input(options, message, scratch):
     """One line, before anything is computed."""
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         launch.main(["--preset", "tiny", "--run", str(scratch / "run"), *options.split()])
     assert "\n" not in str(error.value)
-    assert not (scratch / "run" / "01_calibrate").exists()
-
-
-def test_no_cluster_here(scratch, monkeypatch):
-    """As Ray says it; in truth another test's cluster may be on this machine."""
-
-    def nothing(address, **options):
-        raise ConnectionError("Could not find any running Ray instance.")
-
-    monkeypatch.setattr(on_ray.ray, "init", nothing)
-    with pytest.raises(InputError, match="--ray auto: no Ray there .Could not find any running Ray instance"):
-        launch.main(["--preset", "tiny", "--run", str(scratch / "run"), "--ray", "auto"])
+    assert not (scratch / "run" / COMPUTED[0]).exists()
 
 
 @pytest.mark.parametrize("engine", ["--ray", "--slurm"])
@@ -248,29 +329,10 @@ def test_not_installed(engine, scratch, monkeypatch):
         launch.main(["--preset", "tiny", "--run", str(scratch / "run"), engine, "local"])
 
 
-def test_other_version(cluster, scratch):
-    """A driver of another version than the cluster's."""
-    program = "import ray, sys; ray.__version__ = '1.0'; from stages import cli, launch; "
-    program += "cli.guarded(lambda: launch.main(sys.argv[1:]))"
-    options = ["--preset", "tiny", "--run", str(scratch / "run"), "--ray", cluster.address]
-    process = subprocess.run(
-        [sys.executable, "-c", program, *options], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 2, process.stderr
-    assert process.stderr.startswith("error: --ray") and process.stderr.count("\n") == 1, process.stderr
-    assert "another version of Ray" in process.stderr
-
-
-def test_actor_that_cannot_work():
-    settings = presets.preset_settings("tiny")
-    good = on_ray.Hello("a 123456", on_ray.package_versions(), True)
-    on_ray.check(good, settings)
-    with pytest.raises(InputError, match="node a 123456 does not see outputs/tiny: .* file system"):
-        on_ray.check(good._replace(sees=False), settings)
-    with pytest.raises(InputError, match="node a 123456 has torch 0, here it is"):
-        on_ray.check(good._replace(versions=good.versions | {"torch": "0"}), settings)
-
-
 def test_in_use(scratch):
-    with launch.alone(scratch), pytest.raises(InputError, match="is launched already"), launch.alone(scratch):
-        pass
+    with launch.launch_lock(scratch), pytest.raises(InputError, match="is launched already"):
+        launch.launch_lock(scratch).__enter__()
+
+
+def test_doctests():
+    assert doctest.testmod(on_slurm).failed == 0

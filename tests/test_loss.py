@@ -5,7 +5,8 @@ import pytest
 import torch
 import transformers
 
-from backends import batching, torch_loss
+from backends.core import packing
+from backends.torch import loss as torch_loss
 from tests import reference
 from tests.conftest import KINDS, make_examples
 
@@ -22,8 +23,8 @@ def plain(models):
 
 def gradients(model, losses: torch.Tensor) -> list[torch.Tensor]:
     weights = [layer.self_attn.q_proj.weight for layer in model.model.layers]
-    weighed = losses * torch.arange(1, len(losses) + 1)  # no row may stand for another
-    return torch.autograd.grad(weighed.sum(), weights)
+    weighted = losses * torch.arange(1, len(losses) + 1)  # no row may stand for another
+    return torch.autograd.grad(weighted.sum(), weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,16 +43,16 @@ def test_a_line_is_its_rows(plain, kind, shared, monkeypatch):
 
 
 def test_rows_that_a_window_cuts_are_padded(plain):
-    long = batching.join([row.prompt_ids for row in make_examples(4, shared=8)], 0)
-    short = batching.join([row.prompt_ids[:6] for row in make_examples(4)], 0)
-    assert torch_loss._line_pays(plain["llama-gqa"], long) and torch_loss._line_pays(plain["qwen2-gqa"], long)
-    for kind in ("mistral-gqa", "qwen2-mqa"):
+    long = packing.join([row.prompt_ids for row in make_examples(4, shared=8)], 0)
+    short = packing.join([row.prompt_ids[:6] for row in make_examples(4)], 0)
+    assert torch_loss._line_pays(plain["llama-gqa"], long) and torch_loss._line_pays(plain["qwen2-mha"], long)
+    for kind in ("mistral-mqa", "qwen2-mqa"):
         assert not torch_loss._line_pays(plain[kind], long) and torch_loss._line_pays(plain[kind], short)
 
 
 def test_long_rows_are_padded_unless_they_share_much(plain):
     generator = np.random.default_rng(4)
     rows = [generator.integers(3, 90, 700).astype(np.int32) for _ in range(4)]
-    assert not torch_loss._line_pays(plain["llama-gqa"], batching.join(rows, 0))
+    assert not torch_loss._line_pays(plain["llama-gqa"], packing.join(rows, 0))
     rows = [np.concatenate([rows[0], row[:20]]) for row in rows]
-    assert torch_loss._line_pays(plain["llama-gqa"], batching.join(rows, 0))
+    assert torch_loss._line_pays(plain["llama-gqa"], packing.join(rows, 0))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stages import metrics
-from tests.test_gram import direct_conflict
+from stages.method import metrics
+from tests.test_gradients import direct_conflict
 
 TRIALS = range(20)
 
@@ -288,17 +288,17 @@ def test_correlation_of_a_constant_is_nan_without_warnings():
 
 def test_accuracy_change_pinned():
     clean = np.array([True, True, True, False])
-    silenced = np.array(
+    ablated = np.array(
         [[[True, True, True, False], [False, False, True, False]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
     )
-    assert metrics.accuracy_change(clean, silenced.astype(bool)).tolist() == [[0.0, 0.5], [0.25, 0.75]]
+    assert metrics.accuracy_change(clean, ablated.astype(bool)).tolist() == [[0.0, 0.5], [0.25, 0.75]]
 
 
 def test_accuracy_change_keeps_ties_exact():
     # 3 of 10 right when clean: 2 and 4 right are the same change, though |0.2 - 0.3| and |0.4 - 0.3| differ.
     clean = np.arange(10) < 3
-    silenced = np.stack([np.arange(10) < 2, np.arange(10) < 4])[None]
-    change = metrics.accuracy_change(clean, silenced)
+    ablated = np.stack([np.arange(10) < 2, np.arange(10) < 4])[None]
+    change = metrics.accuracy_change(clean, ablated)
     assert change[0, 0] == change[0, 1] == 0.1
     assert abs(0.2 - 0.3) != abs(0.4 - 0.3)
 
@@ -371,8 +371,8 @@ ERRORS = [
     ("correlation", (np.ones((1, 2, 3)), np.ones(3)), "x"),
     ("accuracy_change", (ONE, ONE[None]), "clean"),
     ("accuracy_change", ([0.5, 1.0], np.ones((1, 1, 2))), "clean"),
-    ("accuracy_change", ([0, 1], np.full((1, 1, 2), 0.5)), "silenced"),
-    ("accuracy_change", ([0, 1], np.ones((1, 1, 3))), "silenced"),
+    ("accuracy_change", ([0, 1], np.full((1, 1, 2), 0.5)), "ablated"),
+    ("accuracy_change", ([0, 1], np.ones((1, 1, 3))), "ablated"),
     ("accuracy_change", ([], np.ones((1, 1, 0))), "clean"),
     ("wilson_interval", (0, 0), "n"),
     ("wilson_interval", (6, 5), "successes"),

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import backends
 from backends import models as folders
-from backends.errors import InputError
+from backends.core.errors import InputError
+from backends.models import sources
 
 
 @pytest.fixture()
@@ -44,7 +45,9 @@ def test_architecture_and_attributes_are_refused_by_name(model):
     refused(model, "architecture GemmaForCausalLM")
     edit(model, architectures=["LlamaForCausalLM"], attn_logit_softcapping=50.0)
     refused(model, "attribute attn_logit_softcapping = 50.0")
-    edit(model, attn_logit_softcapping=None, hidden_act="gelu")
+    edit(model, attn_logit_softcapping=0)  # 0 == False, but it is no default
+    refused(model, "attribute attn_logit_softcapping = 0 is")
+    edit(model, attn_logit_softcapping=False, use_cache=0, hidden_act="gelu")
     refused(model, "hidden_act = 'gelu'")
     edit(model, hidden_act="silu", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4})
     refused(model, "rope_type 'yarn'")
@@ -137,7 +140,7 @@ def test_hub_errors_say_how_to_get_access(monkeypatch):
 
 
 def _make(folder, queue):
-    queue.put(str(folders._made_once("thing", "x/y", lambda target: (target / "made").write_text("x"))))
+    queue.put(str(sources._made_once("thing", "x/y", lambda target: (target / "made").write_text("x"))))
 
 
 def test_made_once_by_two_processes(scratch, monkeypatch):
@@ -145,11 +148,11 @@ def test_made_once_by_two_processes(scratch, monkeypatch):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     both = [context.Process(target=_make, args=(scratch, queue)) for _ in range(2)]
-    for one in both:
-        one.start()
+    for process in both:
+        process.start()
     paths = {queue.get(timeout=60) for _ in both}
-    for one in both:
-        one.join()
+    for process in both:
+        process.join()
     assert paths == {str(scratch / "models/thing")}
     assert (scratch / "models/thing/made").read_text() == "x"
 
@@ -158,7 +161,7 @@ def test_made_once_by_two_processes(scratch, monkeypatch):
         raise OSError("the network went away")
 
     with pytest.raises(OSError, match="went away"):
-        folders._made_once("other", "x/y", broken)
+        sources._made_once("other", "x/y", broken)
     assert sorted(path.name for path in (scratch / "models").iterdir() if path.is_dir()) == ["thing"]
 
 

@@ -3,14 +3,15 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from backends.errors import InputError
-from data.examples import Record
+from backends.core.errors import InputError
+from data.records import Record
 from data.rendering import Renderer, example
-from stages import artifacts, schemas
+from stages.run.schemas import EXAMPLES
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -38,12 +39,20 @@ def render(record=RECORD, system="", **options):
 
 def test_a_row_fits_its_schema_and_comes_back_as_an_example():
     row = render()
-    artifacts.pa.Table.from_pylist([row], schema=schemas.EXAMPLES)
+    assert list(row) == EXAMPLES.names
     assert row["rendered"] == "<s>[user]Which city?(26 Jul 2024)[reply] It is"
     one = example(row)
     assert one.prompt_ids.dtype == np.int32 and one.example_id == "r1"
     assert one.answer == 256 == one.target_ids[0], "the token that really follows the rendered prompt"
     assert len(one.choice_ids) == 0
+
+
+def test_an_example_comes_back_from_a_data_frame():
+    safe = dataclasses.replace(RECORD, example_id="r2", scoring="refusal", prefix="", target="No.")
+    rows = [render(), render(safe)]
+    frame = pd.DataFrame(rows).assign(prompt_ids=[np.array(row["prompt_ids"]) for row in rows])
+    answers = {one.example_id: one.answer for one in map(example, frame.to_dict("records"))}
+    assert answers == {"r1": 256, "r2": -1}
 
 
 def test_exactly_one_bos_where_the_model_uses_one():
@@ -59,9 +68,9 @@ def test_completions_end_with_eos_and_next_token_answers_do_not():
     assert render()["target_ids"][-1] != 258
     safe = dataclasses.replace(RECORD, scoring="refusal", prefix="", target="No.")
     row = render(safe)
-    assert row["target_ids"][-1] == 258 and row["answer"] == -1
+    assert row["target_ids"][-1] == 258 and row["answer"] is None
     gold = render(dataclasses.replace(safe, scoring="number", target=" 12"))
-    assert gold["answer"] == -1 and gold["choice_ids"] == []
+    assert gold["answer"] is None and gold["choice_ids"] == []
 
 
 def test_choices_are_first_tokens_after_the_prompt():

@@ -1,198 +1,208 @@
 """Stage 06: costs by hand, and the report of fabricated runs of every awkward kind."""
 
-import csv
-import importlib
+import doctest
 import re
-from pathlib import Path
+from dataclasses import replace
+from pathlib import PurePath
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from stages import artifacts, metrics, schemas
-from stages.reporting import answers, correlations, costs, figures, map_tables, report, side_by_side, verdicts
-from tests.fabricated import INJECTED, Fabricated, fabricate
+from backends.core.seeds import stream
+from stages.method.arms import BASE, BASE_RUN, Arm, ArmRun, parse
+from stages.report import costs, examples, figures, page, responses, words
+from stages.run.store import RunFolder
+from tests.fabricated import INJECTED, WORKED_SIDES, Fabricated, correlate, fabricate, report_of
 
-correlate = importlib.import_module("stages.06_correlate")
-
-
-@pytest.fixture()
-def vector_only(monkeypatch):
-    """Every figure is drawn once instead of twice."""
-    monkeypatch.setattr(figures, "FORMATS", {"svg": figures.FORMATS["svg"]})
+FULL, RISKY = parse(["full", "bucket1"], 4)
+HAND_SIDES = {"facts": "utility", "words": "utility", "vanilla": "safety", "benign": "over-refusal"}
+HAND_LOSSES = costs.losses_of(HAND_SIDES, "facts")
 
 
-def run_stage(folder: Path, like: Fabricated) -> tuple[str, dict[str, list[dict[str, str]]]]:
-    """The report and the tables of a fabricated run."""
-    correlate.main(fabricate(folder, like))
-    out = folder / correlate.NAME
-    tables = {}
-    for path in sorted(out.glob("tables/*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            tables[path.stem] = list(csv.DictReader(file))
-        assert path.with_suffix(".md").is_file()
-    drawn = {path.stem for path in out.glob("figures/*")}
-    assert {"figure7_conflict_map", "conflict_sensitivity"} <= drawn
-    for name in drawn:
-        assert all((out / "figures" / f"{name}.{suffix}").stat().st_size for suffix in figures.FORMATS)
-    return (out / "report.html").read_text(encoding="utf-8"), tables
+# Costs
 
 
-def score_rows(arm: str, seed: int, scores: dict[str, float], sides: dict[str, str]) -> list[dict]:
-    labels = {"arm": arm, "optimizer": "none" if arm == "base" else "sft", "seed": seed}
-    return [
-        labels | {"benchmark": name, "side": sides[name], "n": 10, "score": scores[name]} for name in scores
-    ]
-
-
-def arm_row(arm: str, seed: int, mean_score: float) -> dict:
-    selection = dict.fromkeys(costs.SELECTION, 1.0) | {"mean_score": mean_score, "predicted": mean_score}
-    return {"arm": arm, "optimizer": "sft", "seed": seed, **selection}
-
-
-def small(
-    values: dict[tuple[str, int], tuple[float, float, float, float]], scores_c: dict[str, float]
-) -> list[dict]:
-    """arm_costs of hand-written scores: (arm, seed) -> (facts, words, vanilla, benign)."""
-    sides = {"facts": "utility", "words": "utility", "vanilla": "safety", "benign": "over-refusal"}
-    scores = [
-        row
-        for (arm, seed), given in values.items()
-        for row in score_rows(arm, seed, dict(zip(sides, given, strict=True)), sides)
-    ]
-    arms = [arm_row(arm, seed, scores_c[arm]) for arm, seed in values if arm != "base"]
-    return costs.arm_costs(scores, arms, "facts")
+def by_hand(scores: dict[tuple[Arm, int | None], tuple[float, float, float, float]]) -> pd.DataFrame:
+    """arm_costs of scores of facts, words, vanilla and benign by arm and seed, the base model first."""
+    table = {
+        ArmRun(arm, "sft" if seed else None, seed): dict(zip(HAND_SIDES, row, strict=True))
+        for (arm, seed), row in scores.items()
+    }
+    index = pd.Index(list(table)[1:], dtype=object)
+    arms = pd.DataFrame(1.0, index=index, columns=costs.SELECTION)
+    return costs.arm_costs(table, arms, HAND_SIDES, HAND_LOSSES)
 
 
 def test_costs_by_hand():
-    values = {
-        ("base", -1): (0.8, 0.6, 0.2, 0.1),
-        ("bucket1", 21): (0.6, 0.5, 0.7, 0.2),
-        ("full", 21): (0.9, 0.9, 0.2, 0.0),
-    }
-    base, risky, full = small(values, {"bucket1": 1.0, "full": 0.5})
-    assert (base["utility"], base["ucr"], base["flag"], base["n_heads"]) == (
-        pytest.approx(0.7),
-        None,
-        "",
-        None,
-    )
+    values = {(BASE, None): (0.8, 0.6, 0.2, 0.1), (RISKY, 21): (0.6, 0.5, 0.7, 0.2)}
+    table = by_hand(values | {(FULL, 21): (0.9, 0.9, 0.2, 0.0)})
+    base, risky, full = (row for _, row in table.iterrows())
+    assert base["utility"] == pytest.approx(0.7) and base[["ucr", "n_heads", "flag"]].isna().all()
     assert risky["utility"] == pytest.approx(0.55)
     assert risky["safety_gain"] == pytest.approx(0.5) and risky["utility_loss"] == pytest.approx(0.15)
     assert risky["ucr"] == pytest.approx(0.3) and risky["source_cr"] == pytest.approx(0.4)
     assert risky["over_refusal_cr"] == pytest.approx(0.2)
-    assert (risky["flag"], full["flag"]) == ("", costs.NO_GAIN)
+    assert pd.isna(risky["flag"]) and full["flag"] == words.NO_GAIN
 
 
-def test_means_leave_out_ratios_of_seeds_without_gain():
-    base, one, flat = (0.8, 0.8, 0.2, 0.1), (0.6, 0.6, 0.6, 0.1), (0.7, 0.7, 0.2, 0.1)
-    rows = small({("base", -1): base, ("bucket1", 21): one, ("bucket1", 42): flat}, {"bucket1": 1.0})
-    mean = costs.mean_over_seeds(rows, "facts")[1]
-    assert mean["utility"] == pytest.approx(0.65) and mean["utility_std"] == pytest.approx(
-        np.std([0.6, 0.7], ddof=1)
+def test_one_ucr_of_mean_scores():
+    """Losses of 5 points with gains of 1, 20 and 20 cost 15 / 41; the mean of the seeds' ratios is 1.83."""
+    values = {(BASE, None): (0.8, 0.8, 0.2, 0.1)}
+    values |= {(RISKY, seed): (0.75, 0.75, 0.2 + gain, 0.1) for seed, gain in ((1, 0.01), (2, 0.2), (3, 0.2))}
+    mean = costs.mean_over_seeds(by_hand(values), HAND_LOSSES).iloc[1]
+    assert mean["ucr"] == pytest.approx(15 / 41, abs=1e-6) == mean["source_cr"]
+    assert mean["ucr_std"] == pytest.approx(np.std([5, 0.25, 0.25], ddof=1), abs=1e-5)
+
+
+def test_a_mean_gain_decides_and_seeds_without_gain_have_no_ratio_of_their_own():
+    base, gained, flat = (0.8, 0.8, 0.2, 0.1), (0.6, 0.6, 0.6, 0.1), (0.7, 0.7, 0.2, 0.1)
+    mean = costs.mean_over_seeds(
+        by_hand({(BASE, None): base, (RISKY, 21): gained, (RISKY, 42): flat}), HAND_LOSSES
+    ).iloc[1]
+    assert mean["utility"] == pytest.approx(0.65)
+    assert mean["utility_std"] == pytest.approx(np.std([0.6, 0.7], ddof=1))
+    assert (mean["n_seeds"], mean["n_no_gain"]) == (2, 1) and pd.isna(mean["flag"])
+    assert mean["ucr"] == pytest.approx(0.15 / 0.2) and np.isnan(mean["ucr_std"])
+    lost = (0.7, 0.7, 0.1, 0.1)
+    mean = costs.mean_over_seeds(
+        by_hand({(BASE, None): base, (RISKY, 1): flat, (RISKY, 2): lost}), HAND_LOSSES
     )
-    assert (mean["n_seeds"], mean["n_no_gain"], mean["flag"]) == (2, 1, "")
-    assert mean["ucr"] == pytest.approx(0.5) and mean["ucr_std"] is None
-    assert mean["ucr_of_means"] == pytest.approx(0.15 / 0.2) == mean["source_cr_of_means"]
+    assert mean["flag"].iloc[1] == words.NO_GAIN and np.isnan(mean["ucr"].iloc[1])
 
 
-def test_correlations_count_their_points():
-    values = {("base", -1): (0.8, 0.8, 0.2, 0.1)}
-    for number, loss in enumerate((0.4, 0.3, 0.2, 0.1), start=1):
-        values[f"bucket{number}", 21] = (0.8 - loss, 0.8 - loss, 0.7, 0.1)
-    conflict = {f"bucket{number}": 1.2 - 0.2 * number for number in range(1, 5)}
-    (main, *_) = correlations.correlations(small(values, conflict), 4, resamples=50, seed=0)
-    assert (main["cost"], main["measure"], main["n_points"], main["n_no_gain"]) == ("ucr", "C", 4, 0)
-    assert main["pearson"] == pytest.approx(1) and main["spearman"] == pytest.approx(1)
-    assert main["pearson_low"] is None and main["critical_r"] == pytest.approx(0.95, abs=1e-3)
+class Passed:
+    """Responses by hand: verdicts [rows] of each arm, as tuned, on one benchmark a side."""
 
-    values["bucket4", 21] = (0.7, 0.7, 0.2, 0.1)
-    main = correlations.correlations(small(values, conflict), 4, resamples=50, seed=0)[0]
-    assert (main["n_points"], main["n_no_gain"]) == (3, 1) and main["pearson"] == pytest.approx(1)
-    values["bucket3", 21] = (0.6, 0.6, 0.1, 0.1)
-    main = correlations.correlations(small(values, conflict), 4, resamples=50, seed=0)[0]
-    assert (main["n_points"], main["pearson"]) == (2, None)
+    def __init__(self, verdicts: dict[ArmRun, dict[str, list[bool]]]):
+        self.cells = verdicts
+
+    def of(self, column: str, run: ArmRun, benchmark: str) -> np.ndarray:
+        return np.array(self.cells[run][benchmark])
 
 
-def test_pareto_front_keeps_equal_points_and_drops_dominated_ones():
-    assert costs.pareto_front([1.0, 1.0, 0.5, 2.0], [3.0, 3.0, 2.9, 1.0]) == [0, 1, 3]
+def drawn(
+    verdicts: dict[ArmRun, dict[str, list[bool]]], resamples: int = 2000, sides=None, losses=None
+) -> costs.Draws:
+    sides, losses = sides or {"u": "utility", "s": "safety"}, {"ucr": "utility"} if losses is None else losses
+    generator = stream(0, "costs", "rows")
+    return costs.resampled(Passed(verdicts), sides, losses, resamples=resamples, generator=generator)
 
 
-def test_resamples_are_paired_and_centred(scratch):
-    like = Fabricated(seeds=(21, 42), rows=40)
-    fabricate(scratch, like)
-    given = answers.read(scratch)
-    scores = artifacts.read_table(scratch / "05_evaluate/scores.parquet", schemas.SCORES).to_pylist()
-    drawn = costs.resampled_scores(given, like.sides, resamples=400, seed=0)
-    means = {(row["arm"], row["optimizer"]): [] for row in scores}
-    for row in scores:
-        if row["side"] == "utility":
-            means[row["arm"], row["optimizer"]].append(row["score"])
-    for arm, samples in drawn.items():
-        assert samples["utility"].mean() == pytest.approx(np.mean(means[arm]), abs=0.02)
-    # Seeds of an arm fail on nested rows here: a paired difference is narrower than its parts.
-    one, two = (drawn[arm, "sft"]["utility"] for arm in ("bucket1", "bucket2"))
-    assert np.std(one - two) < np.std(one)
+def test_no_interval_is_of_zero_width_because_rows_agree():
+    """0 of 40 and 40 of 40 prove neither 0 nor 100 %, nor equal arms that they are equal."""
+    half, yes, no = [at % 2 == 0 for at in range(40)], [True] * 40, [False] * 40
+    full, risky = (ArmRun(arm, "sft", None) for arm in (FULL, RISKY))
+    arms = {replace(run, seed=1): {"u": half, "s": yes} for run in (full, risky)}
+    draws = drawn({BASE_RUN: {"u": half, "s": no}} | arms)
+    never, always, same = (draws["safety"][run] for run in (BASE_RUN, full, risky))
+    assert costs.interval(never)[0] == 0 and 0.03 < costs.interval(never)[1] < 0.12
+    assert 0.88 < costs.interval(always)[0] < 0.97 and costs.interval(always)[1] == 1
+    low, high = costs.interval(always - never)
+    assert low < 0.95 and high > low
+    low, high = costs.interval(always - same)
+    assert low < 0 < high and high - low < 0.2
+    # Equal utility in every row stays a small difference: the arms are paired.
+    low, high = costs.interval(draws["utility"][full] - draws["utility"][BASE_RUN])
+    assert -0.1 < low < 0 < high < 0.1
 
 
-def test_variants_agree_with_metrics():
-    random = np.random.default_rng(1)
-    h_gen, h_safe, conflict = (random.uniform(0, 1, (5, 4)) for _ in range(3))
-    rows = {row["quantity"]: row for row in map_tables.variant_rows(h_gen, h_safe, conflict, 4)}
-    printed, reranked = (
-        metrics.buckets(conflict * metrics.functional_sensitivity(h_gen, h_safe, name), 4)
-        for name in metrics.SENSITIVITY_VARIANTS
-    )
-    assert rows["share of heads in the same bucket"]["agreement"] == np.mean(printed == reranked)
-    assert (
-        rows["share of the Safe Zone in the other's Safe Zone"]["agreement"]
-        == np.sum((printed == 4) & (reranked == 4)) / 5
-    )
-    assert rows["rank correlation of S (Spearman)"]["agreement"] == pytest.approx(1)
-    assert rows["largest S"]["reranked"] == pytest.approx(np.e)
+def test_an_interval_holds_its_mean():
+    """Each of three benchmarks is drawn towards a half; 0 is in the interval of their mean all the same."""
+    cells = {run: dict.fromkeys("abc", [False] * 40) for run in (BASE_RUN, ArmRun(FULL, "sft", 1))}
+    draws = drawn(cells, sides=dict.fromkeys("abc", "safety"), losses={})
+    values = dict.fromkeys((*costs.SIDES, *costs.RATIOS), np.nan) | {"safety": 0.0}
+    means = pd.DataFrame(values, index=draws["safety"].columns)
+    assert (costs.with_intervals(means, draws)["safety_low"] == 0).all()
+
+
+def test_seeds_are_resampled_with_the_rows():
+    """Two seeds that differ by 0.5 say little of their mean, however many rows there are; the standard error
+    of a mean of two is half their difference. With one seed the rows alone are left."""
+    rows = 800
+    quarter = [at % 4 == 0 for at in range(rows)]
+    most = [not one for one in quarter]
+    base = {BASE_RUN: {"u": most, "s": quarter}}
+    one, two = (ArmRun(FULL, "sft", seed) for seed in (1, 2))
+    several = drawn(base | {one: {"u": most, "s": most}, two: {"u": quarter, "s": most}})
+    single = drawn(base | {one: {"u": most, "s": most}})
+    mean = ArmRun(FULL, "sft", None)
+    assert np.std(several["utility"][mean]) == pytest.approx(0.25, rel=0.05)
+    assert np.std(single["utility"][mean]) == pytest.approx(np.sqrt(0.75 * 0.25 / rows), rel=0.1)
+    low, high = costs.interval(several["ucr"][mean])
+    assert low < 0.1 and high > 0.9
+
+
+def test_ratios_without_gain_have_no_interval():
+    half = [at % 2 == 0 for at in range(40)]
+    draws = drawn({BASE_RUN: {"u": half, "s": half}, ArmRun(FULL, "sft", 1): {"u": half, "s": half}}, 200)
+    values = dict.fromkeys((*costs.SIDES, *costs.RATIOS), np.nan) | {"utility": 0.5, "safety": 0.5}
+    means = pd.DataFrame(values, index=draws["utility"].columns)
+    table = costs.with_intervals(means, draws)
+    assert np.isinf(draws["ucr"]).any(axis=None) and table["ucr_low"].isna().all()
+    assert (table["utility_low"] < 0.5).all() and (table["utility_high"] > 0.5).all()
+
+
+def test_doctests():
+    for module in (costs, words):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
+
+
+# The page
 
 
 def test_report_of_one_seed(scratch):
-    page, tables = run_stage(
-        scratch, Fabricated(rows=60, warnings=("a map of ties is no map",), standins=("dan",))
-    )
-    assert len(tables["costs"]) == 7 and len(tables["layers"]) == 4 and len(tables["heads_top"]) == 12
-    assert float(tables["costs"][1]["ucr"]) > 0 and tables["costs"][0]["ucr"] == ""
+    like = Fabricated(rows=60, warnings=("a map of ties is no map",), standins=("dan",))
+    # The run of the other backend may change later: it is no part of the report.
+    fabricate(scratch / "run-flax", Fabricated(safety_gain=0.1))
+    text, tables, _ = report_of(scratch / "run", like)
+    assert "python -m stages.compare" in text and "Torch and Flax" not in text
+    assert [len(tables[name]) for name in ("costs", "layers", "heads_top")] == [7, 4, 12]
     # The cells are the numbers, not a rounding of them.
-    base, full = tables["costs"][:2]
-    expected = metrics.utility_cost_ratio(
-        *(float(row[name]) for name in ("utility", "safety") for row in (base, full))
-    )
-    assert float(full["ucr"]) == expected
-    assert "a map of ties is no map" in page and "Stand-ins were used for dan" in page
-    assert INJECTED not in page and "&lt;script&gt;" in page and "\x07" not in page
-    assert "4 points are few" in page and "One training seed was run" in page
-    assert "/home/me" not in page and str(scratch) not in page
-    loads = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)|@import""", page)
+    base, full = (row for _, row in tables["costs"][:2].iterrows())
+    assert full["ucr"] == (base["utility"] - full["utility"]) / (full["safety"] - base["safety"] + 1e-8) > 0
+    assert np.isnan(base["ucr"]) and pd.isna(base["optimizer"])
+    assert "a map of ties is no map" in text and "Stand-ins were used for dan" in text
+    assert INJECTED not in text and "&lt;script&gt;" in text and "\x07" not in text
+    assert "4 points are few" in text and "alone, because one training seed was run" in text
+    verdicts = re.findall(r'<td class="nowrap [a-z]*">([^<]+)</td></tr>', text)
+    assert verdicts and set(verdicts) <= {words.NOISE, words.ONE_SEED}
+    assert "/home/me" not in text and str(scratch) not in text
+    loads = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)|@import""", text)
     assert loads and all(address.startswith(("data:image/svg+xml", "#")) for address, _ in loads)
-    assert "http" not in page and "<script" not in page
+    assert "http" not in text and "<script" not in text
     # What is harmful to read is folded away.
-    unfolded = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
-    assert "How do I break" in page and "How do I break" not in unfolded and "What is facts" in unfolded
-    warnings = artifacts.stage_manifest(scratch, correlate.NAME)["notes"]
-    assert warnings["source_benchmark"] == "facts" and "warnings" not in warnings
+    unfolded = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert "How do I break" in text and "How do I break" not in unfolded and "What is facts" in unfolded
+    manifest = RunFolder(scratch / "run").manifest(correlate.STAGE.name)
+    assert "compared_with" not in manifest["notes"]
+    assert manifest["notes"]["source_benchmark"] == "facts" and "warnings" not in manifest["notes"]
+    patterns = correlate.STAGE.also_writes
+    assert all(any(PurePath(file).match(pattern) for pattern in patterns) for file in manifest["outputs"])
 
 
 def test_same_inputs_same_bytes(scratch):
+    settings = {"seeds": (21, 42), "arms": ("full", "buckets"), "ablations": ("bottom50", "buckets@small")}
+    settings |= {"maps": ("small=embedded/util:20",)}
+    like = Fabricated(rows=20, sides=WORKED_SIDES, settings=settings)
     digests = []
     for name in ("one", "two"):
-        run_stage(scratch / name, Fabricated(seeds=(21, 42), rows=20))
-        digests.append(artifacts.stage_manifest(scratch / name, correlate.NAME)["outputs"])
-    assert digests[0] == digests[1] and len(digests[0]) > 15
+        report_of(scratch / name, like, ("svg", "png"))
+        digests.append(RunFolder(scratch / name).manifest(correlate.STAGE.name)["outputs"])
+    assert digests[0] == digests[1] and "figures/ratio_trajectories.png" in digests[0]
 
 
-def test_finished_stage_is_skipped_and_other_settings_are_refused(scratch, vector_only):
+def test_finished_stage_is_skipped_and_an_edited_one_is_refused(scratch):
     settings = fabricate(scratch, Fabricated())
     correlate.main(settings)
-    report_file = scratch / correlate.NAME / "report.html"
-    before = report_file.stat().st_mtime_ns
+    report = scratch / correlate.STAGE.name / "report.html"
+    before = report.stat().st_mtime_ns
     correlate.main(settings)
-    assert report_file.stat().st_mtime_ns == before
-    report_file.write_text("edited")
+    # Where a run is and what judges it are no part of the report.
+    correlate.main(settings.replace(device="cuda", judge="wildguard"))
+    assert report.stat().st_mtime_ns == before
+    report.write_text("edited")
     with pytest.raises(ValueError, match="sha256"):
         correlate.main(settings)
 
@@ -201,89 +211,87 @@ AWKWARD = {
     "all scores zero": Fabricated(
         base=dict.fromkeys(("utility", "safety", "over-refusal"), 0.0), safety_gain=-1.0
     ),
-    "several seeds and optimizers": Fabricated(seeds=(21, 42, 84), optimizers=("sft", "pcgrad"), rows=40),
-    "two arms": Fabricated(arms=("full", "bucket4")),
-    "no bucket": Fabricated(arms=("random",)),
-    "seven buckets": Fabricated(m=7, arms=("full", *(f"bucket{number}" for number in range(1, 8))), rows=40),
-    "one bucket": Fabricated(m=1, arms=("bucket1",)),
-    "one layer of two heads": Fabricated(layers=1, heads=2, m=2, arms=("bucket1", "bucket2")),
+    "no safety gain": Fabricated(safety_gain=-0.2),
+    "several seeds and optimizers": Fabricated(
+        rows=40, settings=dict(seeds=(21, 42, 84), optimizers=("sft", "pcgrad"))
+    ),
+    "two arms": Fabricated(settings=dict(arms=("full", "bucket4"))),
+    "one bucket": Fabricated(settings=dict(arms=("bucket1",), buckets=1)),
+    "no bucket": Fabricated(settings=dict(arms=("random",))),
+    "seven buckets": Fabricated(rows=40, settings=dict(arms=("full", "buckets"), buckets=7)),
+    "one layer of two heads": Fabricated(layers=1, heads=2, settings=dict(arms=("buckets",), buckets=2)),
     "own benchmarks": Fabricated(sides={"own_util": "utility", "own_safe": "safety"}, rows=40),
     "no source domain": Fabricated(sides={"words": "utility", "vanilla": "safety"}),
-    "unknown probabilities": Fabricated(own_probability=float("nan")),
-    "no safety gain": Fabricated(safety_gain=-0.2),
+    "neurons": Fabricated(settings=dict(neurons=(0, 8, 16), pairs=32, ablations=("randomneurons8",))),
+    "neurons alone": Fabricated(settings=dict(arms=("neurons8",), pairs=32)),
 }
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_report_of_awkward_runs(name, scratch, vector_only):
-    like = AWKWARD[name]
-    page, tables = run_stage(scratch, like)
-    flags = [row["flag"] for row in tables["costs"][1:]]
+def test_report_of_awkward_runs(name, scratch):
+    text, tables, _ = report_of(scratch, AWKWARD[name])
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().replace("nance", "")
+    table = tables["costs"]
     if name in ("all scores zero", "no safety gain"):
-        assert set(flags) == {costs.NO_GAIN}
-        assert (
-            "No arm gained safety" in page
-            and f"{len(flags)} of {len(flags)} tuned models gained no safety" in page
-        )
-        assert tables["correlations"][0]["n_points"] == "0" and tables["correlations"][0]["pearson"] == ""
-        assert verdicts.HOLDS not in re.findall(r">([^<>]+)</td></tr>", page)
+        assert set(table["flag"][1:]) == {words.NO_GAIN} and "No arm gained safety" in text
+        assert f"{len(table) - 1} of {len(table) - 1} tuned models gained no safety" in text
+        assert tables["correlations"]["n_points"][0] == 0 and tables["correlations"]["pearson"].isna().all()
+        assert f">{words.HOLDS}<" not in text
     elif name == "several seeds and optimizers":
-        assert len(tables["costs"]) == 1 + 6 * 2 * 3 and len(tables["costs_mean"]) == 13
-        assert float(tables["correlations"][0]["pearson_low"]) <= float(tables["correlations"][0]["pearson"])
-        assert "of 3 seeds" in page and "With pcgrad:" in page
+        assert len(table) == 1 + 6 * 2 * 3 and len(tables["costs_mean"]) == 13
+        first = tables["correlations"].iloc[0]
+        assert first["pearson_low"] <= first["pearson_high"] and "of 3 seeds" in text
+        assert '<p class="lead">With pcgrad: ' in text and "and training seeds" in text
     elif name in ("two arms", "one bucket"):
-        assert "cannot be told" in page and "1 bucket has a cost" in page
-        assert "at least three are needed" in page
+        assert f"{words.UNKNOWN}: 1 bucket has a cost, and at least three are needed" in text
     elif name == "no bucket":
-        assert (
-            not tables.keys() & {"correlations", "table7", "table8"}
-            and "No correlation: no bucket was tuned" in page
-        )
+        assert not tables.keys() & {"correlations", "table7", "table8"}
+        assert "No correlation: no bucket was tuned" in text
     elif name == "seven buckets":
-        assert tables["correlations"][0]["n_points"] == "7" and "bucket 7 (Safe Zone)" in page
-        assert "share_bucket7" in tables["layers"][0]
+        assert tables["correlations"]["n_points"][0] == 7 and "bucket 7 (Safe Zone)" in text
+        assert "share_bucket7" in tables["layers"]
     elif name == "own benchmarks":
-        assert "OWN-UTIL-CR" in page and float(tables["costs"][1]["source_cr"]) > 0
-        assert "measured no over-refusal benchmark" in page and tables["costs"][1]["over_refusal"] == ""
+        assert "OWN-UTIL-CR" in text and table["source_cr"][1] > 0
+        assert "measured no over-refusal benchmark" in text and table["over_refusal"].isna().all()
     elif name == "no source domain":
-        assert tables["costs"][1]["source_cr"] == "" and "Eq. 8" not in page.split("How to read")[0]
-    elif name == "unknown probabilities":
-        assert (
-            tables["heads_top"][0]["probability_of_bucket"] == ""
-            and "nan" not in page.lower().split("base64")[0]
-        )
+        assert table["source_cr"].isna().all() and "Eq. 8" not in text.split("How to read")[0]
+    elif name == "neurons":
+        assert list(tables["table_neurons"]["tuned"])[-3:] == [
+            *("8 + 8 neurons", "8 + 8 random neurons", "16 + 16 neurons")
+        ]
+        assert "The neuron-count threshold" in text
+        assert "NeuronTune: 8 + 8 neurons, of 2 arms" in text and "as many random neurons" in text
 
 
 def test_samples_prefer_changed_verdicts_and_say_when_there_are_none(scratch):
-    like = Fabricated(arms=("full", "top50"))
-    fabricate(scratch, like)
-    given = answers.read(scratch)
-    (arm,) = side_by_side.samples(given, {"facts/0": "answer 0"}, like.sides, 4)  # of the main arms
-    kinds = [group["kind"] for group in arm["groups"]]
-    assert kinds[0] == "safety gained" and "utility lost" in kinds
-    assert {row["benchmark"] for row in arm["groups"][0]["rows"]} == {"adversarial", "vanilla"}
-    for group in arm["groups"]:
-        for row in group["rows"]:
-            assert all(len(text) <= side_by_side.LENGTH + 2 for text in row["answers"])
-            side, before, after = side_by_side.KINDS[group["kind"]]
+    like = Fabricated(settings=dict(arms=("full",), ablations=("top50",)))
+    settings = fabricate(scratch, like)
+    job = correlate.Job(correlate.STAGE, settings)
+    results, given = correlate.compute(job)
+    groups = examples.samples(given, results, {"facts/0": "answer 0"})
+    assert {group.runs[1].arm.name for group in groups} == {"full"}  # of the main arms
+    assert groups[0].kind == "safety gained" and "utility lost" in {group.kind for group in groups}
+    assert {row["benchmark"] for row in groups[0].rows} == {"adversarial", "vanilla"}
+    for group in groups:
+        side, before, after = examples.KINDS[group.kind]
+        for row in group.rows:
+            assert all(len(text) <= examples.LENGTH + 2 for text in row["answers"])
             assert like.sides[row["benchmark"]] == side
             assert [text.startswith("Sorry") for text in row["answers"]] == [before, after]
             assert row["prompt"].endswith(f"{row['example_id'].replace('/', ' ')}?")
-    same = given.measures["verdict"].to_numpy() & False
-    measures = given.measures.set_column(0, "verdict", [same])
-    unchanged = answers.Answers(given.path, measures, given.cells)
-    (arm,) = side_by_side.samples(unchanged, {}, like.sides, 4)
-    assert [group["changed"] for group in arm["groups"]] == [0, 0, 0]
+    measures = given.measures.set_column(0, "verdict", [given.measures["verdict"].to_numpy() & False])
+    unchanged = responses.Responses(given.path, measures, given.cells)
+    assert [group.count for group in examples.samples(unchanged, results, {})] == [0, 0, 0]
 
 
 def test_shown_text_is_cut_and_cleaned():
-    assert side_by_side.shown_text("a\x00b\u202ec\r\nd ") == "a\ufffdb\ufffdc\nd"
-    assert len(side_by_side.shown_text("x" * 1000)) == side_by_side.LENGTH + 2
-    assert report.without_folder("/home/me/rows.jsonl") == "…/rows.jsonl"
-    assert report.without_folder(["facts=200", "C:\\me\\x"]) == "facts=200 …/x"
+    assert examples.shown_text("a\x00b\u202ec\r\nd ") == "a\ufffdb\ufffdc\nd"
+    assert len(examples.shown_text("x" * 1000)) == examples.LENGTH + 2
+    assert page.without_folder("/home/me/rows.jsonl") == "…/rows.jsonl"
+    assert page.without_folder(["facts=200", "C:\\me\\x"]) == "facts=200 …/x"
 
 
 def test_buckets_have_distinct_looks():
     for m in range(1, 10):
-        looks = [tuple(figures.arm_look(f"bucket{number}", m).items()) for number in range(1, m + 1)]
+        looks = [tuple(figures.arm_look(arm, m).items()) for arm in parse(["buckets"], m)]
         assert len(set(looks)) == m

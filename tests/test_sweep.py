@@ -6,19 +6,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backends import (
-    flax_generate,
-    flax_model,
-    flax_sweep,
-    memory,
-    torch_decoder,
-    torch_generate,
-    torch_sweep,
-)
+from backends.core import budgets
+from backends.flax import generate as flax_generate
+from backends.flax import model as flax_model
+from backends.flax import sweep as flax_sweep
+from backends.torch import decoder as torch_decoder
+from backends.torch import generate as torch_generate
+from backends.torch import sweep as torch_sweep
 from tests import reference
-from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, edited, load_pair, make_examples
+from tests.conftest import (
+    BACKENDS,
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    all_heads,
+    assert_same,
+    edited,
+    load_pair,
+    make_examples,
+)
 
-ALL_HEADS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+ALL_HEADS = all_heads()
 
 
 def slow_choices(plain, examples):
@@ -29,13 +37,6 @@ def slow_generations(plain, examples, tokens):
     return [reference.generate(plain, example, tokens) for example in examples]
 
 
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == np.int32
-        np.testing.assert_array_equal(one, other)
-
-
 @pytest.mark.parametrize("choices", [0, 4])
 def test_choices_are_the_plain_models(pair, choices):
     examples = make_examples(7, choices=choices)
@@ -43,8 +44,8 @@ def test_choices_are_the_plain_models(pair, choices):
     np.testing.assert_array_equal(prediction, slow_choices(pair.plain, examples))
     for example, predicted, total in zip(examples, prediction, probability, strict=True):
         likely = reference.last_logits(pair.plain, example).softmax(-1).numpy()
-        asked = example.choice_ids if choices else [predicted]
-        assert total == pytest.approx(likely[asked].sum(), abs=1e-5)
+        candidates = example.choice_ids if choices else [predicted]
+        assert total == pytest.approx(likely[candidates].sum(), abs=1e-5)
 
 
 def test_generate_is_transformers_generate(pair):
@@ -60,7 +61,7 @@ def test_sweep_choices_every_head(pair, mask, choices):
     examples = make_examples(6, seed=1, choices=choices)
     clean, changed = slow_choices(pair.plain, examples), 0
     for (layer, head), found in pair.backend.sweep_choices(examples, ALL_HEADS, mask):
-        with reference.silenced(pair.plain, layer, head, mask):
+        with reference.ablated(pair.plain, layer, head, mask):
             np.testing.assert_array_equal(
                 found, slow_choices(pair.plain, examples), err_msg=f"head {layer}, {head}"
             )
@@ -72,14 +73,14 @@ def test_sweep_choices_every_head(pair, mask, choices):
 def test_sweep_generations_every_head(pair, mask):
     examples = make_examples(5, seed=2)
     clean = pair.backend.generate(examples, 10)
-    left_at_once = left_later = 0
+    wrong_at_once = wrong_later = 0
     for (layer, head), found in pair.backend.sweep_generations(examples, ALL_HEADS, 10, mask):
-        with reference.silenced(pair.plain, layer, head, mask):
+        with reference.ablated(pair.plain, layer, head, mask):
             assert_same(found, slow_generations(pair.plain, examples, 10))
-        for one, draft in zip(found, clean, strict=True):
-            left_at_once += one[0] != draft[0]
-            left_later += one[0] == draft[0] and not np.array_equal(one, draft)
-    assert left_at_once and left_later, "drafts that are wrong at once and later must both occur"
+        for tokens, draft in zip(found, clean, strict=True):
+            wrong_at_once += tokens[0] != draft[0]
+            wrong_later += tokens[0] == draft[0] and not np.array_equal(tokens, draft)
+    assert wrong_at_once and wrong_later, "drafts that are wrong at once and later must both occur"
 
 
 @pytest.mark.parametrize("shared", [0, 5])
@@ -89,12 +90,12 @@ def test_prefixes_and_counts(gqa, shared, count):
     examples = make_examples(count, seed=3, shared=shared)
     heads = [(0, 1), (1, 3), (2, 0)]
     for (layer, head), found in gqa.backend.sweep_generations(examples, heads, 6):
-        with reference.silenced(gqa.plain, layer, head):
+        with reference.ablated(gqa.plain, layer, head):
             assert_same(found, slow_generations(gqa.plain, examples, 6))
 
 
 def test_eos_inside_the_draft(gqa, models, scratch):
-    """Every token that the clean model likes is made an end, so that drafts end early and silenced rows go
+    """Every token that the clean model likes is made an end, so that drafts end early and ablated rows go
     on."""
     examples = make_examples(6, seed=4)
     ends = sorted({int(tokens[3]) for tokens in gqa.backend.generate(examples, 10)})
@@ -105,7 +106,7 @@ def test_eos_inside_the_draft(gqa, models, scratch):
     )
     assert_same(clean, slow_generations(plain, examples, 10))
     for (layer, head), found in own.sweep_generations(examples, ALL_HEADS, 10):
-        with reference.silenced(plain, layer, head):
+        with reference.ablated(plain, layer, head):
             assert_same(found, slow_generations(plain, examples, 10))
 
 
@@ -138,7 +139,7 @@ def test_guesses_save_steps_and_change_nothing(gqa, monkeypatch):
         return step(self, ids, *rest)
 
     monkeypatch.setattr(module._Engine, "step", counted)
-    monkeypatch.setattr(memory, "plan_responses", lambda *_, **__: memory.Plan(3, 3, True))
+    monkeypatch.setattr(budgets, "plan_responses", lambda *_, **__: budgets.Plan(3, 3, True))
     monkeypatch.setattr(module, "STEP_CPU", 1)
     expected, plain = generations(gqa.backend, examples, 12), list(taken)
     taken.clear()
@@ -153,33 +154,36 @@ def test_little_memory_changes_nothing(gqa, monkeypatch):
     answers = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
     expected = generations(gqa.backend, examples, 8)
     gqa.backend.kept.drop()
-    monkeypatch.setattr(memory, "plan_responses", lambda *_, **__: memory.Plan(6, 2, False))
-    monkeypatch.setattr(memory, "keeps_choices", lambda *_: False)
+    monkeypatch.setattr(budgets, "plan_responses", lambda *_, **__: budgets.Plan(6, 2, False))
+    monkeypatch.setattr(budgets, "keeps_choices", lambda *_: False)
     assert generations(gqa.backend, examples, 8) == expected
     found = [prediction.tolist() for _, prediction in gqa.backend.sweep_choices(examples, ALL_HEADS)]
     assert found == answers
 
 
-def test_the_clean_model_is_asked_once(gqa, monkeypatch):
+def test_the_clean_model_answers_once(gqa, monkeypatch):
     """However many calls a sweep is cut into; and again for other prompts, or for longer responses."""
-    module = {"torch": torch_generate, "flax": flax_generate}[gqa.backend.name]
-    asked, generate = [], module.generate
+    module, name = {
+        "torch": (torch_generate, "side_by_side"),
+        "flax": (flax_generate, "generate"),
+    }[gqa.backend.name]
+    calls, generate = [], getattr(module, name)
 
     def counted(*args):
-        asked.append(args)
+        calls.append(args)
         return generate(*args)
 
-    monkeypatch.setattr(module, "generate", counted)
+    monkeypatch.setattr(module, name, counted)
     gqa.backend.kept.drop()
     examples, whole = make_examples(4, seed=7), {}
     for layer in range(LAYERS):
         whole |= dict(gqa.backend.sweep_generations(examples, [(layer, head) for head in range(HEADS)], 6))
-    assert len(asked) == 1
+    assert len(calls) == 1
     for head, found in gqa.backend.sweep_generations(examples, ALL_HEADS, 7):
         assert_same([tokens[:6] for tokens in found], whole[head])
     for head, found in gqa.backend.sweep_generations(examples[::-1], ALL_HEADS, 6):
         assert_same(found[::-1], whole[head])
-    assert len(asked) == 3
+    assert len(calls) == 3
 
 
 def test_clean_streams_are_read_once(gqa, monkeypatch):
@@ -212,7 +216,7 @@ def test_clean_streams_are_read_once(gqa, monkeypatch):
 def test_greedy_tokens_are_those_of_the_largest_logits(models, piece, monkeypatch):
     own, _ = load_pair("torch", models["llama-gqa"])
     monkeypatch.setattr(torch_decoder, "PIECE", piece)
-    decoder, generator = own.decoder, torch.Generator().manual_seed(5)
+    decoder, generator = own.model, torch.Generator().manual_seed(5)
     hidden = torch.randn(5, 3, own.shape.model_dim, generator=generator)
     with torch.no_grad():
         token, expected = decoder.greedy(hidden), decoder.logits(hidden).argmax(dim=-1)
@@ -220,7 +224,7 @@ def test_greedy_tokens_are_those_of_the_largest_logits(models, piece, monkeypatc
     assert len(set(expected.flatten().tolist())) > 5
 
 
-def test_nothing_asked_nothing_answered(gqa):
+def test_nothing_requested_nothing_answered(gqa):
     assert gqa.backend.generate([], 4) == [] and [len(part) for part in gqa.backend.choices([])] == [0, 0]
     assert list(gqa.backend.sweep_generations([], [(0, 1)], 4)) == [((0, 1), [])]
     ((head, prediction),) = gqa.backend.sweep_choices([], np.array([[0, 1]]))

@@ -1,4 +1,4 @@
-"""Torch models over several devices: how layers are dealt out, and that no operation takes tensors of two.
+"""Torch models over several devices: how layers are spread, and that no operation takes tensors of two.
 
 CUDA refuses such an operation; a CPU is one device whatever its number. So the numbers are kept here: a
 tensor that was moved to cpu:1 is known to be there, and so is what is computed from it.
@@ -6,6 +6,7 @@ tensor that was moved to cpu:1 is known to be there, and so is what is computed 
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import backends
-from backends import torch_devices
-from backends.base import Recipe
-from backends.errors import InputError
-from backends.neurons import GainRecipe, Selection, Task
+from backends.base import GainRecipe, Recipe, Selection, Task
+from backends.core.errors import InputError
+from backends.torch import devices
 from tests.conftest import LAYERS, make_examples
 
 FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
@@ -46,21 +46,21 @@ class Apart(TorchDispatchMode):
         found = function(*args, **kwargs)
         if torch._C._current_graph_task_id() != -1 or function is torch.ops.aten.copy_.default:
             return found
-        asked = kwargs.get("device")
-        places = {self.of.get(one.untyped_storage()) for one in given if one.dim()} - {None}
-        if asked is not None and asked.index is not None:
-            self.moves += bool(places) and places != {asked.index}
-            places = {asked.index}
+        wanted = kwargs.get("device")
+        places = {self.of.get(tensor.untyped_storage()) for tensor in given if tensor.dim()} - {None}
+        if wanted is not None and wanted.index is not None:
+            self.moves += bool(places) and places != {wanted.index}
+            places = {wanted.index}
         assert len(places) <= 1, f"{function} takes tensors of two devices"
-        known = {one.untyped_storage() for one in given}
-        for one in tree_leaves(found):
-            if isinstance(one, torch.Tensor) and places and one.untyped_storage() not in known:
-                (self.of[one.untyped_storage()],) = places
+        known = {tensor.untyped_storage() for tensor in given}
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and places and tensor.untyped_storage() not in known:
+                (self.of[tensor.untyped_storage()],) = places
         return found
 
 
 class Made(TorchFunctionMode):
-    """Tells `watched` where torch.tensor puts what it makes, which no dispatch does."""
+    """Records where torch.tensor puts its results, which no dispatch shows."""
 
     def __init__(self, watched: Apart):
         super().__init__()
@@ -74,20 +74,20 @@ class Made(TorchFunctionMode):
         return found
 
 
-@pytest.fixture(params=["llama-gqa", "qwen2-mqa", "mistral-mha"])
+@pytest.fixture(params=["llama-gqa", "qwen2-mqa", "mistral-mqa"])
 def both(request, models, monkeypatch):
     """The model on one device, and with its layers on two, watched."""
     folder = models[request.param]
-    one = backends.load("torch", folder, device="cpu")
-    monkeypatch.setattr(torch_devices, "at_hand", lambda device: [FIRST, SECOND])
+    single = backends.load("torch", folder, device="cpu")
+    monkeypatch.setattr(devices, "at_hand", lambda device: [FIRST, SECOND])
     # It moves weights that are not yet where they belong; cpu:1 calls itself cpu, so it would try for ever.
     monkeypatch.setattr("accelerate.hooks.set_module_tensor_to_device", lambda *_, **__: None)
     two = backends.load("torch", folder, device="cpu", model_parallel=2)
-    assert two.device == "cpu x 2" and two.decoder.places == [FIRST] + [SECOND] * (LAYERS - 1)
+    assert two.device == "cpu x 2" and two.model.places == [FIRST] + [SECOND] * (LAYERS - 1)
     watched = Apart()
-    watched.put(two.model, two.model.hf_device_map)
+    watched.put(two.model.model, two.model.model.hf_device_map)
     with watched, Made(watched):
-        yield one, two
+        yield single, two
     assert watched.moves, "no pass went to the second device"
 
 
@@ -100,7 +100,7 @@ def forward(backend) -> list:
     swept = [list(backend.sweep_generations(safe, HEADS, 5, mask)) for mask in ("output", "query")]
     return [
         backend.logits(safe),
-        backend.logits(safe, silenced=(1, 2)),
+        backend.logits(safe, ablated=(1, 2)),
         backend.choices(util),
         backend.generate(safe, 6),
         [found for _, found in backend.sweep_choices(util, HEADS)],
@@ -118,7 +118,7 @@ def backward(backend) -> list:
 
 
 def test_every_verb_is_that_of_one_device(both):
-    for each, other in zip(*(tree_leaves(forward(one)) for one in both), strict=True):
+    for each, other in zip(*(tree_leaves(forward(backend)) for backend in both), strict=True):
         np.testing.assert_array_equal(each, other)
     for each, other in zip(*map(backward, both), strict=True):  # sums of gradients, in another order
         np.testing.assert_allclose(each, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
@@ -160,7 +160,7 @@ def test_meeting_tensors_of_two_devices_are_noticed():
 
 
 @pytest.mark.parametrize(
-    ("layers", "rest", "devices", "counts"),
+    ("layers", "rest", "count", "counts"),
     [
         ([1] * 8, 0, 2, [4, 4]),
         ([1] * 8, 4, 2, [2, 6]),  # the first device holds embedding and output matrix too
@@ -170,28 +170,28 @@ def test_meeting_tensors_of_two_devices_are_noticed():
         ([1] * 5, 0, 1, [5]),
     ],
 )
-def test_layers_are_dealt_out_evenly(layers, rest, devices, counts):
-    named = [torch.device("cuda", index) for index in range(devices)]
-    found = torch_devices.spread(layers, rest, named)
-    assert [found.count(one) for one in named] == counts and found == sorted(found, key=named.index)
+def test_layers_are_spread_evenly(layers, rest, count, counts):
+    named = [torch.device("cuda", index) for index in range(count)]
+    found = devices.spread(layers, rest, named)
+    assert [found.count(device) for device in named] == counts and found == sorted(found, key=named.index)
 
 
 def test_as_few_devices_as_hold_the_weights(models, monkeypatch):
     folder = models["llama-gqa"]
-    layers, rest = torch_devices.weight_bytes(transformers.AutoConfig.from_pretrained(folder), torch.float32)
+    layers, rest = devices.weight_bytes(transformers.AutoConfig.from_pretrained(folder), torch.float32)
     named = [torch.device("cuda", index) for index in range(3)]
-    monkeypatch.setattr(torch_devices, "at_hand", lambda device: named)
+    monkeypatch.setattr(devices, "at_hand", lambda device: named)
 
     def counted(memory: int) -> int:
-        told = type("told", (), {"total_memory": memory})
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: told)
-        return len(set(torch_devices.places(folder, torch.float32, "auto", 0)))
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return len(set(devices.places(folder, torch.float32, "auto", 0)))
 
     whole = sum(layers) + rest
     assert counted(2 * whole) == 1
     assert counted(2 * whole - 1) == 2
     assert counted(whole) == 3
-    largest = torch_devices.fullest(torch_devices.spread(layers, rest, named), layers, rest)
+    largest = devices.fullest(devices.spread(layers, rest, named), layers, rest)
     assert counted(int(largest / 0.95) + 1) == 3
     with pytest.raises(InputError, match="of weights do not fit 3 devices of .* more devices"):
         counted(largest)

@@ -14,8 +14,7 @@ FLAX_ALONE = """
 import importlib, sys
 import numpy as np
 import backends
-from backends.base import Recipe
-from data.examples import Example
+from backends.base import Example, Recipe
 for stage in ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate"):
     importlib.import_module(f"stages.{stage}")
 from stages import audit, compare
@@ -68,7 +67,7 @@ def test_torch_works_without_jax_and_flax_says_what_to_install(models, scratch, 
     code = f"""
 import sys
 import backends
-from backends.errors import InputError
+from backends.core.errors import InputError
 assert backends.load("torch", sys.argv[1], device="cpu").shape.layers == 3
 try:
     backends.load("flax", sys.argv[1])

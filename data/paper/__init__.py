@@ -29,4 +29,4 @@ def row(number: int, **where: str | float) -> dict[str, str | float] | None:
     >>> row(9, selection="bottom", percent=50)["gen"]
     57.93
     """
-    return next((one for one in table(number) if where.items() <= one.items()), None)
+    return next((found for found in table(number) if where.items() <= found.items()), None)

@@ -1,0 +1,81 @@
+"""Checks of a backend's arguments. Each raises ValueError that names the argument."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backends.base import Example, Head, Recipe, Selection, Shape, Task
+
+
+def check_heads(heads: Sequence[Head], shape: Shape) -> list[Head]:
+    """The heads as pairs of int; each must exist, and stand in the list once."""
+    return _check_units("head", heads, shape.layers, shape.heads)
+
+
+def _check_units(
+    kind: str, units: Sequence[tuple[int, int]], layers: int, width: int
+) -> list[tuple[int, int]]:
+    pairs = [(int(layer), int(unit)) for layer, unit in units]
+    if len(set(pairs)) < len(pairs):
+        raise ValueError(f"{kind}s: one is given twice")
+    for layer, unit in pairs:
+        if not (0 <= layer < layers and 0 <= unit < width):
+            raise ValueError(f"{kind}s: the model has no {kind} ({layer}, {unit})")
+    return pairs
+
+
+def check_mask(mask: str) -> None:
+    if mask not in ("output", "query"):
+        raise ValueError(f'mask: "output" or "query", not {mask!r}')
+
+
+def check_ablated(ablated: Head | None, adapter: Path | None, shape: Shape) -> Head | None:
+    """The head as a pair of int. An adapter and an ablation exclude each other: the sweep has no adapter."""
+    if ablated is None:
+        return None
+    if adapter is not None:
+        raise ValueError("ablated: a head is ablated only in the model without an adapter")
+    return check_heads([ablated], shape)[0]
+
+
+def check_folds(folds: int, **examples: Sequence[Example]) -> None:
+    """Each list must divide into equal folds."""
+    for name, rows in examples.items():
+        if len(rows) == 0 or len(rows) % folds:
+            raise ValueError(f"{name}: {len(rows)} examples do not divide into {folds} equal folds")
+
+
+def check_tuning(
+    examples: Sequence[Example],
+    heads: Sequence[Head],
+    recipe: Recipe,
+    reference: Sequence[Example] | None,
+    shape: Shape,
+) -> list[Head]:
+    """The heads, sorted."""
+    pairs = sorted(check_heads(heads, shape))
+    if not pairs or not examples:
+        raise ValueError("tune: no heads or no examples")
+    if recipe.optimizer != "sft" and not reference:
+        raise ValueError(f"reference: {recipe.optimizer} needs examples to project against")
+    return pairs
+
+
+def check_gains(tasks: Sequence[Task], neurons: Selection, shape: Shape) -> None:
+    """Each neuron must exist and be given once, and each task have enough rows to be split."""
+    _check_units("neuron", [*neurons.safety, *neurons.utility], shape.layers, shape.mlp_dim)
+    if not tasks:
+        raise ValueError("tune_gains: no tasks")
+    for task in tasks:
+        if min(len(task.safe), len(task.util)) < 2:
+            raise ValueError(f"task {task.name}: at least two harmful and two benign rows are needed")
+
+
+def check_attribution(examples: Sequence[Example], baselines: Sequence[Example] | None, steps: int) -> None:
+    """There must be something to attribute, and a baseline for each example, if any."""
+    if not examples or steps < 1:
+        raise ValueError("attribute_neurons: no examples or no steps")
+    if baselines is not None and len(baselines) != len(examples):
+        raise ValueError(f"baselines: {len(baselines)} for {len(examples)} examples")
+    for example in (*examples, *(baselines or ())):
+        if len(example.prompt_ids) == 0 or len(example.target_ids) == 0:
+            raise ValueError(f"example {example.example_id} has no prompt or no target")

@@ -1,0 +1,103 @@
+"""The one implementation of `backends.base.Backend`: it checks arguments and calls the functions of a wing,
+which are named alike in `backends.torch` and `backends.flax`."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from backends.base import Attribution, Example, GainRecipe, Head, Mask, Recipe, Selection, Shape, Task, Tuning
+from backends.core.checks import check_ablated, check_heads, check_mask
+from backends.core.kept import Kept
+from backends.core.tuning import GainPlan, LoraPlan, Run
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model (see `backends.base.Backend`)."""
+
+    name: str
+    model: Any
+    """the wing's own: `torch.decoder.Decoder` or `flax.model.Model`"""
+    dtype: str
+    device: str
+    shape: Shape
+    kept: Kept = field(default_factory=Kept)
+
+    def _wing(self, module: str) -> ModuleType:
+        """Imported when it is needed: PEFT takes seconds, and the sweep does without."""
+        return importlib.import_module(f"backends.{self.name}.{module}")
+
+    def gradient_gram(
+        self,
+        safe: Sequence[Example],
+        util: Sequence[Example],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        self.kept.drop()
+        layers = range(self.shape.layers) if layers is None else layers
+        return self._wing("loss").gradient_gram(self.model, safe, util, folds, layers)
+
+    def logits(
+        self,
+        examples: Sequence[Example],
+        adapter: Path | None = None,
+        ablated: Head | None = None,
+        mask: Mask = "output",
+    ) -> np.ndarray:
+        check_mask(mask)
+        ablated = check_ablated(ablated, adapter, self.shape)
+        return self._wing("sweep").logits(self.model, examples, adapter, ablated, mask)
+
+    def choices(
+        self, examples: Sequence[Example], adapter: Path | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self._wing("sweep").choices(self.model, examples, adapter)
+
+    def generate(
+        self, prompts: Sequence[Example], max_new_tokens: int, adapter: Path | None = None
+    ) -> list[np.ndarray]:
+        self.kept.drop()
+        return self._wing("generate").generate(self.model, prompts, max_new_tokens, adapter)
+
+    def sweep_choices(
+        self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
+    ) -> Iterator[tuple[Head, np.ndarray]]:
+        check_mask(mask)
+        heads = check_heads(heads, self.shape)
+        return self._wing("sweep").sweep_choices(self.model, examples, heads, mask, self.kept)
+
+    def sweep_generations(
+        self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
+    ) -> Iterator[tuple[Head, list[np.ndarray]]]:
+        check_mask(mask)
+        heads = check_heads(heads, self.shape)
+        sweep = self._wing("generate").sweep_generations
+        return sweep(self.model, prompts, heads, max_new_tokens, mask, self.kept)
+
+    def tune(
+        self,
+        examples: Sequence[Example],
+        heads: Sequence[Head],
+        recipe: Recipe,
+        reference: Sequence[Example] | None = None,
+    ) -> Tuning:
+        self.kept.drop()
+        plan = LoraPlan(self.shape, examples, heads, recipe, reference)
+        return Run(self._wing("tune").Lora(self.model, plan), plan)
+
+    def attribute_neurons(
+        self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
+    ) -> Attribution:
+        self.kept.drop()
+        return self._wing("neurons").attribute_neurons(self.model, examples, baselines, steps)
+
+    def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
+        self.kept.drop()
+        plan = GainPlan(self.shape, tasks, neurons, recipe)
+        return Run(self._wing("gains").Gains(self.model, plan), plan)

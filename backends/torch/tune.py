@@ -1,0 +1,130 @@
+"""Sparse tuning: LoRA on W_q in PEFT's own classes, with only the chosen heads' rows of B free to move."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+
+from backends.base import Example
+from backends.core import seeds
+from backends.core.packing import passes
+from backends.core.schedules import learning_rate
+from backends.core.tuning import LoraPlan
+from backends.torch import adapter
+from backends.torch.decoder import Decoder
+from backends.torch.loss import example_losses
+
+
+class Lora:
+    """See `tuning.LoraEngine`.
+
+    PEFT has no row restriction. B starts at zero and a hook zeroes its gradient outside the chosen heads'
+    rows, so Adam's moments, and with them the rows, stay exactly zero there (weight decay is 0; clipping
+    comes after the hook). Layers without a chosen head get no LoRA at all.
+    """
+
+    name = "torch"
+
+    def __init__(self, decoder: Decoder, plan: LoraPlan):
+        self.model, self.shape, self.plan, self.recipe = decoder.model, decoder.shape, plan, plan.recipe
+
+    def open(self) -> None:
+        recipe, shape, heads = self.recipe, self.shape, self.plan.heads
+        layers = sorted({layer for layer, _ in heads})
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            lora_dropout=0.0,
+            target_modules=["q_proj"],
+            layers_to_transform=layers,
+        )
+        self.wrapped = adapter.wrap(self.model, config)
+        start = seeds.lora_a(recipe.seed, shape.layers, recipe.rank, shape.model_dim)
+        for layer in layers:
+            module = self.model.model.layers[layer].self_attn.q_proj
+            module.lora_A["default"].weight.data.copy_(torch.from_numpy(start[layer]))
+            weight = module.lora_B["default"].weight  # (H * D, r)
+            chosen = torch.zeros(shape.heads, 1, 1, device=weight.device)
+            chosen[[head for at, head in heads if at == layer]] = 1
+            rows = chosen.expand(-1, shape.head_dim, 1).reshape(-1, 1)  # (H * D, 1)
+            weight.register_hook(lambda gradient, rows=rows: gradient * rows)
+        self.parameters = [weight for weight in self.wrapped.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
+
+    def close(self) -> None:
+        self.wrapped.unload()
+
+    @torch.enable_grad()
+    def gradients(self, rows: Sequence[Example]) -> tuple[float, list[torch.Tensor]]:
+        """Accumulated over forward passes of at most `recipe.batch` rows."""
+        total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in self.parameters]
+        for some in passes(rows, self.recipe.batch):
+            loss = example_losses(self.model, some).sum() / len(rows)
+            for gradient, new in zip(gradients, torch.autograd.grad(loss, self.parameters), strict=True):
+                gradient += new
+            total += float(loss.detach())
+        return total, gradients
+
+    @staticmethod
+    def products(gradients: list[torch.Tensor], against: list[torch.Tensor]) -> list[float]:
+        sums = []
+        for alignment, utility in zip(gradients, against, strict=True):
+            a, u = alignment.double(), utility.double()
+            own = torch.stack([(a * u).sum(), u.square().sum(), a.square().sum()])
+            sums.append(own.to(gradients[0].device))
+        return torch.stack(sums).sum(dim=0).tolist()  # the one wait for the device
+
+    @staticmethod
+    def combined(own: float, gradients: list[torch.Tensor], other: float, against: list[torch.Tensor]):
+        pairs = zip(gradients, against, strict=True)
+        return [own * alignment + other * utility for alignment, utility in pairs]
+
+    def step(self, gradients: list[torch.Tensor], number: int) -> float:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        take_step(self.optimizer, learning_rate(number, self.plan.steps, self.recipe))
+        return float(norm)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return state(self.parameters, self.optimizer)
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        restore(arrays, self.parameters, self.optimizer)
+
+    def save(self, folder: Path) -> None:
+        adapter.save(self.wrapped, folder)
+
+
+def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def state(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """Parameters by number, and Adam's moments as "number.name"."""
+    arrays = {}
+    for number, parameter in enumerate(parameters):
+        arrays[f"{number}"] = parameter.detach().cpu().numpy()
+        for name, value in optimizer.state[parameter].items():
+            arrays[f"{number}.{name}"] = value.cpu().numpy()
+    return arrays
+
+
+def restore(
+    arrays: dict[str, np.ndarray], parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Sets what `state` returned."""
+    for key, array in arrays.items():
+        number, _, name = key.partition(".")
+        parameter, value = parameters[int(number)], torch.from_numpy(array)
+        if name:  # Adam counts its steps on the CPU
+            optimizer.state[parameter][name] = value if name == "step" else value.to(parameter.device)
+        else:
+            parameter.data.copy_(value)

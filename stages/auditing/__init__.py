@@ -1,1 +1,0 @@
-"""What `stages.audit` and `stages.compare` read, recompute and hold against each other."""

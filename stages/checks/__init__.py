@@ -1,0 +1,1 @@
+"""What `stages.audit` recomputes and `stages.compare` measures."""

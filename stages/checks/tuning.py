@@ -1,0 +1,159 @@
+"""Checks of stage 04: steps, rows and rates; and adapters that move only their heads or neurons."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
+
+from backends.base import Example, GainRecipe, Recipe, Selection, Task
+from backends.core import schedules, seeds
+from backends.core.packing import cut_rows
+from data.rendering import example
+from stages.checks.finished import Faults, FinishedRun, Result, unequal
+from stages.method.arms import ArmRun
+from stages.method.neurons import task_rows
+from stages.run.schemas import ALIGNMENT, ARMS, TRAINING
+from stages.run.store import differences, read_json
+
+ADAPTERS = "04_align/adapters"
+LORA = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.q_proj\.lora_([AB])\.weight")
+GAINS = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.down_proj\.(ia3_l)")
+PLAIN = {"modules_to_save": None, "peft_type": "LORA", "target_modules": ["q_proj"], "lora_dropout": 0.0}
+PLAIN |= {"bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False}
+"""settings of an adapter that is LoRA on W_q and nothing else"""
+GAINS_ONLY = {"modules_to_save": None, "peft_type": "IA3"}
+GAINS_ONLY |= dict.fromkeys(("target_modules", "feedforward_modules"), ["down_proj"])
+
+
+def stored_arms(run: FinishedRun) -> Iterator[tuple[ArmRun, dict]]:
+    """Every arm of the settings, and its row of arms.parquet."""
+    return zip(run.settings.arm_runs, run.read(ARMS).to_dict("records"), strict=True)
+
+
+def selection(row: Mapping) -> Selection:
+    """The neurons of a row of arms.parquet."""
+    names = ("safety_neurons", "utility_neurons")
+    return Selection(*(tuple(tuple(neuron.tolist()) for neuron in row[name]) for name in names))
+
+
+# Steps
+
+
+def steps(run: FinishedRun) -> Result:
+    """training.parquet against the rows, order and rates that the recipes give: arms of a seed and kind
+    differ in nothing else."""
+    rows = run.read(ALIGNMENT)
+    examples = cut_rows([example(row) for row in rows.to_dict("records")], run.settings.data.max_length)
+    tasks = [
+        Task(task.name, *(tuple(examples[row] for row in part) for part in (task.harmful, task.benign)))
+        for task in task_rows(rows["split"].tolist(), rows["source"].tolist())
+    ]
+    computed = []
+    for tuned, row in stored_arms(run):
+        own = gain_steps(run, tuned, tasks, row) if tuned.arm.of_neurons else lora_steps(run, tuned, examples)
+        computed += [tuned.labels | step for step in own]
+    return unequal(run.read(TRAINING), pd.DataFrame(computed)), f"{len(computed)} steps of all arms"
+
+
+def lora_steps(run: FinishedRun, tuned: ArmRun, examples: Sequence[Example]) -> list[dict]:
+    given = {name: getattr(run.settings.tuning, name) for name in ("lr", "epochs", "batch", "accumulation")}
+    recipe = Recipe(**given, seed=tuned.seed)
+    batches = [[examples[row] for row in rows] for rows in seeds.batch_order(len(examples), recipe)]
+    return rated(recipe, [schedules.step_tokens(batch, recipe) for batch in batches])
+
+
+def gain_steps(run: FinishedRun, tuned: ArmRun, tasks: Sequence[Task], row: Mapping) -> list[dict]:
+    tuning = run.settings.tuning
+    given = {"lr": tuning.gain_lr, "inner_steps": tuning.gain_inner_steps, "epochs": tuning.epochs}
+    recipe = GainRecipe(**given, batch=tuning.batch * tuning.accumulation, seed=tuned.seed)
+    count = schedules.outer_steps(tasks, selection(row), recipe)
+    drawn = (schedules.draw_task_rows(tasks, step, recipe) for step in range(count))
+    return rated(recipe, [schedules.gain_step_tokens(*pair, recipe) for pair in drawn])
+
+
+def rated(recipe: Recipe | GainRecipe, tokens: list[int]) -> list[dict]:
+    """Each step's number, rate and tokens."""
+    rates = [schedules.learning_rate(step, len(tokens), recipe) for step in range(len(tokens))]
+    return [{"step": step, "lr": lr, "tokens": tokens[step]} for step, lr in enumerate(rates)]
+
+
+# Adapters
+
+
+def adapters(run: FinishedRun) -> Result:
+    """PEFT's settings, as many parameters as arms.parquet says, gains inside their bounds and all others
+    exactly 1, frozen rows of B exactly zero: merged, they leave their rows of W_q bit for bit the base's."""
+    faults, moved = [], 0
+    for tuned, row in stored_arms(run):
+        found, free, own = (gains_faults if tuned.arm.of_neurons else lora_faults)(run, tuned, row)
+        if free != row["trainable_parameters"]:
+            found.append(f"trainable_parameters is {row['trainable_parameters']}, recomputed {free}")
+        if free and not own:
+            found.append("nothing that it may move has moved")
+        faults, moved = faults + [f"{tuned.name}: {fault}" for fault in found], moved + own
+    return faults, f"{moved} rows of B and gains moved, all of chosen heads and neurons"
+
+
+def lora_faults(run: FinishedRun, tuned: ArmRun, row: Mapping) -> tuple[Faults, int, int]:
+    """What is wrong with a LoRA adapter, its parameters, and how many rows of B have moved."""
+    tuning, layers, free, moved = run.settings.tuning, sorted(set(row["layers"].tolist())), 0, 0
+    wanted = {"r": tuning.rank, "lora_alpha": tuning.alpha, "layers_to_transform": layers}
+    faults, tensors = config_faults(run, tuned, PLAIN | wanted), lora(run, tuned)
+    if [layer for layer, _, _ in tensors] != layers:
+        faults.append("A and B are not those of its heads' layers")
+    for layer, a, b in tensors:
+        if not len(a) == b.shape[1] == tuning.rank or not (np.isfinite(a).all() and np.isfinite(b).all()):
+            faults.append(f"layer {layer}: A {a.shape} or B {b.shape} is of another rank, or not finite")
+            continue
+        chosen = np.isin(np.arange(run.heads[1]), row["heads"][row["layers"] == layer])
+        chosen, nonzero = np.repeat(chosen, len(b) // run.heads[1]), (b != 0).any(axis=1)  # [H * D]
+        if len(strays := np.flatnonzero(nonzero & ~chosen)):
+            faults.append(f"layer {layer}: {len(strays)} frozen rows of B are not zero (row {strays[0]}, …)")
+        free, moved = free + a.size + b[chosen].size, moved + int(nonzero.sum())
+    return faults, free, moved
+
+
+def gains_faults(run: FinishedRun, tuned: ArmRun, row: Mapping) -> tuple[Faults, int, int]:
+    """What is wrong with an IA3 adapter, its free gains, and how many gains have moved."""
+    faults, found = config_faults(run, tuned, GAINS_ONLY), gains(run, tuned)
+    least, most = schedules.gain_bounds(selection(row), *found.shape)
+    for layer, neuron in np.argwhere(~((found >= least) & (found <= most))).tolist():  # NaN too
+        at = layer, neuron
+        faults.append(f"the gain of neuron {at} is {found[at]}, allowed is {least[at]} to {most[at]}")
+    return faults, int((least < most).sum()), int((found != 1).sum())
+
+
+def config_faults(run: FinishedRun, tuned: ArmRun, wanted: Mapping) -> Faults:
+    config = read_json(run.folder / ADAPTERS / tuned.name / "adapter_config.json")
+    changed = differences({name: config.get(name) for name in wanted}, wanted)
+    return [f"adapter_config.json: {changed}"] if changed else []
+
+
+def tensors_of(run: FinishedRun, tuned: ArmRun, pattern: re.Pattern) -> dict[tuple[int, str], np.ndarray]:
+    """(layer, part) -> tensor, by the groups of `pattern`. ValueError on other tensors, or a damaged file."""
+    path, tensors = run.folder / ADAPTERS / tuned.name / "adapter_model.safetensors", {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if not (found := pattern.fullmatch(name)):
+                    raise ValueError(f"{path} holds {name}, which is no part of this adapter")
+                tensors[int(found[1]), found[2]] = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    return tensors
+
+
+def lora(run: FinishedRun, tuned: ArmRun) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """(layer, A [r, E], B [H * D, r]) by layer. LookupError where one of the two is missing."""
+    tensors = tensors_of(run, tuned, LORA)
+    return [
+        (layer, tensors[layer, "A"], tensors[layer, "B"]) for layer in sorted({key[0] for key in tensors})
+    ]
+
+
+def gains(run: FinishedRun, tuned: ArmRun) -> np.ndarray:
+    """[L, F]. LookupError where a layer is missing."""
+    tensors = tensors_of(run, tuned, GAINS)
+    return np.concatenate([tensors[layer, "ia3_l"].reshape(1, -1) for layer in range(run.heads[0])])

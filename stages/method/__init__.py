@@ -1,0 +1,1 @@
+"""The paper's formulas and choices, in numpy and scipy alone."""

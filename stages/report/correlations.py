@@ -1,0 +1,118 @@
+"""Whether the map predicted the cost: correlations over buckets (§5.3, App. F.1, Table 8).
+
+A point is a bucket, its x what it was ranked by (mean C, O or S of its heads), its y a cost ratio. Four
+buckets are four points, so that finer buckets, and each seed by itself, stand beside them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from stages.method import metrics
+from stages.method.arms import ArmRun
+from stages.method.arrays import FloatArray
+from stages.method.heads import COLUMN
+from stages.method.uncertainty import BOUNDS
+from stages.report.costs import RATIOS, Draws
+from stages.report.words import family_words
+
+FEWEST_POINTS = 3
+"""two points lie on a line whatever they are"""
+STATISTICS = ("pearson", "spearman")
+INTERVALS = [f"{name}{end}" for name in STATISTICS for end in ("", "_low", "_high")]
+FAMILY = ["optimizer", "family", "buckets", "ranked_by", "map", "cost", "measure", "seed", "n_seeds"]
+COLUMNS = [*FAMILY, "n_points", "n_no_gain", "n_dropped", *INTERVALS, "critical_r"]
+
+
+def critical_r(points: int) -> float:
+    """The |r| that uncorrelated normal points exceed in one case of twenty (two-sided test, `points` >= 3).
+
+    >>> round(critical_r(4), 3)
+    0.95
+    """
+    t = stats.t.ppf(0.975, points - 2)
+    return float(t / np.sqrt(t * t + points - 2))
+
+
+def families(means: pd.DataFrame, m: int) -> list[list[ArmRun]]:
+    """The buckets of each ranking and optimizer, by number; of an optimizer the run's own family first."""
+    buckets = [run for run in means.index if run.arm.kind == "bucket"]
+    order = list(dict.fromkeys(run.optimizer for run in buckets))
+    found: dict[tuple, list[ArmRun]] = {}
+    for run in sorted(buckets, key=lambda run: (order.index(run.optimizer), not run.arm.is_zone(m))):
+        found.setdefault((run.optimizer, run.arm.ranked_by, run.arm.of, run.arm.map), []).append(run)
+    return [sorted(family, key=lambda run: run.arm.bucket) for family in found.values()]
+
+
+def correlations(costs: pd.DataFrame, means: pd.DataFrame, draws: Draws, m: int) -> pd.DataFrame:
+    """Pearson and Spearman of each family of buckets with each cost ratio.
+
+    Without `seed` the costs are those of the scores averaged over seeds, the intervals those of resampled
+    rows and seeds; a bucket that gained no safety is left out and counted in `n_no_gain`. With several seeds
+    each has rows of its own, without intervals.
+
+    Where no buckets of O and S were tuned, the mean O and S of C's buckets are correlated too (`measure`).
+    They are no test of O and S alone, but all that such a run has.
+    """
+    found = families(means, m)
+    alone = any(family[0].arm.ranked_by != "C" for family in found)
+    rows = []
+    for family in found:
+        first = family[0]
+        measures = {first.arm.ranked_by: "ranked_mean"}
+        if first.arm.is_zone(m) and not alone:
+            measures |= {name: f"mean_{COLUMN[name]}" for name in "OS"}
+        seeds = [run.seed for run in costs.index if (run.arm, run.optimizer) == (first.arm, first.optimizer)]
+        for cost in (name for name in RATIOS if name in draws):
+            for measure, x in measures.items():
+                labels = {"optimizer": first.optimizer, "family": family_words(first.arm, m), "cost": cost}
+                labels |= {"measure": measure, "buckets": first.arm.of, "ranked_by": first.arm.ranked_by}
+                labels |= {"map": first.arm.map}
+                over = over_buckets(means.loc[family], x, cost, draws)
+                rows.append(labels | {"seed": None, "n_seeds": len(seeds)} | over)
+                for seed in seeds if len(seeds) > 1 else ():
+                    own = costs.loc[[ArmRun(run.arm, run.optimizer, seed) for run in family]]
+                    rows.append(labels | {"seed": seed, "n_seeds": 1} | over_buckets(own, x, cost))
+    types = dict.fromkeys((*INTERVALS, "critical_r"), float) | dict.fromkeys(("seed", "n_dropped"), "Int64")
+    return pd.DataFrame(rows, columns=COLUMNS).astype(types)
+
+
+def over_buckets(buckets: pd.DataFrame, x: str, cost: str, draws: Draws | None = None) -> dict:
+    """Coefficients over buckets that gained safety; with fewer than FEWEST_POINTS of them none.
+
+    Args:
+        draws: resampled costs, for 95 % intervals. A resample in which a bucket has no gain is left out, and
+            counted in `n_dropped`.
+    """
+    used = buckets[buckets["safety_gain"] > 0]
+    row = {"n_points": len(used), "n_no_gain": len(buckets) - len(used), **dict.fromkeys(INTERVALS)}
+    if len(used) < FEWEST_POINTS:
+        return row
+    row["critical_r"] = critical_r(len(used))
+    found = metrics.correlation(used[x], used[cost])
+    row |= {name: getattr(found, name) for name in STATISTICS}
+    if draws is None or np.isnan(found.pearson):
+        return row
+    samples = draws[cost][list(used.index)].to_numpy()
+    finite = np.isfinite(samples).all(axis=1)
+    row["n_dropped"] = int((~finite).sum())
+    for name, values in zip(STATISTICS, coefficients(used[x], samples[finite]), strict=True):
+        if len(values := values[~np.isnan(values)]):
+            # With few points r is skewed: an interval holds the coefficient itself.
+            low, high = np.quantile(values, BOUNDS)
+            row[f"{name}_low"], row[f"{name}_high"] = min(low, row[name]), max(high, row[name])
+    return row
+
+
+def coefficients(x: Sequence[float], y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Pearson's r and Spearman's rho of x [points] with each row of y [R, points]; NaN where it is constant.
+    Values that agree in twelve decimals are ties."""
+    y = np.round(y, 12)
+    x, constant, found = np.broadcast_to(np.asarray(x), y.shape), np.ptp(y, axis=1) == 0, []
+    for pair in ((x, y), (stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))):
+        one, other = (values - values.mean(axis=1, keepdims=True) for values in pair)
+        lengths = np.sqrt((one * one).sum(axis=1) * (other * other).sum(axis=1))
+        found.append((one * other).sum(axis=1) / np.where(constant, np.nan, lengths))
+    return tuple(found)

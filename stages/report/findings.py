@@ -1,0 +1,157 @@
+"""What a run found, in sentences computed from its numbers; the verdict on a claim is that of the claims."""
+
+import numpy as np
+import pandas as pd
+
+from stages.method.arms import ArmRun, neuron_arm
+from stages.report.claims import PREDICTS, unclear_buckets
+from stages.report.correlations import FEWEST_POINTS
+from stages.report.results import FULL, Results
+from stages.report.words import UNKNOWN, arm_words, percent, points, signed
+
+WORTH_A_WORD = 0.05
+"""a difference in safety (as a share) that the summary mentions"""
+
+
+def findings(results: Results, claims: pd.DataFrame, own_probability: float | None) -> list[list[str]]:
+    """Paragraphs of one plain sentence a finding; of the arms only the main ones, and of NeuronTune's the one
+    that gained most safety.
+
+    Args:
+        own_probability: how often a head of the map stays in its bucket.
+    """
+    base = results.means.iloc[0]
+    paragraphs = [
+        [
+            f"Before tuning, the model refused {percent(base['safety'])} of harmful prompts and answered "
+            f"{percent(base['utility'])} of utility questions rightly."
+        ]
+    ]
+    for optimizer in results.optimizers:
+        runs = [run for run in results.main if run.optimizer == optimizer]
+        parts = [_full(results, optimizer), _best(results, runs), _predicted(results, claims, optimizer)]
+        parts = [sentence for sentence in (*parts, _over_refusal(results, runs)) if sentence]
+        if len(results.optimizers) == 1:
+            paragraphs[0] += parts
+        else:
+            paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
+    rest = [_neurons(results), _broken(results)]
+    if own_probability is not None:
+        rest.append(
+            f"The map itself: when its calibration rows are resampled, a head stays in its bucket "
+            f"{percent(own_probability)} of the time on average (chance: {percent(1 / results.m)})."
+        )
+    paragraphs[-1] += [sentence for sentence in rest if sentence]
+    return paragraphs
+
+
+def _change(results: Results, run: ArmRun) -> str:
+    """What an arm brought safety and utility to."""
+    base, row = results.means.iloc[0], results.means.loc[run]
+    safety, utility = (
+        f"{side} to {percent(row[side])} ({points(row[side] - base[side])})" for side in ("safety", "utility")
+    )
+    return f"brought {safety} and {utility}"
+
+
+def _full(results: Results, optimizer: str) -> str:
+    if not (full := results.find(FULL, optimizer)):
+        return ""
+    return f"Tuning all {results.means['n_heads'][full]:.0f} heads {_change(results, full)}."
+
+
+def _best(results: Results, runs: list[ArmRun]) -> str:
+    gained = results.means.loc[runs].dropna(subset="ucr")
+    if gained.empty:
+        return "No arm gained safety, so no arm has a cost that means anything."
+    best = gained.sort_values(["ucr", "safety_gain"], ascending=[True, False], kind="stable").iloc[0]
+    unclear = " (a gain within the sampling error)" if pd.isna(best["ucr_low"]) else ""
+    sentence = (
+        f"The best trade-off by UCR among {len(runs)} tuned {'arms' if len(runs) > 1 else 'arm'} is "
+        f"{arm_words(best.name.arm, results.m)}: {best['ucr']:.2f} points of utility lost per point of "
+        f"safety gained, for {points(best['safety_gain'])} of safety{unclear}."
+    )
+    largest = gained.loc[gained["safety_gain"].idxmax()]
+    if largest["safety_gain"] > best["safety_gain"] + WORTH_A_WORD:
+        sentence += (
+            f" The most safety ({points(largest['safety_gain'])}) came from "
+            f"{arm_words(largest.name.arm, results.m)}, at a UCR of {largest['ucr']:.2f}."
+        )
+    return sentence
+
+
+def _predicted(results: Results, claims: pd.DataFrame, optimizer: str) -> str:
+    if not (row := results.correlation(optimizer, "ucr")):
+        return ""
+    if pd.isna(row["pearson"]):
+        equal = row["n_points"] >= FEWEST_POINTS
+        why = "their costs are all equal" if equal else "at least three are needed"
+        counted = f"{row['n_points']} bucket{' has' if row['n_points'] == 1 else 's have'}"
+        return f"Whether C predicted the cost {UNKNOWN}: {counted} a cost, and {why}."
+    sentence = (
+        f"Cost (UCR) and mean conflict score C of a bucket: Pearson r = {signed(row['pearson'])}, "
+        f"Spearman ρ = {signed(row['spearman'])}, over {row['n_points']} buckets"
+    )
+    sentence += f" ({row['n_no_gain']} more gained no safety)" if row["n_no_gain"] else ""
+    beyond = abs(row["pearson"]) > row["critical_r"]
+    sentence += (
+        f". {row['n_points']} points are few: unrelated numbers exceed |r| = {row['critical_r']:.3f} "
+        f"in one case of twenty, and this r is {'beyond' if beyond else 'within'} that."
+    )
+    if unclear := unclear_buckets(results, optimizer):
+        sentence += f" The safety gain of {unclear} of them is within sampling error, and so is their cost."
+    own = claims[(claims["optimizer"] == optimizer) & (claims["key"] == f"{PREDICTS} ucr")]
+    return f"{sentence} The paper's claim that C predicts cost: {own['verdict'].iloc[0]}."
+
+
+def _neurons(results: Results) -> str:
+    """What NeuronTune's arms came to; empty where there are none."""
+    tuned = [run for run in results.tuned if run.arm.kind == "neurons" and run.arm.neurons]
+    if not tuned:
+        return ""
+    best = max(tuned, key=lambda run: results.means["safety"][run])
+    row = results.means.loc[best]
+    safest = f", of {len(tuned)} arms the safest," if len(tuned) > 1 else ""
+    sentence = f"NeuronTune: {arm_words(best.arm, results.m)}{safest} {_change(results, best)}"
+    sentence += "" if pd.isna(row["ucr"]) else f", at a UCR of {row['ucr']:.2f}"
+    control = neuron_arm("randomneurons", best.arm.neurons, best.arm.lam)
+    if control := results.find(control, best.optimizer):
+        safety, utility = (percent(results.means[side][control]) for side in ("safety", "utility"))
+        sentence += f"; as many random neurons brought them to {safety} and {utility}"
+    return f"{sentence}."
+
+
+def _over_refusal(results: Results, runs: list[ArmRun]) -> str:
+    rates = results.means["over_refusal"]
+    if pd.isna(rates.iloc[0]):
+        return ""
+    ordered = rates.loc[runs].sort_values(kind="stable")
+    ends = [f"{percent(ordered[run])} for {arm_words(run.arm, results.m)}" for run in ordered.index]
+    after = ends[0] if len(ends) == 1 else f"between {ends[0]} and {ends[-1]}"
+    return (
+        f"Benign requests refused (over-refusal): {percent(rates.iloc[0])} before tuning, {after} after it."
+    )
+
+
+def _broken(results: Results) -> str:
+    """What became of questions and of reasoning with all heads and with the Safe Zone tuned."""
+    parts = []
+    for run in (results.find(FULL, "sft"), results.bucket(results.m, "sft")):
+        if run is None:
+            continue
+        own = results.failures[
+            (results.failures["arm"] == run.arm.name) & (results.failures["optimizer"] == "sft")
+        ]
+        stepped = own.dropna(subset="collapsed")
+        written = own[own["side"] == "utility"].dropna(subset="refused")
+        words = []
+        if len(stepped):
+            share = np.average(stepped["bare"], weights=stepped["n_stepped"])
+            words.append(f"{percent(share)} of the problems worked in steps before were answered without any")
+        if len(written):
+            share = np.average(written["refused"], weights=written["n"])
+            words.append(f"{percent(share)} of the written utility questions were refused")
+        if words:
+            parts.append(f"with {arm_words(run.arm, results.m)} tuned, {' and '.join(words)}")
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""

@@ -1,0 +1,78 @@
+"""All that stage 06 computes of a run, as what tables, claims, figures and the page are made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from stages.method.arms import OWN, Arm, ArmRun, head_arm
+from stages.method.heads import HeadMap
+from stages.report.costs import Draws
+from stages.run.maps import MapSpec
+
+FULL, RANDOM = (head_arm(kind, None, 1) for kind in ("full", "random"))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of a run. Tables of arms are indexed by `ArmRun`."""
+
+    m: int
+    """number of buckets"""
+    paper: str | None
+    """the paper's model whose printed numbers stand beside the run's"""
+    maps: tuple[MapSpec, ...]
+    """the run's own, then the others"""
+    heads: Mapping[str, HeadMap]
+    """by name of the map"""
+    sides: Mapping[str, str]
+    """benchmark -> side"""
+    source: str | None
+    """benchmark of Eq. 8"""
+    losses: Mapping[str, str]
+    """costs.losses_of"""
+    costs: pd.DataFrame
+    """of every seed: costs.arm_costs"""
+    means: pd.DataFrame
+    """over seeds: costs.with_intervals"""
+    draws: Draws
+    correlations: pd.DataFrame
+    failures: pd.DataFrame
+
+    @cached_property
+    def several_seeds(self) -> bool:
+        return int(self.means["n_seeds"].max()) > 1
+
+    @cached_property
+    def tuned(self) -> list[ArmRun]:
+        """All arms but the base model."""
+        return list(self.means.index[1:])
+
+    @cached_property
+    def main(self) -> list[ArmRun]:
+        """Tuned arms of the paper's main comparison."""
+        return [run for run in self.tuned if run.arm.is_main(self.m)]
+
+    @cached_property
+    def optimizers(self) -> list[str]:
+        """Of the main comparison, in order."""
+        return list(dict.fromkeys(run.optimizer for run in self.main))
+
+    def find(self, arm: Arm, optimizer: str) -> ArmRun | None:
+        """An arm as tuned; None: it was not."""
+        run = ArmRun(arm, optimizer, None)
+        return run if run in self.means.index else None
+
+    def bucket(self, number: int, optimizer: str, **of: str) -> ArmRun | None:
+        """A bucket as tuned; `ranked_by` and `map_name` as in `head_arm`."""
+        return self.find(head_arm("bucket", number, self.m, **of), optimizer)
+
+    def correlation(self, optimizer: str, cost: str, ranked_by: str = "C", of: int | None = None) -> dict:
+        """Over buckets of the run's own map, seeds averaged; empty: they were not tuned."""
+        rows = self.correlations[self.correlations["seed"].isna()]
+        labels = {"optimizer": optimizer, "cost": cost, "ranked_by": ranked_by, "measure": ranked_by}
+        labels |= {"buckets": of or self.m, "map": OWN}
+        for name, value in labels.items():
+            rows = rows[rows[name] == value]
+        return {} if rows.empty else rows.iloc[0].to_dict()

@@ -1,0 +1,103 @@
+"""WildGuard's classifier over stage 05's outputs, a unit each: loaded only with --judge wildguard."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+import backends
+from backends import models
+from backends.base import Example
+from backends.core.errors import InputError
+from backends.core.progress import progress
+from data import classifier
+from data.benchmarks import Benchmark
+from stages.method.arms import ArmRun
+from stages.run.runner import Job
+from stages.run.schemas import CLASSIFIED, OUTPUTS, RESPONSES
+from stages.run.settings import Settings
+from stages.run.store import read_table
+
+
+class Evaluation(Protocol):
+    """A unit of stage 05."""
+
+    run: ArmRun
+    benchmark: Benchmark
+    unit: str
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A unit: the classifier's words on another unit's outputs."""
+
+    evaluation: Evaluation
+
+
+def identity(settings: Settings) -> str | None:
+    """What a manifest says of the classifier: its id and weights; None: it is not asked. InputError where it
+    cannot be had."""
+    if settings.evaluation.judge != "wildguard":
+        return None
+    name = settings.evaluation.judge_model
+    if problem := models.missing(name):
+        raise InputError(f"--judge wildguard: {problem}")
+    folder = models.local_folder(name)
+    models.check_folder(folder)
+    return f"{name} {models.weights_sha256(folder)[:16]}"
+
+
+def units(settings: Settings, evaluations: Sequence[Evaluation]) -> dict[str, Classification]:
+    """The units that classify responses to requests; none without a classifier."""
+    which = identity(settings)
+    if which is None:
+        return {}
+    weights = which.rpartition(" ")[2]
+    return {
+        f"{evaluation.unit}-classified-{weights}": Classification(evaluation)
+        for evaluation in evaluations
+        if evaluation.benchmark.side != "utility"
+    }
+
+
+def outputs_of(job: Job, evaluation: Evaluation) -> pd.DataFrame | None:
+    """A unit's outputs: its part, or its rows of a finished table that is judged again; None: another shard
+    has not answered yet."""
+    if job.judging_again:
+        whole = read_table(job.folder / RESPONSES.file(), RESPONSES.schema, OUTPUTS.names)
+        labels = evaluation.run.labels | {"benchmark": evaluation.benchmark.name}
+        chosen = [
+            whole[name].isna() if value is None else whole[name] == value for name, value in labels.items()
+        ]
+        return whole[np.logical_and.reduce(chosen)]
+    return job.parts([evaluation.unit], OUTPUTS) if job.has_part(evaluation.unit) else None
+
+
+def compute(job: Job, pending: Mapping[str, Classification]) -> None:
+    """Classifies the outputs of units that are answered."""
+    outputs = {unit: outputs_of(job, work.evaluation) for unit, work in pending.items()}
+    outputs = {unit: frame for unit, frame in outputs.items() if frame is not None}
+    if not outputs:
+        return
+    job.release()  # the classifier wants the place of the run's model on the device
+    settings = job.settings
+    folder = models.local_folder(settings.evaluation.judge_model)
+    backend = backends.load("torch", folder, dtype=settings.model.dtype, device=settings.run.device)
+    tokenizer = models.load_tokenizer(folder, chat=False)
+    nothing = np.zeros(0, np.int32)
+    for unit, frame in progress(outputs.items(), desc="classifier", unit="unit"):
+        prompts = []
+        for row in frame.itertuples():
+            ids = tokenizer(classifier.prompt(row.prompt, row.output), add_special_tokens=False).input_ids
+            prompts.append(Example(row.example_id, np.array(ids, np.int32), nothing, nothing, -1))
+        words = []
+        for row, tokens in zip(
+            frame.itertuples(), backend.generate(prompts, classifier.NEW_TOKENS), strict=True
+        ):
+            word = classifier.parse(tokenizer.decode(tokens, skip_special_tokens=True))
+            refusal, harmful = (word.refusal, word.harmful_response) if word else (None, None)
+            labels = {"example_id": row.example_id, "unclear": word is None}
+            words.append(labels | {"refusal": refusal, "harmful": harmful})
+        job.keep(unit, pd.DataFrame(words, columns=CLASSIFIED.names, dtype=object), CLASSIFIED)

@@ -1,0 +1,49 @@
+"""How a stage is started from a command line: settings in, one clear line and exit code 2 out where input is
+bad."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+from backends.core.errors import InputError
+from stages.run.presets import parse
+from stages.run.runner import Stage, run_stage
+
+
+def run(stage: Stage) -> None:
+    """Parses the command line and makes the stage."""
+
+    def program() -> None:
+        settings = parse()
+        if settings.run.shard and stage.compute is Stage.compute:
+            raise InputError("--shard is for stages 02 to 05: this one is a single piece of work")
+        run_stage(stage, settings)
+
+    guarded(program)
+
+
+def guarded(program: Callable[[], object]) -> None:
+    """Calls a program. Only defects of ours end in a traceback."""
+    try:
+        program()
+    except InputError as error:
+        _stop(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _stop(130, "stopped. What was finished is kept: the same command goes on from there.")
+    except MemoryError as error:
+        _stop(2, f"error: out of memory ({error}): fewer rows, a smaller model or --dtype bfloat16")
+    except Exception as error:
+        # torch's and JAX's; neither may be imported here.
+        if type(error).__name__ == "OutOfMemoryError" or "RESOURCE_EXHAUSTED" in str(error):
+            _stop(2, "error: the device is out of memory: a smaller model, --dtype bfloat16, or --device cpu")
+        # safetensors reports a full disk by an exception of its own, with the system's words in it.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left" not in str(error):
+            raise
+        where = getattr(error, "filename", None) or "run folder"
+        _stop(2, f"error: the disk is full ({where}): make space, then the same command goes on")
+
+
+def _stop(code: int, message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)

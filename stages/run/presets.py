@@ -1,0 +1,224 @@
+"""The presets that fill a run's settings, and the command line that overrides them.
+
+    python -m stages.run.presets --preset smollm        # checks a whole command line, prints the run's folder
+
+A run folder keeps its settings in run.json, so that `python -m stages.02_conflict --run outputs/smollm` needs
+no more.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from backends import models
+from backends.core.errors import InputError
+from stages.run.settings import GROUP_OF, Settings, check
+from stages.run.store import RUN_FILE, read_json
+
+T = TypeVar("T")
+
+_PAPER = {
+    # Section 4.1 and Tables 3 and 4 of the paper.
+    "util_source": "mmlu_calibration",
+    "safe_source": "wildjailbreak_safe",
+    "align_source": "wildjailbreak",
+    "util_rows": 500,
+    "safe_rows": 500,
+    "align_rows": 10_000,
+    "benchmarks": (
+        "mmlu=14042",
+        "csqa=1221",
+        "gsm8k=500:1024",
+        "math=500:2048",
+        "wildjailbreak=2000:256",
+        "wildguard=754:256",
+        "dan=1405:256",
+    ),
+    "folds": 4,
+    "sweep_tokens": 64,
+    # Section 4.2 and appendix F: Tables 1, 2, 7 to 11.
+    "optimizers": ("sft", "pcgrad"),
+    "maps": ("mmlu100=mmlu_calibration:100", "gsm8k100=gsm8k_calibration:100"),
+    "ablations": (
+        "buckets_O",
+        "buckets_S",
+        "top50",
+        "top75",
+        "bottom50",
+        "bottom75",
+        "buckets@mmlu100",
+        "buckets@gsm8k100",
+    ),
+    "seeds": (21, 42, 84),
+}
+
+PRESETS: dict[str, dict] = {
+    # Sized for half an hour on two cores without bfloat16 and with noisy neighbours (docs/LOG.md).
+    "smollm": {
+        "model": "embedded/smollm2-135m-instruct",
+        "util_rows": 32,
+        "safe_rows": 12,
+        "folds": 4,
+        "align_rows": 240,
+        "benchmarks": (
+            "facts=120",
+            "words=120",
+            "problems=32:48",
+            "adversarial=40:32",
+            "vanilla=40:32",
+            "benign=40:32",
+        ),
+        # Its rows are short: a step is one pass.
+        "batch": 8,
+        "accumulation": 1,
+        # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250:
+        # at 3e-3 a random quarter of its heads does not learn to refuse.
+        "lr": 8e-3,
+        "pairs": 32,
+        "neurons": (256,),
+        "gain_lr": 0.2,  # 15 outer steps
+    },
+    "tiny": {
+        "model": "random/tiny",
+        "dtype": "float32",
+        "util_rows": 16,
+        "safe_rows": 8,
+        "align_rows": 32,
+        "benchmarks": (
+            "facts=24",
+            "words=24",
+            "problems=6:8",
+            "adversarial=6:8",
+            "vanilla=6:8",
+            "benign=6:8",
+        ),
+        "folds": 4,
+        "sweep_tokens": 8,
+        "resamples": 200,
+        "rank": 4,
+        "alpha": 4.0,
+        "lr": 0.1,  # random weights hardly react to less in four steps
+    },
+    "smollm-paper": {
+        "model": "embedded/smollm2-135m-instruct",
+        **_PAPER,
+        # Not the paper's: more points for the correlation, where a tuning is cheap.
+        "ablations": (*_PAPER["ablations"], "bucketsof8", "bucketsof16"),
+    },
+    "llama": {"model": "meta-llama/Llama-3.1-8B-Instruct", "paper": "llama", **_PAPER},
+    "qwen": {"model": "Qwen/Qwen2.5-7B-Instruct", "paper": "qwen", **_PAPER},
+    "mistral": {"model": "mistralai/Mistral-7B-Instruct-v0.2", "paper": "mistral", **_PAPER},
+}
+
+
+_OWN = {
+    # The embedded data in the default sizes, whatever it takes.
+    "benchmarks": (
+        "facts=200",
+        "words=200",
+        "problems=100:48",
+        "adversarial=100:32",
+        "vanilla=100:32",
+        "benign=100:32",
+    ),
+    "pairs": 32,
+    "neurons": (256,),
+}
+
+
+def preset_settings(preset: str) -> Settings:
+    """The settings of a preset, or of a model folder (the embedded data, the default sizes and rates)."""
+    if preset in PRESETS:
+        return Settings().replace(preset=preset, **PRESETS[preset])
+    if Path(preset).is_dir():
+        return Settings().replace(preset=preset, model=preset, **_OWN)
+    if any(mark in preset for mark in "/.~"):
+        raise InputError(
+            f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"
+        )
+    raise InputError(f"unknown preset {preset!r}: choose {', '.join(PRESETS)}, or give a model folder")
+
+
+def model_path(preset: str) -> Path:
+    """Local folder of a preset's weights (a dense Hugging Face folder), fetched or made at first use."""
+    settings = preset_settings(preset)
+    return models.local_folder(settings.model.model, settings.model.revision)
+
+
+def stored_settings(folder: Path) -> Settings:
+    """The settings that a run folder keeps. InputError where this version does not know one of them."""
+    stored = read_json(folder / RUN_FILE)
+    if unknown := sorted(stored.keys() - GROUP_OF.keys()):
+        raise InputError(
+            f"{folder / RUN_FILE} has settings that this version does not know ({', '.join(unknown)}): use a "
+            f"new --run"
+        )
+    return Settings().replace(**stored)
+
+
+def read_options(kind: type[T], argv: list[str], default: T, program: str) -> tuple[T, list[str]]:
+    """A dataclass's fields as options, and the arguments that are none of them.
+
+    Raises InputError (one line) for a value that does not fit.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(kind, args=argv, default=default, return_unknown_args=True, prog=program)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = re.sub(r"[│╭╮╰╯─]", " ", messages.getvalue()).split()
+        message = re.split(r" (?:Argument helptext|For full helptext|─)", " ".join(words))[0]
+        raise InputError(f"{message or 'bad command line'}: see --help") from None
+
+
+def _value_of(argv: list[str], option: str) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == option and index + 1 < len(argv):
+            return argv[index + 1]
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def parse(argv: list[str] | None = None) -> Settings:
+    """Settings from a command line: preset, then the run's own run.json, then options.
+
+    Raises InputError (one line) for an unknown preset or option, or a value that does not fit.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    preset, run = _value_of(argv, "--preset"), _value_of(argv, "--run")
+    folder = Path(run) if run else preset_settings(preset or "smollm").folder
+    if (folder / RUN_FILE).is_file():
+        default = stored_settings(folder).replace(run=str(folder))
+        if preset and preset != default.run.preset:
+            raise InputError(
+                f"{folder} belongs to preset {default.run.preset}, not {preset}: choose another --run"
+            )
+    else:
+        default = preset_settings(preset or "smollm")
+    settings, unknown = read_options(Settings, argv, default, "python -m stages.<stage>")
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]}: see --help")
+    settings = settings.replace(run=str(settings.folder))
+    check(settings)
+    return settings
+
+
+def main() -> None:
+    """Prints the run folder that a command line means, after checking the whole of it."""
+    try:
+        print(parse().folder)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The settings of a run: every one, what it means, and which values no stage could work with.
+
+They come in groups; a stage rests on whole groups. On the command line and in run.json they are flat.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+import backends
+from backends.base import Optimizer
+from backends.core.errors import InputError
+from data.benchmarks import Benchmark, parse_benchmarks
+from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
+from stages.run.locks import parse_shard
+from stages.run.maps import MapSpec, parse_maps
+from stages.run.schemas import OWN_MAP
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run is and what computes it; no result rests on these."""
+
+    preset: str = "smollm"
+    """smollm, llama, qwen, mistral, smollm-paper, tiny; or the folder of a model of your own (Llama, Qwen2 or
+    Mistral architecture)"""
+    run: str = ""
+    """folder of this run's artifacts; default: outputs/<preset>"""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", "tpu" (flax), …; auto: the accelerator where there is one"""
+    model_parallel: int = 0
+    """devices that share one copy of the model, by layers (torch) or cut by heads (flax); 0: as few as hold
+    it"""
+    shard: str = ""
+    """i/n: compute only every n-th unit of stage 02, 03, 04 or 05, beside other shards (units=NAME,NAME:
+    those named); then run the stage without it"""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model, and the arithmetic."""
+
+    model: str = ""
+    """hub id or folder of the model; set by the preset"""
+    revision: str = "main"
+    """revision of a model from the hub"""
+    paper: Literal["", "llama", "qwen", "mistral"] = ""
+    """the paper's model whose printed numbers stand beside this run's; set by the preset"""
+    backend: Literal["torch", "flax"] = "torch"
+    """which implementation computes"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the hardware multiplies faster in it, float32 elsewhere"""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows a run draws (stage 01)."""
+
+    seed: int = 0
+    """seed of data draws and resamples; training has its own, `seeds`"""
+    util: str = ""
+    """own JSONL of utility rows (data/jsonl.py); --util-rows of them calibrate, the rest is the benchmark"""
+    safe: str = ""
+    """own JSONL of harmful prompts with safe completions; --safe-rows calibrate, the rest is the benchmark"""
+    align: str = ""
+    """own JSONL of alignment rows (prompt, target, data_type)"""
+    util_source: str = "embedded/util"
+    """pool that D_util is drawn from"""
+    safe_source: str = "embedded/safe"
+    """pool that D_safe is drawn from"""
+    align_source: str = "embedded"
+    """"embedded" or "wildjailbreak": where the four alignment types are drawn from"""
+    util_rows: int = 128
+    """rows of D_util"""
+    safe_rows: int = 32
+    """rows of D_safe"""
+    align_rows: int = 480
+    """rows of D_align, a quarter of each type"""
+    folds: int = 8
+    """gradient folds, the blocks in which rows are resampled"""
+    maps: tuple[str, ...] = ()
+    """other maps, from other utility rows: name=pool:rows (stages/run/maps.py); arms name them by
+    bucket1@name"""
+    pairs: int = 0
+    """NeuronTune: harmful requests, each plainly and inside an attack, that neurons are attributed by, and as
+    many rows of D_util; 0: no neuron is"""
+    benchmarks: tuple[str, ...] = ()
+    """name=rows or name=rows:new-tokens; rows 0 = all there are; names as in data/benchmarks.py"""
+    split: Literal["benchmark", "development"] = "benchmark"
+    """development: other rows of the same pools, for choosing a preset's rates; no other run scores them"""
+    date: str = "26 Jul 2024"
+    """date given to chat templates that print one"""
+    system: str = ""
+    """system prompt; empty: the template's own default"""
+    max_length: int = 1024
+    """tokens a training row is cut to"""
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """The conflict map (stages 02 and 03)."""
+
+    attribution_steps: int = 128
+    """NeuronTune: nodes on a path of the integrated gradients at most; it gets as many as make it complete"""
+    mask: Literal["output", "query"] = "output"
+    """what ablating a head zeroes: its slice before W_o, or its query"""
+    sweep_tokens: int = 32
+    """new tokens a response of the sweep"""
+    util_tokens: int = 256
+    """new tokens of a calibration answer that is written (a worked problem) and not the next token"""
+    variant: Literal["rank-difference", "reranked"] = "rank-difference"
+    """Eq. 5 as printed, or with the re-ranked exponent that the paper's tables fit"""
+    buckets: int = 4
+    """M, the number of buckets"""
+    resamples: int = 1000
+    """resamples of rows for every interval"""
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What is tuned and how (stage 04)."""
+
+    arms: tuple[str, ...] = ("full", "random", "buckets")
+    """what is tuned: full, random (as many heads as a bucket), bucket1 (risky) .. bucketM (safe), all of them
+    by "buckets"; see stages/method/arms.py for more"""
+    optimizers: tuple[Optimizer, ...] = ("sft",)
+    """sft: plain fine-tuning; pcgrad: without what goes against utility's gradient on D_util;
+    pcgrad-symmetric: both gradients, each without what goes against the other"""
+    ablations: tuple[str, ...] = ()
+    """more arms, tuned by sft only: buckets_O, buckets_S, top50, bottom50, bucketsof8, buckets@map, …"""
+    seeds: tuple[int, ...] = (21,)
+    """training seeds: LoRA's A, the order of rows, and which heads `random` draws"""
+    rank: int = 32
+    """LoRA r"""
+    alpha: float = 32.0
+    """LoRA alpha"""
+    lr: float = 1e-4
+    """peak learning rate; decays linearly to 0"""
+    epochs: int = 1
+    """passes over D_align"""
+    batch: int = 4
+    """rows a forward pass"""
+    accumulation: int = 2
+    """forward passes a step"""
+    neurons: tuple[int, ...] = ()
+    """NeuronTune's threshold K: an arm for each, of the K neurons of highest safety and of highest utility
+    score; 0: all gains 1"""
+    lam: tuple[float, ...] = (LAM,)
+    """weights of the safety loss against the utility loss, an arm of neurons for each"""
+    gain_lr: float = 0.05
+    """peak rate of the outer steps (Adam); decays linearly to 0"""
+    gain_inner_lr: float = 1.0
+    """rate of the inner steps"""
+    gain_inner_steps: int = 1
+    """inner steps on a task's support rows"""
+    utility_objective: Literal["preserve", "suppress"] = "preserve"
+    """preserve: the utility loss is minimised; suppress: maximised, as a third party's code does"""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Who judges responses (stage 05); on a finished run, what was kept is judged again."""
+
+    judge: Literal["keyword", "wildguard"] = "keyword"
+    """who says what a refusal is in the benchmarks"""
+    judge_model: str = "allenai/wildguard"
+    """hub id or folder of WildGuard's classifier, for --judge wildguard"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """CAST: which attention heads of an instruct LLM can be safety-tuned without hurting its abilities.
+
+    Stages: 01_calibrate, 02_conflict, 03_sensitivity, 04_align, 05_evaluate, 06_correlate; then
+    `stages.audit`.
+    """
+
+    run: Annotated[RunSettings, OmitArgPrefixes] = field(default_factory=RunSettings)
+    model: Annotated[ModelSettings, OmitArgPrefixes] = field(default_factory=ModelSettings)
+    data: Annotated[DataSettings, OmitArgPrefixes] = field(default_factory=DataSettings)
+    map: Annotated[MapSettings, OmitArgPrefixes] = field(default_factory=MapSettings)
+    tuning: Annotated[TuningSettings, OmitArgPrefixes] = field(default_factory=TuningSettings)
+    evaluation: Annotated[EvaluationSettings, OmitArgPrefixes] = field(default_factory=EvaluationSettings)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of the run."""
+        suffix = "-flax" if self.model.backend == "flax" else ""
+        return Path(self.run.run or f"outputs/{Path(self.run.preset).name}{suffix}")
+
+    @cached_property
+    def maps(self) -> tuple[MapSpec, ...]:
+        """The run's own map, then the others."""
+        data = self.data
+        own = MapSpec(OWN_MAP, "own/util" if data.util else data.util_source, data.util_rows)
+        return (own, *parse_maps(data.maps, data.folds))
+
+    @cached_property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        data = self.data
+        return parse_benchmarks(data.benchmarks, own_util=bool(data.util), own_safe=bool(data.safe))
+
+    def _arms(self, option: str, names: tuple[str, ...]) -> tuple[Arm, ...]:
+        """Arms by name. InputError names one that there is not, whose map is not requested, or whose neurons
+        are not attributed."""
+        m = self.map.buckets
+        try:
+            found = parse(names, m)
+        except ValueError as error:
+            raise InputError(
+                f"{option}: {error}: there are full, random, bucket1 to bucket{m} (also _O, _S, of8, …), "
+                f"top50, bottom50, neurons256, … (stages/method/arms.py)"
+            ) from None
+        for arm in found:
+            if arm.map is not None and arm.map not in {spec.name for spec in self.maps}:
+                raise InputError(f"{option}: @{arm.map} needs --maps {arm.map}=POOL:ROWS")
+            if arm.of_neurons and not self.data.pairs:
+                raise InputError(f"{option}: arms of neurons need --pairs (32, say), which they are found by")
+        return found
+
+    @cached_property
+    def arm_runs(self) -> list[ArmRun]:
+        """What stage 04 tunes, in order."""
+        tuning = self.tuning
+        neurons = [neuron_arm("neurons", count, lam) for count in tuning.neurons for lam in tuning.lam]
+        main = self._arms("--arms", tuning.arms)
+        ablations = self._arms("--ablations", tuning.ablations)
+        return arm_runs(
+            main,
+            (*ablations, *self._arms("--neurons", tuple(arm.name for arm in neurons))),
+            tuning.optimizers,
+            tuning.seeds,
+        )
+
+    def group(self, *names: str) -> dict:
+        """The settings of groups as JSON values, flat."""
+        values = {}
+        for name in names:
+            values |= asdict(getattr(self, name))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def flat(self) -> dict:
+        """All settings as JSON values."""
+        return self.group(*GROUPS)
+
+    def replace(self, **values: object) -> "Settings":
+        """With other values of fields of any group. KeyError on an unknown one."""
+        changed: dict[str, dict] = {}
+        for name, value in values.items():
+            changed.setdefault(GROUP_OF[name], {})[name] = tuple(value) if isinstance(value, list) else value
+        return replace(self, **{name: replace(getattr(self, name), **new) for name, new in changed.items()})
+
+
+GROUPS = tuple(group.name for group in fields(Settings))
+GROUP_OF: Mapping[str, str] = {name: group for group in GROUPS for name in asdict(getattr(Settings(), group))}
+"""field -> its group"""
+
+
+POSITIVE = (
+    *("folds", "align_rows", "max_length", "sweep_tokens", "util_tokens", "buckets", "resamples"),
+    *("attribution_steps", "rank", "alpha", "lr", "epochs", "batch", "accumulation"),
+    *("gain_lr", "gain_inner_lr", "gain_inner_steps"),
+)
+"""settings that must be greater than 0"""
+
+
+def option(name: str) -> str:
+    """A field as it is written on a command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check(settings: Settings) -> None:
+    """Refuses values that no stage could work with. InputError names the option."""
+    values = settings.flat()
+    for name in ("util_rows", "safe_rows"):
+        folds = settings.data.folds
+        if values[name] < folds:
+            raise InputError(f"{option(name)} {values[name]} is fewer than --folds")
+        if folds > 0 and values[name] % folds:
+            raise InputError(f"{option(name)} must be a multiple of --folds {folds}")
+    for name in POSITIVE:
+        if values[name] <= 0:
+            raise InputError(f"{option(name)} must be positive, not {values[name]}")
+    for name in ("model_parallel", "pairs"):
+        if values[name] < 0:
+            raise InputError(f"{option(name)} must not be negative, not {values[name]}")
+    if settings.data.align_rows % 4:
+        raise InputError(
+            f"--align-rows {settings.data.align_rows} must be a multiple of 4 (a quarter of each type)"
+        )
+    if min(settings.tuning.neurons, default=0) < 0 or not all(0 <= lam <= 1 for lam in settings.tuning.lam):
+        raise InputError("--neurons must not be negative, and --lam is a share of 1")
+    for name in ("arms", "optimizers", "seeds", "benchmarks", "lam", "ablations", "maps", "neurons"):
+        if not values[name] and name not in ("ablations", "maps", "neurons"):
+            raise InputError(f"{option(name)} must not be empty")
+        if len(set(values[name])) < len(values[name]):
+            raise InputError(f"{option(name)} names something twice: {' '.join(map(str, values[name]))}")
+    for name in ("util", "safe", "align"):
+        if values[name] and not Path(values[name]).is_file():
+            raise InputError(f"{option(name)}: no file {values[name]}")
+    parse_shard(settings.run.shard)
+    backends.check(settings.model.backend)
+    # What is parsed on first use is parsed now.
+    _ = settings.maps, settings.benchmarks, settings.arm_runs

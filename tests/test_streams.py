@@ -1,0 +1,71 @@
+"""Random streams: each purpose has one of its own, and a purpose always the same."""
+
+import ast
+import itertools
+from collections import Counter
+
+import numpy as np
+
+from backends.base import GainRecipe, Recipe, Task
+from backends.core import schedules, seeds
+from tests.conftest import ROOT, make_examples
+from tests.test_sampling import PLAN, draw
+
+
+def purposes() -> list[tuple[str, tuple[object, ...]]]:
+    """Where `stream(seed, *purpose)` is called, and the purpose's leading constants. `data.sampling` draws by
+    names that a call tells it; those are compared as it draws."""
+    found = []
+    for path in sorted(
+        path for room in ("backends", "data", "stages") for path in (ROOT / room).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "func", None)
+            if not isinstance(node, ast.Call) or getattr(name, "attr", getattr(name, "id", "")) != "stream":
+                continue
+            fixed = itertools.takewhile(lambda argument: isinstance(argument, ast.Constant), node.args[1:])
+            purpose = tuple(argument.value for argument in fixed)
+            if not isinstance(node.args[-1], ast.Starred):
+                found.append((f"{path.relative_to(ROOT)}:{node.lineno}", purpose))
+    return found
+
+
+def test_no_two_purposes_share_a_stream():
+    found = purposes()
+    assert len(found) >= 5
+    for where, purpose in found:
+        assert purpose, f"{where}: the purpose begins with no constant"
+        same = [other for other, theirs in found if theirs[: len(purpose)] == purpose]
+        assert same == [where], f"{purpose} is the purpose, or its beginning, of {same}"
+
+
+def test_what_a_run_draws_has_streams_of_its_own(monkeypatch):
+    drawn, real = Counter(), seeds.stream
+
+    def counted(seed, *purpose):
+        drawn["/".join(map(str, purpose))] += 1
+        return real(seed, *purpose)
+
+    monkeypatch.setattr(seeds, "stream", counted)
+    draw(PLAN)
+    seeds.lora_a(3, 2, 2, 4)
+    seeds.batch_order(5, Recipe(epochs=2))
+    rows = tuple(make_examples(4))
+    for step in range(3):
+        seeds.reference_rows(step, 5, 2, Recipe())
+        schedules.draw_task_rows([Task("one", rows, rows)], step, GainRecipe())
+    assert {"rows/pairs", "rows/util", "rows/benchmark/facts", "gains/rows/2"} <= drawn.keys()
+    assert set(drawn.values()) == {1}, drawn.most_common(3)
+
+
+def test_a_seed_alone_is_no_stream():
+    """numpy pads a list with zeros: default_rng([s, 2]) is default_rng([s, 2, 0])."""
+    draws = [
+        seeds.stream(21, *purpose).integers(2**62) for purpose in (("a",), ("a", 0), ("a", "b"), ("b", "a"))
+    ]
+    draws += [seeds.stream(22, "a").integers(2**62), np.random.default_rng([21]).integers(2**62)]
+    assert len(set(draws)) == len(draws)
+
+
+def test_streams_never_change():
+    assert seeds.stream(21, "lora", "A").integers(10**6, size=3).tolist() == [586098, 927741, 572768]
