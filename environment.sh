@@ -34,3 +34,8 @@ print(hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes() + sys.version.encode
 }
 
 make_environment
+
+# Compiling the packages anew takes longer than a small stage does, so what Python compiles is kept, below .venv; also
+# for who asks for no bytecode beside sources (many containers do).
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX="$root/.venv/bytecode"

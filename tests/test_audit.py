@@ -264,9 +264,6 @@ def test_rows_shared_by_calibration_and_benchmarks_fail(run, capsys):
         assert f"share one {key}" in failed and f"util {row['example_id']} and benchmarks" in failed
 
 
-# Adapters
-
-
 def set_b(which: str, value: float, tensors: dict) -> None:
     """Sets rows of the first B: all, or the first of those that no head of the arm has."""
     b = next(tensor for name, tensor in tensors.items() if "lora_B" in name)

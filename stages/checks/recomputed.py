@@ -83,7 +83,7 @@ class Again(Job):
         frame = frame.drop(columns=others, errors="ignore")
         self.faults += [f"{table.file(map_name)}: {fault}" for fault in unequal(stored, frame)]
 
-    say = warn = lambda self, message: None  # noqa: E731 (the stage has said it all when it was made)
+    say = warn = lambda self, message: None  # it has said it all when it was made
 
 
 def joined(run: FinishedRun, stage: str) -> Result:
