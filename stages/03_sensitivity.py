@@ -17,7 +17,7 @@ from backends.core import seeds
 from backends.core.errors import InputError
 from data import refusal_judge
 from stages.method.conflict_map import map_columns, map_notes
-from stages.method.uncertainty import Outcomes
+from stages.method.uncertainty import Outcomes, Resampling
 from stages.run import cli, judging
 from stages.run.runner import Job, Stage, Units, run_stage
 from stages.run.schemas import (
@@ -86,14 +86,14 @@ def join_map(job: Job, map_name: str, correct: Outcomes, refused: Outcomes) -> d
     if len(gradients) != shape[0] * shape[1]:
         file = GRADIENTS.path(map_name)
         raise InputError(f"{file} has {len(gradients)} heads, the model another number: other --run")
+    generator = seeds.stream(settings.data.seed, "map", "resamples", map_name)
     columns = map_columns(
         gram_of(gradients, shape),
         correct,
         refused,
-        variant=settings.map.variant,
-        m=settings.map.buckets,
-        generator=seeds.stream(settings.data.seed, "map", "resamples", map_name),
-        resamples=settings.map.resamples,
+        settings.map.variant,
+        settings.map.buckets,
+        Resampling(generator, settings.map.resamples),
     )
     job.write(HEADS, pd.DataFrame(columns), map_name)
     notes = map_notes(columns, correct, refused)

@@ -69,11 +69,11 @@ def answer(job: Job, pending: Units) -> None:
     rows, backend = job.read(BENCHMARKS), job.backend
     bar = progress(pending.items(), desc=job.stage.name, unit="unit")
     for unit, work in bar:
-        asked = rows[rows["split"] == work.benchmark.name].reset_index(drop=True)
+        requested = rows[rows["split"] == work.benchmark.name].reset_index(drop=True)
         began = time.monotonic()
-        outputs = respond(job, backend, asked, work)
+        outputs = respond(job, backend, requested, work)
         job.keep(unit, outputs, OUTPUTS, seconds=round(time.monotonic() - began, 2))
-        score = judging.judge_outputs(outputs, asked, work.benchmark)["verdict"].mean()
+        score = judging.judge_outputs(outputs, requested, work.benchmark)["verdict"].mean()
         bar.set_postfix_str(f"{unit} {score:.3f}")
 
 

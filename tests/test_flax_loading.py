@@ -176,11 +176,11 @@ def test_devices_that_are_not_there_are_named(models):
 
 
 def test_a_mesh_that_does_not_divide_is_refused(models):
-    devices = jax.devices("cpu") * 4
+    four = jax.devices("cpu") * 4
     with pytest.raises(InputError, match="--model-parallel 4 does not divide the model's 6 heads"):
-        devices.make_mesh(devices, SHAPE, 4, 0)
+        devices.make_mesh(four, SHAPE, 4, 0)
     with pytest.raises(InputError, match="--model-parallel 3 does not divide the 4 devices"):
-        devices.make_mesh(devices, SHAPE, 3, 0)
+        devices.make_mesh(four, SHAPE, 3, 0)
 
 
 def test_the_model_axis_is_as_small_as_memory_allows():
@@ -194,9 +194,9 @@ def test_the_model_axis_is_as_small_as_memory_allows():
 
 
 def test_auto_is_float32_on_a_cpu():
-    devices = jax.devices("cpu")
-    assert devices.resolve_dtype("auto", devices) == "float32"
-    assert devices.describe(devices.make_mesh(devices[:1], SHAPE, 0, 10)) == "cpu:0"
+    cpus = jax.devices("cpu")
+    assert devices.resolve_dtype("auto", cpus) == "float32"
+    assert devices.describe(devices.make_mesh(cpus[:1], SHAPE, 0, 10)) == "cpu:0"
 
 
 FOUR = """

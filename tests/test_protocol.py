@@ -11,11 +11,12 @@ from backends.core.errors import InputError
 from stages import audit
 from stages.method import metrics
 from stages.run import classify, schemas
+from stages.run.pipeline import STAGES
 from stages.run.presets import preset_settings
 from stages.run.store import RunFolder
 from stages.scale import plan
 from tests.public_sets import put
-from tests.runs import COMPUTED, make_run
+from tests.runs import make_run
 
 EVALUATE = schemas.RESPONSES.stage
 MAIN = ("full", "random", "bucket1", "bucket4")
@@ -48,7 +49,7 @@ def finished(tmp_path_factory) -> Path:
     put(data, "gsm8k_train", PROBLEMS[:20])
     put(data, "gsm8k_test", PROBLEMS[20:])
     patch.setenv("CAST_DATA", str(data))
-    yield make_run(tmp_path_factory.mktemp("runs") / "protocol", SETTINGS, COMPUTED)
+    yield make_run(tmp_path_factory.mktemp("runs") / "protocol", SETTINGS, STAGES)
     patch.undo()
 
 

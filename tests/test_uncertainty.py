@@ -8,7 +8,7 @@ import pytest
 from stages.method import metrics, uncertainty
 from stages.method.conflict_map import gradient_columns, map_columns, map_notes
 from stages.method.gradients import conflict_from_gram
-from stages.method.uncertainty import Outcomes, fold_counts, map_intervals, resampled_changes
+from stages.method.uncertainty import Outcomes, Resampling, fold_counts, map_intervals, resampled_changes
 from tests.test_gradients import random_gram
 
 SHAPE = (2, 3)
@@ -20,15 +20,8 @@ def random_outcomes(seed: int, rows: int) -> Outcomes:
 
 
 def intervals(gram, correct, refused, resamples=400, seed=0):
-    return map_intervals(
-        gram,
-        correct,
-        refused,
-        variant="rank-difference",
-        m=2,
-        generator=np.random.default_rng(seed),
-        resamples=resamples,
-    )
+    resampling = Resampling(np.random.default_rng(seed), resamples)
+    return map_intervals(gram, correct, refused, "rank-difference", 2, resampling)
 
 
 def test_docstring_examples():
@@ -101,15 +94,8 @@ def test_o_and_h_see_the_same_draws():
 def test_intervals_hold_the_estimates_and_repeat():
     gram, _ = random_gram(np.random.default_rng(4), *SHAPE, folds=4, noise=0.3)
     correct, refused = random_outcomes(5, 24), random_outcomes(6, 16)
-    columns = map_columns(
-        gram,
-        correct,
-        refused,
-        variant="rank-difference",
-        m=2,
-        generator=np.random.default_rng(0),
-        resamples=400,
-    )
+    resampling = Resampling(np.random.default_rng(0), 400)
+    columns = map_columns(gram, correct, refused, "rank-difference", 2, resampling)
     for name in ("optimization_conflict", "h_gen", "h_safe", "bucket"):
         assert (columns[f"{name}_low"] <= columns[name]).all() and (
             columns[name] <= columns[f"{name}_high"]

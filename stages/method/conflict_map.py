@@ -7,7 +7,7 @@ import numpy as np
 from stages.method import metrics, uncertainty
 from stages.method.arrays import FloatArray
 from stages.method.gradients import conflict_from_gram
-from stages.method.uncertainty import Outcomes
+from stages.method.uncertainty import Outcomes, Resampling
 
 Columns = dict[str, np.ndarray]
 """by name, [L * H] in the order of (layer, head)"""
@@ -39,11 +39,9 @@ def map_columns(
     gram: FloatArray,
     correct: Outcomes,
     refused: Outcomes,
-    *,
     variant: metrics.SensitivityVariant,
     m: int,
-    generator: np.random.Generator,
-    resamples: int,
+    resampling: Resampling,
 ) -> Columns:
     """heads.parquet from Gram matrices and the sweep's outcomes on D_util and D_safe."""
     estimates = {
@@ -55,9 +53,7 @@ def map_columns(
     score = metrics.conflict_score(estimates["optimization_conflict"], sensitivity)
     bucket = metrics.buckets(score, m)
     estimates |= {"functional_sensitivity": sensitivity, "conflict_score": score, "bucket": bucket}
-    intervals = uncertainty.map_intervals(
-        gram, correct, refused, variant=variant, m=m, generator=generator, resamples=resamples
-    )
+    intervals = uncertainty.map_intervals(gram, correct, refused, variant, m, resampling)
     columns = head_columns(bucket.shape)
     for name, values in estimates.items():
         columns |= {

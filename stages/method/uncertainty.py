@@ -9,6 +9,7 @@ Axes: L layers, H heads, F folds, N rows, R resamples.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,13 @@ class Outcomes:
     """bool [N], of the clean model"""
     ablated: np.ndarray
     """bool [L, H, N], with each head ablated"""
+
+
+class Resampling(NamedTuple):
+    """How rows are drawn again."""
+
+    generator: np.random.Generator
+    resamples: int
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,9 @@ def map_intervals(
     gram: FloatArray,
     correct: Outcomes,
     refused: Outcomes,
-    *,
     variant: SensitivityVariant,
     m: int,
-    generator: np.random.Generator,
-    resamples: int,
+    resampling: Resampling,
 ) -> MapIntervals:
     """Resamples of D_util's and D_safe's folds, and what they leave as intervals of O, H, S, C and buckets.
 
@@ -90,7 +96,7 @@ def map_intervals(
     """
     gram = checked_gram(gram)
     folds = gram.shape[-1] // 2
-    safe, util = (fold_counts(folds, generator, resamples) for _ in range(2))
+    safe, util = (fold_counts(folds, *resampling) for _ in range(2))
     weights = (counts / counts.sum(axis=1, keepdims=True) for counts in (safe, util))
     drawn: dict[str, FloatArray] = {
         "optimization_conflict": optimization_conflict(*combine_folds(gram, *weights))

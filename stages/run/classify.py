@@ -37,7 +37,7 @@ class Classification:
 
 
 def identity(settings: Settings) -> str | None:
-    """What a manifest says of the classifier: its id and weights; None: it is not asked. InputError where it
+    """What a manifest says of the classifier: its id and weights; None: the run has none. InputError where it
     cannot be had."""
     if settings.evaluation.judge != "wildguard":
         return None
