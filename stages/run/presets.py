@@ -61,6 +61,7 @@ PRESETS: dict[str, dict] = {
     # Sized for half an hour on two cores without bfloat16 and with noisy neighbours (docs/LOG.md).
     "smollm": {
         "model": "embedded/smollm2-135m-instruct",
+        "dtype": "float32",  # so that every processor finds the same: bfloat16 moves half of the buckets
         "util_rows": 32,
         "safe_rows": 12,
         "folds": 4,
