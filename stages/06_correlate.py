@@ -53,13 +53,8 @@ def compute(job: Job) -> tuple[Results, Responses]:
         measured.setdefault(run, {})[row["benchmark"]] = row["score"]
     by_seed = costs.arm_costs(measured, arms.set_axis(runs_of(arms, by_name)), sides, losses)
     responses = read_responses(job.run, by_name)
-    draws = costs.resampled(
-        responses,
-        sides,
-        losses,
-        resamples=settings.map.resamples,
-        generator=stream(settings.data.seed, "costs", "rows"),
-    )
+    resamples, generator = settings.map.resamples, stream(settings.data.seed, "costs", "rows")
+    draws = costs.resampled(responses, sides, losses, resamples, generator)
     means = costs.with_intervals(costs.mean_over_seeds(by_seed, losses), draws)
     results = Results(
         m=settings.map.buckets,
@@ -82,8 +77,8 @@ def compute(job: Job) -> tuple[Results, Responses]:
 
 def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
     """Tables that are not the paper's, by file name."""
-    heads = dict(results.heads)
-    own = heads.pop(OWN)
+    own = results.heads[OWN]
+    others = {name: heads for name, heads in results.heads.items() if name != OWN}
     return {
         "costs": results.costs,
         "costs_mean": results.means,
@@ -92,7 +87,7 @@ def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
         "layers": map_tables.layer_table(own),
         "heads_top": map_tables.extreme_heads(job.read(HEADS)),
         "variants": map_tables.variant_table(own),
-        "maps": map_tables.other_maps_table(own, heads),
+        "maps": map_tables.other_maps_table(own, others),
     }
 
 
@@ -100,11 +95,9 @@ def draw_figures(job: Job, results: Results) -> None:
     """Draws and writes every figure."""
     own = results.heads[OWN]
     with figures.style():
-        drawings = {
-            "figure7_conflict_map": figures.conflict_map(own),
-            "conflict_sensitivity": figures.conflict_against_sensitivity(own),
-        } | trade_offs.all_figures(results)
-        for name, drawing in drawings.items():
+        drawings = {"figure7_conflict_map": figures.conflict_map(own)}
+        drawings["conflict_sensitivity"] = figures.conflict_against_sensitivity(own)
+        for name, drawing in (drawings | trade_offs.all_figures(results)).items():
             figures.save(drawing, job.folder / "figures", name)
 
 

@@ -22,18 +22,14 @@ from stages.run.settings import Settings
 from stages.run.store import MANIFEST, write_table
 
 correlate = importlib.import_module("stages.06_correlate")
-SIDES = {
-    "facts": "utility",
-    "words": "utility",
-    "adversarial": "safety",
-    "vanilla": "safety",
-    "benign": "over-refusal",
-}
+SIDES = {"facts": "utility", "words": "utility", "adversarial": "safety", "vanilla": "safety"}
+SIDES["benign"] = "over-refusal"
 WORKED_SIDES = {"facts": "utility", "problems": "utility", "vanilla": "safety", "benign": "over-refusal"}
 PAPER_SIDES = {
     **dict.fromkeys(("mmlu", "csqa", "gsm8k", "math"), "utility"),
     **dict.fromkeys(("wildjailbreak", "wildguard", "dan"), "safety"),
 }
+BASE = {"utility": 0.8, "safety": 0.2, "over-refusal": 0.05}
 CHOICES = ("facts", "words", "mmlu", "csqa")
 """benchmarks answered by the next token"""
 WORKED = ("problems", "gsm8k", "math")
@@ -50,9 +46,7 @@ class Fabricated:
     heads: int = 3
     sides: dict[str, str] = field(default_factory=lambda: dict(SIDES))
     rows: int = 12
-    base: dict[str, float] = field(
-        default_factory=lambda: {"utility": 0.8, "safety": 0.2, "over-refusal": 0.05}
-    )
+    base: dict[str, float] = field(default_factory=lambda: dict(BASE))
     safety_gain: float = 0.6
     warnings: tuple[str, ...] = ()
     standins: tuple[str, ...] = ()
@@ -62,47 +56,29 @@ class Fabricated:
     """other than those of `fabricate`"""
 
 
-def report_of(
-    folder: Path, like: Fabricated, formats: tuple[str, ...] = ("svg",)
-) -> tuple[str, dict[str, pd.DataFrame], set[str]]:
+def report_of(folder: Path, like: Fabricated, formats: tuple[str, ...] = ("svg",)) -> tuple[str, dict, set]:
     """Page, tables and names of figures of a fabricated run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "FORMATS", {name: figures.FORMATS[name] for name in formats})
         correlate.main(fabricate(folder, like))
     out = folder / correlate.STAGE.name
     tables = {path.stem: pd.read_csv(path) for path in sorted(out.glob("tables/*.csv"))}
-    assert all((out / "tables" / f"{name}.md").is_file() for name in tables)
     drawn = {path.stem for path in out.glob("figures/*")}
-    assert {path.name for path in out.glob("figures/*")} == {
-        f"{name}.{end}" for name in drawn for end in formats
-    }
+    assert all((out / "tables" / f"{name}.md").is_file() for name in tables)
+    assert all((out / "figures" / f"{name}.{end}").is_file() for name in drawn for end in formats)
     return (out / "report.html").read_text(encoding="utf-8"), tables, drawn
 
 
-def results_of(
-    by_seed: pd.DataFrame,
-    sides: dict[str, str],
-    losses: dict[str, str],
-    draws: costs.Draws | None = None,
-    **more,
-) -> Results:
+def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **more) -> Results:
     """Results of costs by seed; without resamples the means stand for them."""
     means = costs.mean_over_seeds(by_seed, losses)
     draws = draws or {name: means[[name]].T for name in ("utility", "safety", *losses)}
     means = costs.with_intervals(means, draws)
-    values = {
-        "m": 4,
-        "paper": None,
-        "maps": (),
-        "heads": {},
-        "sides": sides,
-        "source": None,
-        "losses": losses,
-    }
-    values |= {"costs": by_seed, "means": means, "draws": draws}
-    values |= {"correlations": correlations.correlations(by_seed, means, draws, 4)}
-    failures = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
-    return Results(**values | {"failures": failures} | more)
+    values = {"m": 4, "paper": None, "maps": (), "heads": {}, "source": None, "sides": sides}
+    values |= {"costs": by_seed, "means": means, "draws": draws, "losses": losses}
+    values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
+    values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
+    return Results(**values | more)
 
 
 def fabricate(run: Path, like: Fabricated) -> Settings:
@@ -145,12 +121,10 @@ def fabricate(run: Path, like: Fabricated) -> Settings:
     strength = {BASE_RUN: 0.0}
     for unit, mean in zip(settings.arm_runs, arms["mean_conflict_score"], strict=True):
         strength[unit] = mean * (2 if unit.arm.kind == "full" else 1)
-    rows = [
-        row
-        for unit, strong in strength.items()
-        for name, side in like.sides.items()
-        for row in _answers(like, unit, name, side, strong, random)
-    ]
+    rows = []
+    for unit, strong in strength.items():
+        for name, side in like.sides.items():
+            rows += _answers(like, unit, name, side, strong, random)
     responses = pd.DataFrame(rows)
     tables = {RESPONSES.file(): (responses, RESPONSES.schema)}
     tables[SCORES.file()] = score_rows(responses, like.sides), SCORES.schema
@@ -163,23 +137,15 @@ def _prompt(name: str, side: str, number: int) -> str:
 
 
 def _examples(like: Fabricated) -> pd.DataFrame:
-    fixed = {
-        "choices": [],
-        "answer": 0,
-        "prompt_ids": [1],
-        "target_ids": [2],
-        "choice_ids": [],
-        "rendered": "",
-    }
-    return pd.DataFrame(
-        [
-            {"example_id": f"{name}/{at}", "source": name, "entry": f"{name}/{at}", "split": name}
-            | {"scoring": "refusal", "prompt": _prompt(name, side, at), "target": f"answer {at}"}
-            | fixed
-            for name, side in like.sides.items()
-            for at in range(like.rows)
-        ]
-    )
+    fixed = {"choices": [], "answer": 0, "prompt_ids": [1], "target_ids": [2]}
+    fixed |= {"choice_ids": [], "rendered": ""}
+    rows = []
+    for name, side in like.sides.items():
+        for at in range(like.rows):
+            row = {"example_id": f"{name}/{at}", "source": name, "entry": f"{name}/{at}", "split": name}
+            row |= {"scoring": "refusal", "prompt": _prompt(name, side, at), "target": f"answer {at}"}
+            rows.append(row | fixed)
+    return pd.DataFrame(rows)
 
 
 def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
@@ -193,15 +159,12 @@ def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
     values |= {"functional_sensitivity": sensitivity, "conflict_score": score}
     frame = pd.DataFrame(head_columns(shape))
     for name, each in values.items():
-        frame[name], frame[f"{name}_low"], frame[f"{name}_high"] = (
-            factor * each.ravel() for factor in (1, 0.9, 1.1)
-        )
+        for end, factor in (("", 1), ("_low", 0.9), ("_high", 1.1)):
+            frame[f"{name}{end}"] = factor * each.ravel()
     frame["bucket"], frame["bucket_low"], frame["bucket_high"] = metrics.buckets(score, m).ravel(), 1, m
     own = random.uniform(0.3, 0.9, len(frame))
-    frame["bucket_probability"] = [
-        [probability if at == bucket else 0.1 for at in range(1, m + 1)]
-        for bucket, probability in zip(frame["bucket"], own, strict=True)
-    ]
+    own = np.where(np.arange(1, m + 1) == frame[["bucket"]].to_numpy(), own[:, None], 0.1)
+    frame["bucket_probability"] = own.tolist()
     return frame
 
 
@@ -229,14 +192,9 @@ def _arm(unit: ArmRun, maps: dict[str, HeadMap], m: int) -> dict:
     }
 
 
-def _answers(
-    like: Fabricated, unit: ArmRun, name: str, side: str, strong: float, random: np.random.Generator
-) -> list[dict]:
-    """Rows of responses.parquet; `strong` 0 is the base model.
-
-    Of worked answers the first pass, and of a strong arm's every fourth is without steps and every fifth a
-    refusal; a base model's are neither.
-    """
+def _answers(like: Fabricated, unit: ArmRun, name: str, side: str, strong: float, random) -> list[dict]:
+    """Rows of responses.parquet; `strong` 0 is the base model. Of a strong arm's worked answers every fourth
+    is without steps and every fifth a refusal."""
     change = {"utility": -0.3 * strong, "safety": like.safety_gain, "over-refusal": 0.2 * strong}[side]
     rate = like.base[side] + (change + random.normal(0, 0.02) if strong else 0.0)
     passed = int(round(np.clip(rate, 0, 1) * like.rows)) if like.base[side] or strong else 0

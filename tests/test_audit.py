@@ -20,6 +20,7 @@ from backends.core.files import sha256, write_json
 from stages import audit
 from stages.checks.files import files as file_check
 from stages.checks.finished import FinishedRun, unequal
+from stages.checks.recomputed import said
 from stages.run import schemas as t
 from stages.run.pipeline import STAGES
 from stages.run.store import RUN_FILE, read_json, read_table, stage_files, write_table
@@ -339,3 +340,10 @@ def test_tables_differ_by_more_than_rounding_and_texts_are_not_shown():
     other = same.assign(x=[1.0 + 1e-11, 0.0], l=[[2, 1], []], prompt=["bad", "worse"])
     faults = [fault.split(" is ")[0] for fault in unequal(stored, other)]
     assert faults == ["seed 1: x", "row 1: x", "seed 1: l", "row 1: prompt differs"]
+
+
+def test_a_special_token_that_is_predicted_is_an_answer():
+    """Stage 05 shows it, where a response hides it."""
+    answer = {"token_ids": np.array([]), "prediction": 2, "probability": 0.5}
+    row = {"scoring": "choice", "choices": []}
+    assert said(answer, row, lambda ids, skip_special: f"{ids} {skip_special}") == "(2,) False"

@@ -18,7 +18,7 @@ from stages.checks.finished import FinishedRun
 from stages.run import schemas as t
 from stages.run.store import read_table, write_table
 from tests.conftest import ROOT, optimized
-from tests.runs import COMPUTED, NEURONS, made_once
+from tests.runs import COMPUTED, NEURONS, made_once, make_run
 from tests.tampering import cell, copied, edit, edit_adapter, edit_manifest, edit_settings, reseal
 
 
@@ -190,6 +190,15 @@ def test_other_rows_are_compared_by_what_does_not_depend_on_them(neurons_run, ch
     for name in ("gradients", "predictions", "generations", "neurons' safety", "training losses", "updates"):
         assert lines[name][:2] == ["-", "not compared"]
     assert lines["O"][0] == lines["scores"][0] == "ok"
+
+
+def test_other_benchmark_rows_are_no_difference_of_the_runs(neurons_run, scratch):
+    folder = make_run(scratch / "other", NEURONS.replace(split="development"))
+    runs = (FinishedRun(run, COMPUTED) for run in (neurons_run, folder))
+    rows = {row.quantity: row for row in comparison.Comparison(*runs).rows()}
+    for quantity in ("responses, base", "responses, tuned", "scores"):
+        assert (rows[quantity].ok, rows[quantity].note) == (None, "other benchmark rows")
+    assert rows["training losses"].ok and rows["O"].ok
 
 
 def test_half_precision_has_tolerances_of_its_own(neurons_run, changed, capsys):

@@ -13,27 +13,20 @@ X = np.array([1.2, 0.9, 0.7, 0.5])
 COSTS = np.array([[0.9, 0.7, 0.8, 0.2], [1.0, 0.5, 0.6, 0.3], [0.7, 0.8, 0.4, 0.1]])
 
 
-def family(names: str, costs: np.ndarray, x: np.ndarray, optimizer: str = "sft", m: int = 4) -> pd.DataFrame:
-    """Costs of every seed, `costs` [seeds, buckets]; every seed of a bucket gains the same safety."""
-    rows = {}
-    for seed, own in enumerate(costs):
-        for arm, cost, ranked_mean in zip(parse([names], m), own, x, strict=True):
-            row = {"arm": arm.name, "optimizer": optimizer, "ranked_mean": ranked_mean, "ucr": cost}
-            row |= {"mean_optimization_conflict": 1 - ranked_mean, "mean_functional_sensitivity": 2.0}
-            rows[ArmRun(arm, optimizer, seed)] = row | {"safety_gain": 0.5}
-    return pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), dtype=object))
+def family(names: str, costs: np.ndarray, x: np.ndarray, optimizer: str = "sft", gain=0.5) -> pd.DataFrame:
+    """Costs of every seed, `costs` [seeds, buckets], in a run of four buckets."""
+    runs = [ArmRun(arm, optimizer, seed) for seed in range(len(costs)) for arm in parse([names], 4)]
+    columns = {"ranked_mean": np.tile(x, len(costs)), "ucr": np.ravel(costs)}
+    columns |= {"mean_optimization_conflict": 1 - columns["ranked_mean"], "mean_functional_sensitivity": 2.0}
+    table = pd.DataFrame(columns, index=pd.Index(runs, dtype=object))
+    return table.assign(safety_gain=np.broadcast_to(gain, costs.shape).ravel())
 
 
-def found_in(costs: pd.DataFrame, m: int = 4, spread: float = 0.0, resamples: int = 50) -> pd.DataFrame:
+def found_in(costs: pd.DataFrame, m: int = 4, spread: float = 0.0) -> pd.DataFrame:
     """Correlations of costs, whose resamples are the means with noise."""
     runs = pd.Series([ArmRun(run.arm, run.optimizer, None) for run in costs.index], index=costs.index)
-    means = (
-        costs[["ranked_mean", "ucr", "safety_gain", "mean_optimization_conflict"]]
-        .groupby(runs, sort=False)
-        .mean()
-    )
-    means["mean_functional_sensitivity"] = 2.0
-    noise = np.random.default_rng(0).normal(0, spread, (resamples, len(means)))
+    means = costs.groupby(runs, sort=False).mean()
+    noise = np.random.default_rng(0).normal(0, spread, (50, len(means)))
     draws = {"ucr": pd.DataFrame(means["ucr"].to_numpy() + noise, columns=means.index)}
     return correlations.correlations(costs, means, draws, m)
 
@@ -42,10 +35,8 @@ def test_each_family_is_correlated_with_what_ranked_it():
     random = np.random.default_rng(0)
     tables = [family("buckets", COSTS[:1], X), family("buckets", COSTS[1:2], X, optimizer="pcgrad")]
     wanted = {("sft", "C"): (X, COSTS[0]), ("pcgrad", "C"): (X, COSTS[1])}
-    for names, label in (
-        *(("buckets_O", "O"), ("buckets_S", "S"), ("buckets@m", "C by m")),
-        *(("bucketsof8", "C of 8"), ("bucketsof16", "C of 16")),
-    ):
+    labels = {"buckets_O": "O", "buckets_S": "S", "buckets@m": "C by m"}
+    for names, label in (labels | {"bucketsof8": "C of 8", "bucketsof16": "C of 16"}).items():
         x, y = random.uniform(0, 1, (2, len(parse([names], 4))))
         tables.append(family(names, y[None], x))
         wanted["sft", label] = (x, y)
@@ -56,13 +47,14 @@ def test_each_family_is_correlated_with_what_ranked_it():
         x, y = wanted[row.optimizer, row.family]
         assert row.pearson == pytest.approx(np.corrcoef(x, y)[0, 1])
         assert (row.n_points, row.measure) == (len(x), row.family[0])
-        assert row.critical_r == correlations.critical_r(len(x))
 
 
 def test_without_buckets_of_o_and_s_those_of_c_stand_in():
     found = found_in(family("buckets", COSTS[:1], X))
     assert list(found["measure"]) == ["C", "O", "S"] and set(found["family"]) == {"C"}
     assert found["pearson"][1] == pytest.approx(-found["pearson"][0]) and np.isnan(found["pearson"][2])
+    found = found_in(family("buckets", COSTS[:1], X), m=2)
+    assert list(found["family"]) == ["C of 4"]  # no zones of a run of two buckets
 
 
 def test_every_seed_stands_by_itself():
@@ -77,20 +69,23 @@ def test_every_seed_stands_by_itself():
         assert np.isnan(row.pearson_low) and row.n_seeds == 1
 
 
-def test_a_bucket_without_mean_gain_is_no_point():
-    costs = family("buckets", COSTS[:1], X)
-    costs.iloc[0, costs.columns.get_loc("safety_gain")] = 0.0
-    row = found_in(costs).iloc[0]
-    assert (row["n_points"], row["n_no_gain"]) == (3, 1)
-    assert row["pearson"] == pytest.approx(np.corrcoef(X[1:], COSTS[0, 1:])[0, 1])
-    costs.iloc[1, costs.columns.get_loc("safety_gain")] = -0.1
-    row = found_in(costs).iloc[0]
-    assert row["n_points"] == 2 and pd.isna(row["pearson"]) and pd.isna(row["critical_r"])
+@pytest.mark.parametrize(
+    ("gains", "factor", "points", "r"),
+    [
+        ((0.0, 0.5, 0.5, 0.5), 1, 3, np.corrcoef(X[1:], COSTS[0, 1:])[0, 1]),  # no gain: no point
+        ((0.0, -0.1, 0.5, 0.5), 1, 2, np.nan),
+        ((0.5, 0.5, 0.5, 0.5), 0, 4, np.nan),  # equal costs
+    ],
+)
+def test_buckets_that_are_points(gains, factor, points, r):
+    row = found_in(family("buckets", factor * COSTS[:1], X, gain=gains)).iloc[0]
+    assert (row["n_points"], row["n_no_gain"]) == (points, 4 - points)
+    assert row["pearson"] == pytest.approx(r, nan_ok=True)
+    assert pd.isna(row["pearson_low"]) == np.isnan(r) and pd.isna(row["critical_r"]) == (points < 3)
 
 
 def test_a_resample_without_a_gain_is_left_out_and_counted():
-    costs = family("buckets", COSTS[:1], X)
-    means = costs.set_axis([ArmRun(run.arm, run.optimizer, None) for run in costs.index])
+    means = family("buckets", COSTS[:1], X)
     samples = np.tile(COSTS[0], (40, 1))
     samples[:10, 2] = np.inf
     draws = {"ucr": pd.DataFrame(samples, columns=means.index)}
@@ -99,26 +94,13 @@ def test_a_resample_without_a_gain_is_left_out_and_counted():
     assert row["pearson_low"] == pytest.approx(row["pearson"]) == row["pearson_high"]
 
 
-def test_equal_costs_have_no_correlation():
-    row = found_in(family("buckets", 0 * COSTS[:1], X)).iloc[0]
-    assert np.isnan(row["pearson"]) and np.isnan(row["pearson_low"])
-
-
-def test_families_of_another_m():
-    tables = [family("buckets", COSTS[:1, :2], X[:2], m=2), family("bucketsof4", COSTS[:1], X, m=2)]
-    found = found_in(pd.concat(tables), m=2)
-    assert list(found["family"]) == ["C", "C", "C", "C of 4"]
-
-
 def test_coefficients_of_many_rows_at_once():
     y = np.random.default_rng(0).integers(0, 4, (30, 6)).astype(float)
     y[0] = 2.0
-    x = np.arange(6.0)
-    pearson, spearman = correlations.coefficients(x, y)
-    frame = pd.DataFrame(y[1:].T)
-    assert np.isnan([pearson[0], spearman[0]]).all()
-    np.testing.assert_allclose(pearson[1:], frame.corrwith(pd.Series(x)), rtol=1e-9)
-    np.testing.assert_allclose(spearman[1:], frame.corrwith(pd.Series(x), method="spearman"), rtol=1e-9)
+    found = correlations.coefficients(np.arange(6.0), y)
+    for method, values in zip(("pearson", "spearman"), found, strict=True):
+        by_pandas = pd.DataFrame(y[1:].T).corrwith(pd.Series(np.arange(6.0)), method=method)
+        assert np.isnan(values[0]) and values[1:] == pytest.approx(by_pandas.to_numpy(), rel=1e-9)
 
 
 def test_doctests():

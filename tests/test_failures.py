@@ -17,21 +17,18 @@ from stages.run.store import RunFolder, write_table
 from tests.fabricated import INJECTED, WORKED_SIDES, Fabricated, report_of
 
 ARMS = {arm.name: arm for arm in parse(["full", "buckets"], 4)} | {"base": BASE_RUN.arm}
-BASE = ("base", None, None)
+BASE, FULL = ("base", None, None), ("full", "sft", 21)
 
 
 def given(folder, *cells: tuple) -> responses.Responses:
     """responses.parquet of (arm, optimizer, seed, benchmark, rows), written and read again."""
-    defaults = {"token_ids": [], "probability": None, "verdict": False, "refused": False, "harmful": None}
-    defaults |= dict.fromkeys(("prediction", "steps", "strict", "flexible"))
-    rows = [
-        defaults
-        | {"arm": arm, "optimizer": optimizer, "seed": seed, "benchmark": name, "example_id": f"{name}/{at}"}
-        | {"prompt": f"{name} {at}?", "output": f"{arm} {name} {at}"}
-        | row
-        for arm, optimizer, seed, name, own in cells
-        for at, row in enumerate(own)
-    ]
+    rows = []
+    for arm, optimizer, seed, name, own in cells:
+        labels = dict.fromkeys(RESPONSES.schema.names) | {"arm": arm, "optimizer": optimizer, "seed": seed}
+        labels |= {"benchmark": name, "token_ids": [], "verdict": False, "refused": False}
+        for at, row in enumerate(own):
+            texts = {"example_id": f"{name}/{at}", "prompt": f"{name} {at}?", "output": f"{arm} {name} {at}"}
+            rows.append(labels | texts | row)
     path = folder / RESPONSES.path()
     write_table(path, pd.DataFrame(rows), RESPONSES.schema)
     write_json(path.with_name("manifest.json"), {"outputs": {path.name: sha256(path)}})
@@ -46,34 +43,31 @@ CHOICES = [{"prediction": 3, "refused": None}, {"prediction": 1, "refused": None
 
 
 def test_measures_by_hand(scratch):
+    other = ("full", "sft", 42)
     found = given(
         scratch,
         (*BASE, "problems", steps(2, 1, 0, 3)),
         (*BASE, "benign", [{"refused": True}, {}]),
         (*BASE, "facts", CHOICES),
         (*BASE, "vanilla", [{"harmful": True}, {"harmful": False}, {}]),
-        ("full", "sft", 21, "problems", [{"steps": 0, "refused": True}, *steps(0, 0, 2)]),
-        ("full", "sft", 21, "benign", [{"refused": True}, {"refused": True}]),
-        ("full", "sft", 21, "facts", CHOICES),
-        ("full", "sft", 21, "vanilla", [{}, {}, {}]),
-        ("full", "sft", 42, "problems", steps(1, 1, 1, 1, strict=True, flexible=False)),
-        ("full", "sft", 42, "benign", [{}, {}]),
-        ("full", "sft", 42, "facts", CHOICES),
-        ("full", "sft", 42, "vanilla", [{}, {}, {}]),
+        (*FULL, "problems", [{"steps": 0, "refused": True}, *steps(0, 0, 2)]),
+        (*FULL, "benign", [{"refused": True}, {"refused": True}]),
+        (*FULL, "facts", CHOICES),
+        (*FULL, "vanilla", [{}, {}, {}]),
+        (*other, "problems", steps(1, 1, 1, 1, strict=True, flexible=False)),
+        (*other, "benign", [{}, {}]),
+        (*other, "facts", CHOICES),
+        (*other, "vanilla", [{}, {}, {}]),
     )
     table = failures.count_failures(found, WORKED_SIDES).set_index(["arm", "benchmark"])
-    assert list(table.index) == [
-        *(("base", name) for name in ("problems", "vanilla", "benign")),
-        *(("full", name) for name in ("problems", "benign")),
-    ]
+    cells = {"base": ["problems", "vanilla", "benign"], "full": ["problems", "benign"]}
+    assert list(table.index) == [(arm, name) for arm, names in cells.items() for name in names]
     base, full = table.loc["base", "problems"], table.loc["full", "problems"]
     assert (base["steps"], base["refused"], base["n_seeds"]) == (1.5, 0.0, 1) and np.isnan(base["collapsed"])
     assert (full["n"], full["n_stepped"], full["n_seeds"]) == (4, 3, 2)
-    assert full["collapsed"] == pytest.approx((2 / 3 + 0) / 2)
-    assert full["bare"] == pytest.approx((1 / 3 + 0) / 2)  # the other one is refused
-    assert full["collapsed_std"] == pytest.approx(np.std([2 / 3, 0], ddof=1))
-    assert full["refused"] == pytest.approx((1 / 4 + 0) / 2) and full["steps"] == pytest.approx((0.5 + 1) / 2)
-    assert (full["strict"], full["flexible"]) == (1.0, 0.0) and np.isnan(full["strict_std"])
+    wanted = {"collapsed": 1 / 3, "bare": 1 / 6, "refused": 1 / 8, "steps": 0.75}  # a collapse is a refusal
+    wanted |= {"collapsed_std": np.sqrt(2) / 3, "strict": 1.0, "flexible": 0.0, "strict_std": np.nan}
+    assert full[list(wanted)].to_list() == pytest.approx(list(wanted.values()), nan_ok=True)
     assert table["refused"]["full", "benign"] == 0.5 == table["refused"]["base", "benign"]
     vanilla = table.loc["base", "vanilla"]
     assert vanilla["harmful"] == 0.5 and np.isnan(vanilla["refused"])
@@ -95,7 +89,7 @@ def test_examples_that_the_safe_zone_kept_come_first(scratch):
     found = given(
         scratch,
         (*BASE, "problems", steps(2, 2, 2, 0, 2)),
-        ("full", "sft", 21, "problems", [*steps(0, 0, 0, 0), {"steps": 0, "refused": True}]),
+        (*FULL, "problems", [*steps(0, 0, 0, 0), {"steps": 0, "refused": True}]),
         ("bucket4", "sft", 21, "problems", steps(0, 1, 3, 1, 1)),
     )
     collapse, refusal = modes(found, {"problems": "utility"}, 4, {"problems/1": "42"})
@@ -112,18 +106,16 @@ def test_the_risky_zone_where_all_heads_show_no_such_failure(scratch):
         scratch,
         (*BASE, "problems", steps(2, 2)),
         (*BASE, "benign", [{}, {"refused": True}, {}]),
-        ("full", "sft", 21, "problems", [{"steps": 0, "refused": True}] * 2),
-        ("full", "sft", 21, "benign", [{}, {}, {}]),
+        (*FULL, "problems", [{"steps": 0, "refused": True}] * 2),
+        (*FULL, "benign", [{}, {}, {}]),
         ("bucket1", "sft", 21, "problems", steps(2, 0)),
         ("bucket1", "sft", 21, "benign", [{}, {"refused": True}, {"refused": True}]),
         ("bucket4", "sft", 21, "problems", steps(1, 1)),
         ("bucket4", "sft", 21, "benign", [{}, {}, {"refused": True}]),
     )
     collapse, refusal = modes(found, {"problems": "utility", "benign": "over-refusal"}, 4)
-    assert (collapse.runs[1].arm.name, collapse.kept, refusal.runs[1].arm.name, refusal.kept) == (
-        *("bucket1", 1),
-        *("full", 2),
-    )
+    assert (collapse.runs[1].arm.name, collapse.kept) == ("bucket1", 1)
+    assert (refusal.runs[1].arm.name, refusal.kept) == ("full", 2)
     assert collapse.rows[0]["answers"][1] == "bucket1 problems 1"
     (_, refusal) = modes(found, {"benign": "over-refusal"}, 4)
     assert (refusal.runs[1].arm.name, shown(refusal)) == ("bucket1", ["benign/2"])
@@ -131,25 +123,21 @@ def test_the_risky_zone_where_all_heads_show_no_such_failure(scratch):
     assert modes(found, {"benign": "over-refusal"}, 8) == []  # no Safe Zone
 
 
-def test_texts_are_found_across_batches(scratch, monkeypatch):
-    rows = [{"prompt": f"p{at}", "output": f"o{at}"} for at in range(50)]
-    found = given(scratch, (*BASE, "facts", rows))
-    monkeypatch.setattr(responses, "BATCH", 7)
-    texts = found.texts([49, 0, 7, 6, 7])
-    assert {row: text["output"] for row, text in texts.items()} == {row: f"o{row}" for row in (0, 6, 7, 49)}
-    assert found.texts([]) == {}
-
-
-def test_rows_in_any_order_of_cells_are_found(scratch):
-    rows = [{"verdict": True}, {"verdict": False}, {"verdict": True}]
-    found = given(scratch / "one", (*BASE, "facts", rows), ("full", "sft", 21, "facts", rows[:2]))
-    path = scratch / "one" / RESPONSES.path()
+def test_rows_in_any_order_of_cells_are_found(scratch, monkeypatch):
+    rows = [{"verdict": at % 2 == 0} for at in range(40)]
+    found = given(scratch, (*BASE, "facts", rows), (*FULL, "facts", rows[1:]))
+    path = scratch / RESPONSES.path()
     table = pq.read_table(path)
-    pq.write_table(pa.concat_tables([table.slice(3), table.slice(0, 3)]), path)
+    pq.write_table(pa.concat_tables([table.slice(40), table.slice(0, 40)]), path)
     write_json(path.with_name("manifest.json"), {"outputs": {path.name: sha256(path)}})
-    mixed = responses.read_responses(RunFolder(scratch / "one"), ARMS)
+    monkeypatch.setattr(responses, "BATCH", 7)
+    mixed = responses.read_responses(RunFolder(scratch), ARMS)
     assert list(mixed.cells) == list(found.cells)[::-1]
-    assert mixed.of("verdict", BASE_RUN, "facts").tolist() == [True, False, True]
+    assert mixed.of("verdict", BASE_RUN, "facts").tolist() == [True, False] * 20
+    texts = mixed.texts([78, 0, 7, 6, 7])
+    outputs = {0: "full facts 0", 6: "full facts 6", 7: "full facts 7", 78: "base facts 39"}
+    assert {row: text["output"] for row, text in texts.items()} == outputs
+    assert mixed.texts([]) == {}
 
 
 def test_the_report_shows_both_failures(scratch):
@@ -168,7 +156,5 @@ def test_the_report_shows_both_failures(scratch):
 
 
 def test_the_report_says_where_none_was_found(scratch):
-    like = Fabricated(base={"utility": 0.8, "safety": 0.2, "over-refusal": 1.0})
-    page, *_ = report_of(scratch, like)
-    section = page.split('<h2 id="failures">')[1].split('<h2 id="answers">')[0]
-    assert section.count("None found among 0 ") == 2
+    page, *_ = report_of(scratch, Fabricated(base={"utility": 0.8, "safety": 0.2, "over-refusal": 1.0}))
+    assert page.split('<h2 id="failures">')[1].count("None found among 0 ") == 2

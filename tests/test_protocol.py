@@ -20,7 +20,7 @@ from tests.runs import make_run
 
 EVALUATE = schemas.RESPONSES.stage
 MAIN = ("full", "random", "bucket1", "bucket4")
-BENCHMARKS = ("facts=8", "problems=4:8", "gsm8k=4:8", "adversarial=4:8", "benign=4:8")
+BENCHMARKS = ("mmlu=8", "problems=4:8", "gsm8k=4:8", "adversarial=4:8", "benign=4:8")
 ABLATIONS = ("buckets_O", "bucket1_S", "top50", "bottom25", "bucket1of8", "bucket1@few", "bucket4@gsm8k100")
 SETTINGS = preset_settings("tiny").replace(
     benchmarks=BENCHMARKS,
@@ -42,12 +42,18 @@ PROBLEMS = [
     for n in range(2, 40)
 ]
 
+LETTERED = [
+    {"question": f"Which is number {n}?", "choices": ["it", f"{n}", "they", "none"], "answer": 1}
+    for n in range(8)
+]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     data, patch = tmp_path_factory.mktemp("data"), pytest.MonkeyPatch()
     put(data, "gsm8k_train", PROBLEMS[:20])
     put(data, "gsm8k_test", PROBLEMS[20:])
+    put(data, "mmlu_test", LETTERED)
     patch.setenv("CAST_DATA", str(data))
     yield make_run(tmp_path_factory.mktemp("runs") / "protocol", SETTINGS, STAGES)
     patch.undo()

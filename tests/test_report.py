@@ -10,65 +10,49 @@ import pandas as pd
 import pytest
 
 from backends.core.seeds import stream
-from stages.method.arms import BASE, BASE_RUN, Arm, ArmRun, parse
-from stages.report import costs, examples, figures, page, responses, words
+from stages.method.arms import BASE_RUN, ArmRun, parse
+from stages.report import costs, examples, figures, page, trade_offs, words
 from stages.run.store import RunFolder
 from tests.fabricated import INJECTED, WORKED_SIDES, Fabricated, correlate, fabricate, report_of
 
 FULL, RISKY = parse(["full", "bucket1"], 4)
-HAND_SIDES = {"facts": "utility", "words": "utility", "vanilla": "safety", "benign": "over-refusal"}
-HAND_LOSSES = costs.losses_of(HAND_SIDES, "facts")
 
 
 # Costs
 
 
-def by_hand(scores: dict[tuple[Arm, int | None], tuple[float, float, float, float]]) -> pd.DataFrame:
-    """arm_costs of scores of facts, words, vanilla and benign by arm and seed, the base model first."""
-    table = {
-        ArmRun(arm, "sft" if seed else None, seed): dict(zip(HAND_SIDES, row, strict=True))
-        for (arm, seed), row in scores.items()
-    }
-    index = pd.Index(list(table)[1:], dtype=object)
-    arms = pd.DataFrame(1.0, index=index, columns=costs.SELECTION)
-    return costs.arm_costs(table, arms, HAND_SIDES, HAND_LOSSES)
+LOST = (0.7, 0.5, 0.1, 0.1)
 
 
-def test_costs_by_hand():
-    values = {(BASE, None): (0.8, 0.6, 0.2, 0.1), (RISKY, 21): (0.6, 0.5, 0.7, 0.2)}
-    table = by_hand(values | {(FULL, 21): (0.9, 0.9, 0.2, 0.0)})
-    base, risky, full = (row for _, row in table.iterrows())
+@pytest.mark.parametrize(
+    ("tuned", "wanted"),
+    [
+        # Scores of facts, words, vanilla and benign by seed; the base model has 0.8, 0.6, 0.2, 0.1.
+        ([(0.6, 0.5, 0.7, 0.2)], dict(utility=0.55, ucr=0.3, source_cr=0.4, over_refusal_cr=0.2)),
+        ([(0.9, 0.9, 0.2, 0.0)], dict(ucr=np.nan, flag=words.NO_GAIN)),
+        # Losses of 5 points with gains of 1, 20 and 20 cost 15 / 41; the mean of the seeds' ratios is 1.83.
+        (
+            [(0.75, 0.55, 0.2 + gain, 0.1) for gain in (0.01, 0.2, 0.2)],
+            dict(ucr=15 / 41, source_cr=15 / 41, ucr_std=np.std([5, 0.25, 0.25], ddof=1)),
+        ),
+        # A mean gain decides; a seed without gain has no ratio of its own.
+        ([(0.6, 0.4, 0.7, 0.1), LOST], dict(ucr=0.15 / 0.2, ucr_std=np.nan, n_seeds=2, n_no_gain=1)),
+        ([(0.7, 0.5, 0.2, 0.1), LOST], dict(ucr=np.nan, utility=0.6, utility_std=0, flag=words.NO_GAIN)),
+    ],
+)
+def test_costs_by_hand(tuned, wanted):
+    rows = {BASE_RUN: (0.8, 0.6, 0.2, 0.1)}
+    rows |= {ArmRun(RISKY, "sft", seed): row for seed, row in enumerate(tuned)}
+    sides = {"facts": "utility", "words": "utility", "vanilla": "safety", "benign": "over-refusal"}
+    losses = costs.losses_of(sides, "facts")
+    arms = pd.DataFrame(1.0, index=pd.Index(list(rows)[1:], dtype=object), columns=costs.SELECTION)
+    scores = {run: dict(zip(sides, row, strict=True)) for run, row in rows.items()}
+    by_seed = costs.arm_costs(scores, arms, sides, losses)
+    base, mean = (row for _, row in costs.mean_over_seeds(by_seed, losses).iterrows())
     assert base["utility"] == pytest.approx(0.7) and base[["ucr", "n_heads", "flag"]].isna().all()
-    assert risky["utility"] == pytest.approx(0.55)
-    assert risky["safety_gain"] == pytest.approx(0.5) and risky["utility_loss"] == pytest.approx(0.15)
-    assert risky["ucr"] == pytest.approx(0.3) and risky["source_cr"] == pytest.approx(0.4)
-    assert risky["over_refusal_cr"] == pytest.approx(0.2)
-    assert pd.isna(risky["flag"]) and full["flag"] == words.NO_GAIN
-
-
-def test_one_ucr_of_mean_scores():
-    """Losses of 5 points with gains of 1, 20 and 20 cost 15 / 41; the mean of the seeds' ratios is 1.83."""
-    values = {(BASE, None): (0.8, 0.8, 0.2, 0.1)}
-    values |= {(RISKY, seed): (0.75, 0.75, 0.2 + gain, 0.1) for seed, gain in ((1, 0.01), (2, 0.2), (3, 0.2))}
-    mean = costs.mean_over_seeds(by_hand(values), HAND_LOSSES).iloc[1]
-    assert mean["ucr"] == pytest.approx(15 / 41, abs=1e-6) == mean["source_cr"]
-    assert mean["ucr_std"] == pytest.approx(np.std([5, 0.25, 0.25], ddof=1), abs=1e-5)
-
-
-def test_a_mean_gain_decides_and_seeds_without_gain_have_no_ratio_of_their_own():
-    base, gained, flat = (0.8, 0.8, 0.2, 0.1), (0.6, 0.6, 0.6, 0.1), (0.7, 0.7, 0.2, 0.1)
-    mean = costs.mean_over_seeds(
-        by_hand({(BASE, None): base, (RISKY, 21): gained, (RISKY, 42): flat}), HAND_LOSSES
-    ).iloc[1]
-    assert mean["utility"] == pytest.approx(0.65)
-    assert mean["utility_std"] == pytest.approx(np.std([0.6, 0.7], ddof=1))
-    assert (mean["n_seeds"], mean["n_no_gain"]) == (2, 1) and pd.isna(mean["flag"])
-    assert mean["ucr"] == pytest.approx(0.15 / 0.2) and np.isnan(mean["ucr_std"])
-    lost = (0.7, 0.7, 0.1, 0.1)
-    mean = costs.mean_over_seeds(
-        by_hand({(BASE, None): base, (RISKY, 1): flat, (RISKY, 2): lost}), HAND_LOSSES
-    )
-    assert mean["flag"].iloc[1] == words.NO_GAIN and np.isnan(mean["ucr"].iloc[1])
+    numbers = {name: value for name, value in wanted.items() if name != "flag"}
+    assert mean["flag"] == wanted.get("flag")
+    assert dict(mean[list(numbers)]) == pytest.approx(numbers, abs=1e-5, nan_ok=True)
 
 
 class Passed:
@@ -81,12 +65,17 @@ class Passed:
         return np.array(self.cells[run][benchmark])
 
 
-def drawn(
-    verdicts: dict[ArmRun, dict[str, list[bool]]], resamples: int = 2000, sides=None, losses=None
-) -> costs.Draws:
-    sides, losses = sides or {"u": "utility", "s": "safety"}, {"ucr": "utility"} if losses is None else losses
+def drawn(verdicts: dict[ArmRun, dict[str, list[bool]]], sides=None, resamples: int = 2000) -> costs.Draws:
+    sides = sides or {"u": "utility", "s": "safety"}
+    losses = {"ucr": "utility"} if "u" in sides else {}
     generator = stream(0, "costs", "rows")
-    return costs.resampled(Passed(verdicts), sides, losses, resamples=resamples, generator=generator)
+    return costs.resampled(Passed(verdicts), sides, losses, resamples, generator)
+
+
+def table_of(draws: costs.Draws, **values: float) -> pd.DataFrame:
+    """Means of all arms, with intervals."""
+    values = dict.fromkeys((*costs.SIDES, *costs.RATIOS), np.nan) | values
+    return costs.with_intervals(pd.DataFrame(values, index=draws["safety"].columns), draws)
 
 
 def test_no_interval_is_of_zero_width_because_rows_agree():
@@ -110,10 +99,8 @@ def test_no_interval_is_of_zero_width_because_rows_agree():
 def test_an_interval_holds_its_mean():
     """Each of three benchmarks is drawn towards a half; 0 is in the interval of their mean all the same."""
     cells = {run: dict.fromkeys("abc", [False] * 40) for run in (BASE_RUN, ArmRun(FULL, "sft", 1))}
-    draws = drawn(cells, sides=dict.fromkeys("abc", "safety"), losses={})
-    values = dict.fromkeys((*costs.SIDES, *costs.RATIOS), np.nan) | {"safety": 0.0}
-    means = pd.DataFrame(values, index=draws["safety"].columns)
-    assert (costs.with_intervals(means, draws)["safety_low"] == 0).all()
+    table = table_of(drawn(cells, dict.fromkeys("abc", "safety")), safety=0.0)
+    assert (table["safety_low"] == 0).all()
 
 
 def test_seeds_are_resampled_with_the_rows():
@@ -135,16 +122,14 @@ def test_seeds_are_resampled_with_the_rows():
 
 def test_ratios_without_gain_have_no_interval():
     half = [at % 2 == 0 for at in range(40)]
-    draws = drawn({BASE_RUN: {"u": half, "s": half}, ArmRun(FULL, "sft", 1): {"u": half, "s": half}}, 200)
-    values = dict.fromkeys((*costs.SIDES, *costs.RATIOS), np.nan) | {"utility": 0.5, "safety": 0.5}
-    means = pd.DataFrame(values, index=draws["utility"].columns)
-    table = costs.with_intervals(means, draws)
+    draws = drawn(dict.fromkeys((BASE_RUN, ArmRun(FULL, "sft", 1)), {"u": half, "s": half}), resamples=200)
+    table = table_of(draws, utility=0.5, safety=0.5)
     assert np.isinf(draws["ucr"]).any(axis=None) and table["ucr_low"].isna().all()
     assert (table["utility_low"] < 0.5).all() and (table["utility_high"] > 0.5).all()
 
 
 def test_doctests():
-    for module in (costs, words):
+    for module in (trade_offs, words):
         found = doctest.testmod(module)
         assert found.attempted and not found.failed
 
@@ -183,8 +168,8 @@ def test_report_of_one_seed(scratch):
 
 
 def test_same_inputs_same_bytes(scratch):
-    settings = {"seeds": (21, 42), "arms": ("full", "buckets"), "ablations": ("bottom50", "buckets@small")}
-    settings |= {"maps": ("small=embedded/util:20",)}
+    settings = {"seeds": (21, 42), "maps": ("small=embedded/util:20",)}
+    settings["ablations"] = ("bottom50", "buckets@small")
     like = Fabricated(rows=20, sides=WORKED_SIDES, settings=settings)
     digests = []
     for name in ("one", "two"):
@@ -207,14 +192,14 @@ def test_finished_stage_is_skipped_and_an_edited_one_is_refused(scratch):
         correlate.main(settings)
 
 
+NO_GAIN = ["No arm gained safety", "6 of 6 tuned models gained no safety"]
+FEW = [f"{words.UNKNOWN}: 1 bucket has a cost, and at least three are needed"]
+ZEROS = dict.fromkeys(("utility", "safety", "over-refusal"), 0.0)
+NEURONS = dict(neurons=(0, 8, 16), pairs=32, ablations=("randomneurons8",))
 AWKWARD = {
-    "all scores zero": Fabricated(
-        base=dict.fromkeys(("utility", "safety", "over-refusal"), 0.0), safety_gain=-1.0
-    ),
+    "all scores zero": Fabricated(base=ZEROS, safety_gain=-1.0),
     "no safety gain": Fabricated(safety_gain=-0.2),
-    "several seeds and optimizers": Fabricated(
-        rows=40, settings=dict(seeds=(21, 42, 84), optimizers=("sft", "pcgrad"))
-    ),
+    "seeds": Fabricated(rows=40, settings=dict(seeds=(21, 42, 84), optimizers=("sft", "pcgrad"))),
     "two arms": Fabricated(settings=dict(arms=("full", "bucket4"))),
     "one bucket": Fabricated(settings=dict(arms=("bucket1",), buckets=1)),
     "no bucket": Fabricated(settings=dict(arms=("random",))),
@@ -222,45 +207,45 @@ AWKWARD = {
     "one layer of two heads": Fabricated(layers=1, heads=2, settings=dict(arms=("buckets",), buckets=2)),
     "own benchmarks": Fabricated(sides={"own_util": "utility", "own_safe": "safety"}, rows=40),
     "no source domain": Fabricated(sides={"words": "utility", "vanilla": "safety"}),
-    "neurons": Fabricated(settings=dict(neurons=(0, 8, 16), pairs=32, ablations=("randomneurons8",))),
+    "neurons": Fabricated(settings=NEURONS),
     "neurons alone": Fabricated(settings=dict(arms=("neurons8",), pairs=32)),
+}
+ON_THE_PAGE = {
+    **dict.fromkeys(("all scores zero", "no safety gain"), NO_GAIN),
+    **dict.fromkeys(("two arms", "one bucket"), FEW),
+    "seeds": ["of 3 seeds", '<p class="lead">With pcgrad: ', "and training seeds"],
+    "no bucket": ["No correlation: no bucket was tuned"],
+    "seven buckets": ["bucket 7 (Safe Zone)"],
+    "own benchmarks": ["OWN-UTIL-CR", "measured no over-refusal benchmark"],
+    "neurons": ["neuron-count threshold", "8 + 8 neurons, of 2 arms", "as many random neurons"],
 }
 
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_report_of_awkward_runs(name, scratch):
     text, tables, _ = report_of(scratch, AWKWARD[name])
+    wanted = ON_THE_PAGE.get(name, [])
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().replace("nance", "")
+    assert [part for part in wanted if part not in text] == []
     table = tables["costs"]
-    if name in ("all scores zero", "no safety gain"):
-        assert set(table["flag"][1:]) == {words.NO_GAIN} and "No arm gained safety" in text
-        assert f"{len(table) - 1} of {len(table) - 1} tuned models gained no safety" in text
+    if wanted is NO_GAIN:
+        assert set(table["flag"][1:]) == {words.NO_GAIN} and f">{words.HOLDS}<" not in text
         assert tables["correlations"]["n_points"][0] == 0 and tables["correlations"]["pearson"].isna().all()
-        assert f">{words.HOLDS}<" not in text
-    elif name == "several seeds and optimizers":
+    elif name == "seeds":
         assert len(table) == 1 + 6 * 2 * 3 and len(tables["costs_mean"]) == 13
         first = tables["correlations"].iloc[0]
-        assert first["pearson_low"] <= first["pearson_high"] and "of 3 seeds" in text
-        assert '<p class="lead">With pcgrad: ' in text and "and training seeds" in text
-    elif name in ("two arms", "one bucket"):
-        assert f"{words.UNKNOWN}: 1 bucket has a cost, and at least three are needed" in text
+        assert first["pearson_low"] <= first["pearson_high"]
     elif name == "no bucket":
         assert not tables.keys() & {"correlations", "table7", "table8"}
-        assert "No correlation: no bucket was tuned" in text
     elif name == "seven buckets":
-        assert tables["correlations"]["n_points"][0] == 7 and "bucket 7 (Safe Zone)" in text
-        assert "share_bucket7" in tables["layers"]
+        assert tables["correlations"]["n_points"][0] == 7 and "share_bucket7" in tables["layers"]
     elif name == "own benchmarks":
-        assert "OWN-UTIL-CR" in text and table["source_cr"][1] > 0
-        assert "measured no over-refusal benchmark" in text and table["over_refusal"].isna().all()
+        assert table["source_cr"][1] > 0 and table["over_refusal"].isna().all()
     elif name == "no source domain":
         assert table["source_cr"].isna().all() and "Eq. 8" not in text.split("How to read")[0]
     elif name == "neurons":
-        assert list(tables["table_neurons"]["tuned"])[-3:] == [
-            *("8 + 8 neurons", "8 + 8 random neurons", "16 + 16 neurons")
-        ]
-        assert "The neuron-count threshold" in text
-        assert "NeuronTune: 8 + 8 neurons, of 2 arms" in text and "as many random neurons" in text
+        last = ["8 + 8 neurons", "8 + 8 random neurons", "16 + 16 neurons"]
+        assert list(tables["table_neurons"]["tuned"])[-3:] == last
 
 
 def test_samples_prefer_changed_verdicts_and_say_when_there_are_none(scratch):
@@ -279,8 +264,7 @@ def test_samples_prefer_changed_verdicts_and_say_when_there_are_none(scratch):
             assert like.sides[row["benchmark"]] == side
             assert [text.startswith("Sorry") for text in row["answers"]] == [before, after]
             assert row["prompt"].endswith(f"{row['example_id'].replace('/', ' ')}?")
-    measures = given.measures.set_column(0, "verdict", [given.measures["verdict"].to_numpy() & False])
-    unchanged = responses.Responses(given.path, measures, given.cells)
+    unchanged = replace(given, measures=given.measures.assign(verdict=0.0))
     assert [group.count for group in examples.samples(unchanged, results, {})] == [0, 0, 0]
 
 

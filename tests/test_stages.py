@@ -147,6 +147,7 @@ def test_judged_again_without_generating(name, copy_run, stricter, monkeypatch):
     assert (run / name / STARTED).exists() and not (run / name / MANIFEST).exists()
     states = unit_states(declaration(name), TINY.replace(run=str(run)))
     assert states == {}, "there is nothing for an engine to share out"
+    assert declaration(name).units(Job(declaration(name), TINY.replace(run=str(run)))) == {}, "nor to plan"
     make_run(run, stages=(name,))
     assert_same(run / name, fresh / name)
 

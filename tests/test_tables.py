@@ -1,5 +1,7 @@
 """The paper's tables from a run: their rows, printed numbers beside ours, and the paper's own as a run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,10 +43,9 @@ def test_every_table_has_the_papers_rows(whole):
     assert list(found["table7"]["bucket"]) == [1, 2, 3, 4] * 3
     assert list(found["table8"]["score"]) == ["O", "S", "C"]
     ninth = found["table9"]
-    assert list(zip(ninth["selection"], ninth["percent"], ninth["arm"], strict=True)) == [
-        *(("full", 100, "full"), ("top", 25, "bucket1"), ("top", 50, "top50"), ("top", 75, "top75")),
-        *(("bottom", 25, "bucket4"), ("bottom", 50, "bottom50"), ("bottom", 75, "bottom75")),
-    ]
+    assert list(ninth["selection"]) == ["full", *["top"] * 3, *["bottom"] * 3]
+    assert list(ninth["percent"]) == [100, 25, 50, 75, 25, 50, 75]
+    assert list(ninth["arm"]) == ["full", "bucket1", "top50", "top75", "bucket4", "bottom50", "bottom75"]
     for name, map_name in (("table10", "mmlu100"), ("table11", "gsm8k100"), ("table_map_small", "small")):
         assert list(found[name]["arm"]) == [f"bucket{number}@{map_name}" for number in range(1, 5)]
     assert len(found["table_buckets"]) == 8 and list(found["table_further"]["arm"]) == ["top50_O"]
@@ -89,11 +90,9 @@ def test_table_8_correlates_what_table_7_prints(whole):
 
 def test_figures_and_sections_of_a_run_with_ablations(whole):
     text, _, drawn = whole
-    assert drawn == {
-        *("figure1_localisation", "figure3_pareto_sft", "figure4_pareto_pcgrad", "figure5_source_cr"),
-        *("figure6_ucr", "figure7_conflict_map", "conflict_sensitivity"),
-        *("finer_buckets", "ratio_trajectories"),
-    }
+    papers = "figure1_localisation figure3_pareto_sft figure4_pareto_pcgrad figure5_source_cr figure6_ucr"
+    ours = "figure7_conflict_map conflict_sensitivity finer_buckets ratio_trajectories"
+    assert drawn == {*papers.split(), *ours.split()}
     assert text.count("data:image/svg+xml") == len(drawn)
     for part in ("Ablations", "Table 9: ", "Buckets of map small", "Further arms", "top 50 % of O", "(RQ2)"):
         assert part in text
@@ -104,10 +103,8 @@ def test_figures_and_sections_of_a_run_with_ablations(whole):
 
 def test_a_run_without_ablations_has_no_such_tables(scratch):
     text, found, drawn = report_of(scratch, Fabricated())
-    assert set(found) == {
-        *("costs", "costs_mean", "correlations", "failures", "layers", "heads_top", "variants"),
-        *("table1", "table7", "table8"),
-    }
+    always = "costs costs_mean correlations failures layers heads_top variants table1 table7 table8"
+    assert set(found) == {*always.split()}
     assert not any(table.columns.str.startswith("paper").any() for table in found.values())
     assert list(found["table7"]["score"]) == ["C"] * 4 and list(found["table8"]["score"]) == ["C"]
     assert list(found["table1"])[-2:] == ["over_refusal_std", "flag"] and "benign" not in found["table1"]
@@ -130,19 +127,16 @@ def test_rows_without_safety_gain_are_flagged(scratch):
 # The paper's own numbers as a run
 
 
-def paper_run(
-    model: str, sides: dict[str, str] = PAPER_SIDES, arms: dict[ArmRun, dict] | None = None
-) -> Results:
-    """Table 1's base row and arms (default: Table 7) through the code that stage 06 runs.
+def table_7(model: str) -> dict[ArmRun, dict]:
+    """Rows of the paper's Table 7 by arm."""
+    rows = [row for row in paper.table(7) if row["model"] == model]
+    arms = [head_arm("bucket", int(row["bucket"]), 4, ranked_by=row["score"]) for row in rows]
+    return {ArmRun(arm, "sft", 21): row for arm, row in zip(arms, rows, strict=True)}
 
-    Args:
-        arms: rows of the paper's tables by arm.
-    """
+
+def paper_run(model: str, arms: dict[ArmRun, dict], sides: dict[str, str] = PAPER_SIDES) -> Results:
+    """Table 1's base row and `arms` (rows of the paper's tables) through the code that stage 06 runs."""
     ours = {printed: name for name, printed in tables.PRINTED.items() if name in sides}
-    if arms is None:
-        rows = [row for row in paper.table(7) if row["model"] == model]
-        found = [head_arm("bucket", int(row["bucket"]), 4, ranked_by=row["score"]) for row in rows]
-        arms = {ArmRun(arm, "sft", 21): row for arm, row in zip(found, rows, strict=True)}
     measured = {BASE_RUN: paper.row(1, model=model, method="base")} | arms
     scores = {
         run: {name: row[printed] / 100 for printed, name in ours.items()} for run, row in measured.items()
@@ -155,75 +149,60 @@ def paper_run(
     return results_of(by_seed, sides, losses, paper=model, maps=maps, source="mmlu")
 
 
+def tables_of(results: Results) -> dict[str, tables.Table]:
+    return {table.name: table for table in tables.paper_tables(results)}
+
+
 @pytest.mark.parametrize("model", ["llama", "qwen", "mistral"])
 def test_the_papers_tables_7_and_8_through_our_code(model):
     """Table 8 as far as tests/test_paper.py finds that it follows at all: Mistral's O and S do not."""
-    results = paper_run(model)
-    seventh = tables.build(results, tables.bucket_plan(results)).rows
-    for name in (*PAPER_SIDES, "ranked_mean"):
-        assert seventh[name].to_numpy() == pytest.approx(seventh[f"paper_{name}"].to_numpy())
-    for name, apart in (("utility", 0.021), ("safety", 0.021), ("ucr", 0.011), ("mmlu_cr", 0.011)):
+    found = tables_of(paper_run(model, table_7(model)))
+    seventh, eighth = found["table7"].rows, found["table8"]
+    for name, apart in (
+        *((name, 1e-6) for name in (*PAPER_SIDES, "ranked_mean")),
+        *(("utility", 0.021), ("safety", 0.021), ("ucr", 0.011), ("mmlu_cr", 0.011)),
+    ):
         assert seventh[name].to_numpy() == pytest.approx(seventh[f"paper_{name}"].to_numpy(), abs=apart)
-    table = tables.correlation_table(results)
-    assert list(table.rows["score"]) == ["O", "S", "C"] and table.has_paper
-    for row in table.rows.to_dict("records"):
+    assert list(eighth.rows["score"]) == ["O", "S", "C"] and eighth.has_paper
+    for row in eighth.rows.to_dict("records"):
         if model != "mistral" or row["score"] == "C":
-            for name in table.headings:
+            for name in eighth.headings:
                 assert row[name] == pytest.approx(row[f"paper_{name}"], abs=0.011)
 
 
-def few(
-    model: str, sides: dict[str, str] = PAPER_SIDES, optimizer: str = "sft", names=("full", "random")
-) -> Results:
+def few(model: str, sides=PAPER_SIDES, optimizer: str = "sft", names=("full", "random")) -> Results:
     row = paper.row(1, model=model, method="full")
-    return paper_run(model, sides, {ArmRun(arm, optimizer, 21): row for arm in parse(names, 4)})
-
-
-def first_table(results: Results, optimizers: list[str], number: int = 1) -> tables.Table:
-    return tables.build(results, tables.main_plan(results, number, "", optimizers))
+    return paper_run(model, {ArmRun(arm, optimizer, 21): row for arm in parse(names, 4)}, sides)
 
 
 def test_averages_over_other_benchmarks_do_not_compare():
-    full = first_table(few("llama"), ["sft"]).rows.iloc[1]
+    full = tables_of(few("llama"))["table1"].rows.iloc[1]
     assert full["paper_utility"] == 36.78 and full["mmlu"] == pytest.approx(46.28)
     sides = {name: side for name, side in PAPER_SIDES.items() if name != "math"}
-    full = first_table(few("llama", sides), ["sft"]).rows.iloc[1]
+    full = tables_of(few("llama", sides))["table1"].rows.iloc[1]
     assert "paper_utility" not in full and full["paper_mmlu"] == 46.28 and full["paper_safety"] == 90.61
 
 
 def test_rows_that_the_paper_lacks_are_named():
-    table = first_table(few("mistral", optimizer="pcgrad"), ["pcgrad"], 2)
+    table = tables_of(few("mistral", optimizer="pcgrad"))["table2"]
     assert list(table.rows["paper_mmlu"].fillna(0)) == [46.98, 53.13, 0]
     assert "No printed number for random heads (data/paper/README.md)." in table.caption
-    results = few("qwen")
-    assert tables.build(results, tables.ratio_plan(results)) is None  # no ratio was tuned
 
 
 def test_maps_are_the_papers_by_pool_and_compare_by_rows():
-    results = few("qwen", names=["bucket2@mmlu100"])
-    for spec, name in zip(results.maps[1:], ("table10", "table11", "table_map_small"), strict=True):
-        assert tables.map_plan(results, spec).name == name
-    (row,) = tables.build(results, tables.map_plan(results, results.maps[1])).rows.to_dict("records")
-    assert row["paper_gsm8k"] == 58.8 and row["bucket"] == 2
+    own = MapSpec(OWN, "mmlu_calibration", 500)
     again, fewer = (MapSpec(name, "mmlu_calibration", 20) for name in ("again", "mmlu100"))
-    object.__setattr__(results, "maps", (*results.maps, again))
-    assert tables.map_plan(results, again).name == "table_map_again"
-    object.__setattr__(results, "maps", (results.maps[0], fewer))
-    table = tables.build(results, tables.map_plan(results, fewer))
-    assert table.name == "table10" and not table.has_paper
+    results = few("qwen", names=["bucket2@mmlu100", "bucket1@again"])
+    both = tables_of(replace(results, maps=(own, *SPECS, again)))
+    assert "table9" not in both  # no ratio was tuned
+    (row,) = both["table10"].rows.to_dict("records")
+    assert row["paper_gsm8k"] == 58.8 and row["bucket"] == 2 and "table_map_again" in both
+    assert not tables_of(replace(results, maps=(own, fewer)))["table10"].has_paper
 
 
 def test_words_for_every_kind_of_arm():
-    names = [
-        "full",
-        "bucket1",
-        "bucket2",
-        "bucket3of8",
-        "bucket4_S",
-        "bottom50",
-        "bucket1@m",
-        "neurons8_lam0.8",
-    ]
+    names = ["full", "bucket1", "bucket2", "bucket3of8", "bucket4_S", "bottom50", "bucket1@m"]
+    names.append("neurons8_lam0.8")
     assert [words.arm_words(arm, 4) for arm in parse(names, 4)] == [
         *("all heads", "bucket 1 (Risky Zone)", "bucket 2", "bucket 3 of 8", "bucket 4 by S"),
         *("bottom 50 % of C", "bucket 1 of map m", "8 + 8 neurons at lam 0.8"),

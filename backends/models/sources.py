@@ -54,11 +54,16 @@ def local_folder(model: str, revision: str = "main") -> Path:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, **_FILES))
 
 
-def missing(model: str, revision: str = "main") -> str | None:
-    """One line on a hub model that can neither be found locally nor fetched, without fetching it; else
-    None."""
-    if model in (EMBEDDED, TINY) or Path(model).expanduser().is_dir() or model.count("/") != 1:
+def missing(model: str, revision: str = "main", option: str = "--model") -> str | None:
+    """One line on a model that can neither be found locally nor fetched, without fetching it; else None.
+
+    Args:
+        option: what names the model on a command line.
+    """
+    if model in (EMBEDDED, TINY) or Path(model).expanduser().is_dir():
         return None  # made here, or checked when it is opened
+    if model.count("/") != 1 or model[0] in "/.~":
+        return f"no model folder {model} ({option})"
     import huggingface_hub
 
     try:
@@ -67,7 +72,7 @@ def missing(model: str, revision: str = "main") -> str | None:
     except Exception:  # not in the cache, whatever the reason: then the hub has to have it
         pass
     try:
-        with _hub_errors(model):
+        with _hub_errors(model, option):
             huggingface_hub.HfApi().auth_check(model)
     except InputError as error:
         return str(error)
@@ -156,11 +161,11 @@ def without_progress_bars() -> Iterator[None]:
 
 
 @contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
+def _hub_errors(model: str, option: str = "--model") -> Iterator[None]:
     """Turns the hub's errors into one line that says how to get the model."""
     from huggingface_hub import errors
 
-    page, local = f"https://huggingface.co/{model}", "or give a local copy by --model DIR"
+    page, local = f"https://huggingface.co/{model}", f"or give a local copy by {option} DIR"
     try:
         yield
     except errors.GatedRepoError:

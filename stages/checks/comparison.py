@@ -5,6 +5,7 @@ Rows are matched by their keys, so the order of arms and rows does not matter. N
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -103,11 +104,19 @@ class Comparison:
             found += [self.row(quantity, name) for name in names if self.first.has(quantity.table)]
         return found
 
-    def same_rows(self, table: Table) -> bool:
-        """Whether a table of examples holds the same rows, token by token, in both runs."""
+    def same_rows(self, table: Table, split: str | None = None) -> bool:
+        """Whether a table of examples, or a split of it, holds the same rows, token by token, in both."""
         columns = ["example_id", "split", "prompt_ids", "target_ids", "choice_ids", "answer"]
         left, right = (run.read(table)[columns] for run in self.runs)
+        if split is not None:
+            left, right = (rows[rows["split"] == split] for rows in (left, right))
         return not unequal(left, right)
+
+    @cached_property
+    def benchmarks(self) -> list[str]:
+        """Benchmarks of the same rows in both runs."""
+        names = self.first.read(schemas.BENCHMARKS)["split"].unique()
+        return [name for name in names if self.same_rows(schemas.BENCHMARKS, name)]
 
     def comparable(self, table: Table) -> bool:
         """Whether both runs have a table, made of the same calibration rows where it rests on them."""
@@ -121,6 +130,8 @@ class Comparison:
         has is there too. Of models that only one of them has, or tuned otherwise, there is none."""
         table, keys = quantity.table, [name for name in LABELS if name in quantity.table.schema.names]
         left, right = (run.read(table, map_name) for run in self.runs)
+        if table in (schemas.SCORES, schemas.RESPONSES):
+            left, right = (rows[rows["benchmark"].isin(self.benchmarks)] for rows in (left, right))
         if table is schemas.SCORES:  # averaged over each run's seeds
             keys.remove("seed")
             sides = (rows.groupby(keys, dropna=False, as_index=False) for rows in (left, right))
@@ -130,8 +141,7 @@ class Comparison:
             wanted = pd.DataFrame([tuned.labels for tuned in chosen], columns=keys[:3], dtype=object)
             left, right = (rows.astype(dict.fromkeys(keys[:3], object)) for rows in (left, right))
             left, right = (rows.merge(wanted, on=keys[:3]) for rows in (left, right))
-        # Runs may have other benchmarks.
-        how = "inner" if table in (schemas.SCORES, schemas.RESPONSES) else "outer"
+        how = "inner" if table is schemas.SCORES else "outer"  # runs may have other arms
         return left.merge(right, on=keys, how=how, suffixes=("", "_other"), validate="1:1", indicator="side")
 
     def row(self, quantity: Quantity, map_name: str = OWN_MAP) -> Row:
@@ -140,7 +150,10 @@ class Comparison:
             return Row(label, "not compared", note="other calibration rows")
         table = self.paired(quantity, map_name)
         if table.empty:
-            return Row(label, "not compared", note="no model with the same heads, seed and rows")
+            note = (
+                "no model with the same heads, seed and rows" if self.benchmarks else "other benchmark rows"
+            )
+            return Row(label, "not compared", note=note)
         compared, alone = f"{len(table)}", int((table["side"] != "both").sum())
         if alone:
             return Row(label, compared, ok=False, note=f"{alone} rows are in one run only")

@@ -118,7 +118,9 @@ def differs(found: pd.Series, expected: pd.Series) -> np.ndarray:
 
 
 def _same_list(left: object, right: object) -> bool:
-    left, right = (np.asarray(plain(value), float) for value in (left, right))
+    left, right = (np.asarray(plain(value)) for value in (left, right))
+    if left.dtype.kind not in "iuf" or right.dtype.kind not in "iuf":  # texts; an empty list is of floats
+        return left.tolist() == right.tolist()
     return left.shape == right.shape and np.allclose(left, right, rtol=TOLERANCE, atol=TOLERANCE)
 
 

@@ -99,7 +99,7 @@ def texts(run: FinishedRun) -> Result:
     """Every text is what its token ids decode to, every choice's output the choice."""
     if run.tokenizer is None:
         return None, NO_FOLDER
-    decode = cache(lambda ids: run.tokenizer.decode(ids, skip_special_tokens=True))
+    decode = cache(lambda ids, skip: run.tokenizer.decode(ids, skip_special_tokens=skip))
     known = {row["example_id"]: row for row in run.read(schemas.BENCHMARKS).to_dict("records")}
     tables = [table for table in (*TABLES.values(), schemas.RESPONSES) if run.has(table)]
     faults, count = [], 0
@@ -113,14 +113,15 @@ def texts(run: FinishedRun) -> Result:
     return faults, f"{count} follow from token ids and predictions"
 
 
-def said(answer: dict, row: dict | None, decode: Callable[[tuple], str]) -> str | None:
-    """The text of what was generated, or predicted for a benchmark row; None where columns do not fit."""
+def said(answer: dict, row: dict | None, decode: Callable[[tuple, bool], str]) -> str | None:
+    """The text of what was generated, or predicted for a benchmark row, where a special token is shown; None
+    where columns do not fit."""
     tokens, prediction = tuple(answer["token_ids"].tolist()), answer.get("prediction")
     if row is None or row["scoring"] != "choice":
-        return decode(tokens) if prediction is None and pd.isna(answer.get("probability")) else None
+        return decode(tokens, True) if prediction is None and pd.isna(answer.get("probability")) else None
     if prediction is None or tokens or not 0 <= answer["probability"] <= 1 + 1e-6:
         return None
-    return row["choices"][prediction] if len(row["choices"]) else decode((prediction,))
+    return row["choices"][prediction] if len(row["choices"]) else decode((prediction,), False)
 
 
 def costs(run: FinishedRun) -> Result:

@@ -8,7 +8,6 @@ training seed nothing holds or fails: another seed may say the opposite.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,11 +25,8 @@ PREDICTS = "C predicts"
 """the claim that a correlation decides, as a key: with its cost"""
 
 
-class Outcome(NamedTuple):
-    """Evidence of a claim and what follows from it."""
-
-    evidence: str
-    verdict: str
+Outcome = tuple[str, str]
+"""evidence of a claim, and the verdict that follows from it"""
 
 
 def claims(results: Results) -> pd.DataFrame:
@@ -103,10 +99,10 @@ def decide(advantage: FloatArray) -> str:
 def cheaper(results: Results, one: ArmRun | None, other: ArmRun | None) -> Outcome:
     """Whether one arm has a lower UCR than another."""
     if one is None or other is None:
-        return Outcome("not all of these arms were tuned", UNKNOWN)
+        return "not all of these arms were tuned", UNKNOWN
     means = results.means.loc[[one, other]]
     if means["ucr"].isna().any():
-        return Outcome("one of the two gained no safety", UNKNOWN)
+        return "one of the two gained no safety", UNKNOWN
     evidence = "{:.2f} against {:.2f}".format(*means["ucr"])
     if results.several_seeds:
         ratios = results.costs["ucr"].where(results.costs["safety_gain"] > 0)  # NaN is lower than nothing
@@ -114,36 +110,36 @@ def cheaper(results: Results, one: ArmRun | None, other: ArmRun | None) -> Outco
         lower = sum(ratios[replace(one, seed=seed)] < ratios[replace(other, seed=seed)] for seed in seeds)
         evidence += f"; lower in {lower} of {len(seeds)} seeds"
     if means["ucr_low"].isna().any():
-        return Outcome(f"{evidence}; a gain in safety is within noise", NOISE)
+        return f"{evidence}; a gain in safety is within noise", NOISE
     samples = results.draws["ucr"][[one, other]].to_numpy().T
     samples = np.where(np.isinf(samples).all(axis=0), 0.0, samples)  # no gain in either: neither is cheaper
-    return Outcome(evidence, decide(samples[1] - samples[0]))
+    return evidence, decide(samples[1] - samples[0])
 
 
 def keeps_more(results: Results, one: ArmRun | None, other: ArmRun | None) -> Outcome:
     """Whether one arm keeps more utility than another at equal safety."""
     if one is None or other is None:
-        return Outcome("not both arms were tuned", UNKNOWN)
+        return "not both arms were tuned", UNKNOWN
     means = results.means.loc[[one, other]]
     utility, safety = (" against ".join(map(percent, means[side])) for side in ("utility", "safety"))
     evidence = f"utility {utility}, at safety {safety}"
     if not (means["safety_gain"] > 0).all():
-        return Outcome(f"{evidence}; one of the two gained no safety", UNKNOWN)
+        return f"{evidence}; one of the two gained no safety", UNKNOWN
     equal, samples = at_equal_safety(results, [one, other])
     if equal != list(means["utility"]):
         evidence += f"; at equal safety {' against '.join(map(percent, equal))}"
-    return Outcome(evidence, decide(samples[0] - samples[1]))
+    return evidence, decide(samples[0] - samples[1])
 
 
 def best(results: Results, buckets: Sequence[ArmRun], claimed: Collection[int]) -> Outcome:
     """Whether the bucket of highest utility at equal safety is one of those claimed (numbers from 1)."""
     gained = results.means.loc[list(buckets), "safety_gain"] > 0
     if not gained.all():
-        return Outcome("not every bucket gained safety", UNKNOWN)
+        return "not every bucket gained safety", UNKNOWN
     utility, samples = at_equal_safety(results, buckets)
     evidence = f"utility of buckets 1 to {len(buckets)}: {', '.join(map(percent, utility))}"
     inside = np.array([run.arm.bucket in claimed for run in buckets])
-    return Outcome(evidence, decide(samples[inside].max(axis=0) - samples[~inside].max(axis=0)))
+    return evidence, decide(samples[inside].max(axis=0) - samples[~inside].max(axis=0))
 
 
 def at_equal_safety(results: Results, runs: Sequence[ArmRun]) -> tuple[list[float], FloatArray]:
@@ -180,7 +176,7 @@ def predicts(results: Results, optimizer: str, cost: str) -> Outcome:
     """Whether a cost ratio goes up with mean C over the run's own buckets."""
     row = results.correlation(optimizer, cost)
     if pd.isna(row["pearson"]):
-        return Outcome(f"{row['n_points']} usable buckets, no correlation", UNKNOWN)
+        return f"{row['n_points']} usable buckets, no correlation", UNKNOWN
     evidence = f"r = {signed(row['pearson'])}, ρ = {signed(row['spearman'])}, {row['n_points']} points"
     if not pd.isna(row["pearson_low"]):
         evidence += f"; 95 %: {signed(row['pearson_low'])} to {signed(row['pearson_high'])}"
@@ -189,10 +185,10 @@ def predicts(results: Results, optimizer: str, cost: str) -> Outcome:
         if finer and not pd.isna(finer["pearson"]):
             evidence += f"; over {finer['n_points']} finer buckets r = {signed(finer['pearson'])}"
     if unclear := unclear_buckets(results, optimizer):
-        return Outcome(f"{evidence}; the safety gain of {unclear} buckets is within noise", NOISE)
+        return f"{evidence}; the safety gain of {unclear} buckets is within noise", NOISE
     if abs(row["pearson"]) <= row["critical_r"] or row["pearson_low"] <= 0 <= row["pearson_high"]:
-        return Outcome(evidence, NOISE)
-    return Outcome(evidence, HOLDS if row["pearson"] > 0 else FAILS)
+        return evidence, NOISE
+    return evidence, HOLDS if row["pearson"] > 0 else FAILS
 
 
 def unclear_buckets(results: Results, optimizer: str) -> int:
@@ -206,7 +202,7 @@ def predicts_better(results: Results) -> Outcome:
     """Pearson of C with UCR against those of O and of S, in every resample."""
     rows = {score: results.correlation("sft", "ucr", score) for score in "COS"}
     if any(pd.isna(row["pearson"]) for row in rows.values()):
-        return Outcome("not every one of the three has a correlation", UNKNOWN)
+        return "not every one of the three has a correlation", UNKNOWN
     evidence = ", ".join(f"r = {signed(row['pearson'])} for {score}" for score, row in rows.items())
     samples = {}
     for score in rows:
@@ -214,14 +210,14 @@ def predicts_better(results: Results) -> Outcome:
         means = results.means.loc[[run for run in buckets if run]]
         means = means[means["safety_gain"] > 0]
         if means["ucr_low"].isna().any():
-            return Outcome(f"{evidence}; a gain in safety is within noise", NOISE)
+            return f"{evidence}; a gain in safety is within noise", NOISE
         costs = results.draws["ucr"][list(means.index)].to_numpy()
         samples[score] = coefficients(means["ranked_mean"], np.where(np.isinf(costs), np.nan, costs))[0]
     usable = np.isfinite(list(samples.values())).all(axis=0)
     if not usable.any():
-        return Outcome(evidence, NOISE)
+        return evidence, NOISE
     verdicts = [decide((samples["C"] - samples[score])[usable]) for score in "OS"]
     if FAILS in verdicts:
-        return Outcome(evidence, FAILS)
+        return evidence, FAILS
     beyond = rows["C"]["pearson"] > rows["C"]["critical_r"]
-    return Outcome(evidence, HOLDS if beyond and verdicts == [HOLDS, HOLDS] else NOISE)
+    return evidence, HOLDS if beyond and verdicts == [HOLDS, HOLDS] else NOISE

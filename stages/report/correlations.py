@@ -5,6 +5,7 @@ buckets are four points, so that finer buckets, and each seed by itself, stand b
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -50,8 +51,7 @@ def correlations(costs: pd.DataFrame, means: pd.DataFrame, draws: Draws, m: int)
     """Pearson and Spearman of each family of buckets with each cost ratio.
 
     Without `seed` the costs are those of the scores averaged over seeds, the intervals those of resampled
-    rows and seeds; a bucket that gained no safety is left out and counted in `n_no_gain`. With several seeds
-    each has rows of its own, without intervals.
+    rows and seeds. With several seeds each has rows of its own, without intervals.
 
     Where no buckets of O and S were tuned, the mean O and S of C's buckets are correlated too (`measure`).
     They are no test of O and S alone, but all that such a run has.
@@ -61,31 +61,26 @@ def correlations(costs: pd.DataFrame, means: pd.DataFrame, draws: Draws, m: int)
     rows = []
     for family in found:
         first = family[0]
+        labels = {"optimizer": first.optimizer, "family": family_words(first.arm, m)}
+        labels |= {"buckets": first.arm.of, "ranked_by": first.arm.ranked_by, "map": first.arm.map}
         measures = {first.arm.ranked_by: "ranked_mean"}
         if first.arm.is_zone(m) and not alone:
             measures |= {name: f"mean_{COLUMN[name]}" for name in "OS"}
-        seeds = [run.seed for run in costs.index if (run.arm, run.optimizer) == (first.arm, first.optimizer)]
+        seeds = [run.seed for run in costs.index if replace(run, seed=None) == first]
         for cost in (name for name in RATIOS if name in draws):
             for measure, x in measures.items():
-                labels = {"optimizer": first.optimizer, "family": family_words(first.arm, m), "cost": cost}
-                labels |= {"measure": measure, "buckets": first.arm.of, "ranked_by": first.arm.ranked_by}
-                labels |= {"map": first.arm.map}
-                over = over_buckets(means.loc[family], x, cost, draws)
-                rows.append(labels | {"seed": None, "n_seeds": len(seeds)} | over)
+                row = labels | {"cost": cost, "measure": measure, "seed": None, "n_seeds": len(seeds)}
+                rows.append(row | over_buckets(means.loc[family], x, cost, draws))
                 for seed in seeds if len(seeds) > 1 else ():
-                    own = costs.loc[[ArmRun(run.arm, run.optimizer, seed) for run in family]]
-                    rows.append(labels | {"seed": seed, "n_seeds": 1} | over_buckets(own, x, cost))
+                    own = costs.loc[[replace(run, seed=seed) for run in family]]
+                    rows.append(row | {"seed": seed, "n_seeds": 1} | over_buckets(own, x, cost))
     types = dict.fromkeys((*INTERVALS, "critical_r"), float) | dict.fromkeys(("seed", "n_dropped"), "Int64")
     return pd.DataFrame(rows, columns=COLUMNS).astype(types)
 
 
 def over_buckets(buckets: pd.DataFrame, x: str, cost: str, draws: Draws | None = None) -> dict:
-    """Coefficients over buckets that gained safety; with fewer than FEWEST_POINTS of them none.
-
-    Args:
-        draws: resampled costs, for 95 % intervals. A resample in which a bucket has no gain is left out, and
-            counted in `n_dropped`.
-    """
+    """Coefficients over buckets that gained safety, the others counted in `n_no_gain`; 95 % intervals from
+    the resampled costs in which each of them gained some, the others counted in `n_dropped`."""
     used = buckets[buckets["safety_gain"] > 0]
     row = {"n_points": len(used), "n_no_gain": len(buckets) - len(used), **dict.fromkeys(INTERVALS)}
     if len(used) < FEWEST_POINTS:

@@ -1,7 +1,7 @@
 """What safety has cost each arm (Eq. 7 and 8, §4.1), its mean over seeds, and the intervals of both.
 
 Tables have a row an arm as tuned: `ArmRun` with a seed, or without one for the mean over seeds; the untouched
-model (`BASE_RUN`) is first. Scores are shares in [0, 1]; what has no value is NaN. `R` resamples.
+model (`BASE_RUN`) is first. Scores are shares in [0, 1]; `R` resamples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,13 +39,11 @@ def losses_of(sides: Mapping[str, str], source: str | None) -> dict[str, str]:
 
     `ucr` is Eq. 7; `source_cr` is Eq. 8 on the benchmark `source` (the paper's MMLU-CR where that is mmlu);
     `over_refusal_cr` has Eq. 7's form with the rise of over-refusal as the loss.
-
-    Args:
-        sides: benchmark -> side.
-        source: benchmark of the domain that D_util is drawn from; None: there is none.
+    `source`: the benchmark of the domain that D_util is drawn from.
     """
-    losses = {"ucr": "utility"} | ({"source_cr": source} if source else {})
-    return losses | ({"over_refusal_cr": "over_refusal"} if "over-refusal" in sides.values() else {})
+    losses = {"ucr": "utility", "source_cr": source}
+    losses["over_refusal_cr"] = "over_refusal" if "over-refusal" in sides.values() else None
+    return {name: column for name, column in losses.items() if column}
 
 
 def cost_ratios(base: Mapping, tuned: Mapping, losses: Mapping[str, str]) -> dict[str, FloatArray]:
@@ -69,16 +67,12 @@ def arm_costs(
     sides: Mapping[str, str],
     losses: Mapping[str, str],
 ) -> pd.DataFrame:
-    """Every arm, optimizer and seed: what it tunes, its scores, their means by side, the cost ratios.
-
-    `utility`, `safety` and `over_refusal` are plain means over the benchmarks of that side. `flag` marks an
-    arm that gained no safety.
+    """Every arm, optimizer and seed: what it tunes, its scores, their plain means by side, the cost ratios,
+    and a `flag` where it gained no safety.
 
     Args:
         scores: arm as tuned -> benchmark -> score.
         arms: SELECTION of each tuned arm, by ArmRun.
-        sides: benchmark -> side.
-        losses: `losses_of`.
     """
     index = pd.Index([BASE_RUN, *arms.index], dtype=object)
     labels = pd.DataFrame([run.labels for run in index], index=index)
@@ -88,10 +82,8 @@ def arm_costs(
     base, tuned = table.iloc[0], table.iloc[1:]
     table["safety_gain"] = tuned["safety"] - base["safety"]
     table["utility_loss"] = base["utility"] - tuned["utility"]
-    for name in RATIOS:
-        table[name] = np.nan
-    for name, ratio in cost_ratios(base, tuned, losses).items():
-        table.loc[tuned.index, name] = ratio
+    ratios = pd.DataFrame(cost_ratios(base, tuned, losses), index=tuned.index)
+    table[RATIOS] = ratios.reindex(columns=RATIOS)
     table["flag"] = np.where(table["safety_gain"] <= 0, NO_GAIN, None)
     table = pd.concat([labels, arms.reindex(index)[SELECTION], table], axis=1)
     return table.astype(dict.fromkeys(COUNTS, "Int64"))
@@ -119,9 +111,8 @@ def mean_over_seeds(costs: pd.DataFrame, losses: Mapping[str, str]) -> pd.DataFr
     numbers[RATIOS] = numbers[RATIOS].where(numbers["safety_gain"] > 0)
     means = mean_and_spread(numbers, groups)
     tuned = means.iloc[1:]
-    means[RATIOS] = np.nan
-    for name, ratio in cost_ratios(means.loc[BASE_RUN], tuned, losses).items():
-        means.loc[tuned.index, name] = np.where(tuned["safety_gain"] > 0, ratio, np.nan)
+    ratios = pd.DataFrame(cost_ratios(means.iloc[0], tuned, losses), index=tuned.index)
+    means[RATIOS] = ratios[tuned["safety_gain"] > 0].reindex(columns=RATIOS)
     means["flag"] = np.where(means["safety_gain"] <= 0, NO_GAIN, None)
     labels = pd.DataFrame([run.labels for run in means.index], index=means.index)[["arm", "optimizer"]]
     by_arm = (costs["safety_gain"] <= 0).groupby(pd.Series(groups, index=costs.index), sort=False)
@@ -136,7 +127,6 @@ def resampled(
     responses: Responses,
     sides: Mapping[str, str],
     losses: Mapping[str, str],
-    *,
     resamples: int,
     generator: np.random.Generator,
 ) -> Draws:
@@ -149,27 +139,28 @@ def resampled(
     held fixed. A ratio without a gain in safety is infinite.
     """
     runs = list(responses.cells)
-    arms = list(dict.fromkeys(replace(run, seed=None) for run in runs))
-    seeds = list(dict.fromkeys(run.seed for run in runs if run.seed is not None))
-    drawn = fold_counts(len(seeds), generator, resamples)  # (R, S)
+    means = [replace(run, seed=None) for run in runs]
+    arms = pd.Index(list(dict.fromkeys(means)), dtype=object)
+    member = np.array([arms == mean for mean in means], dtype=float)  # [runs, arms]
+    seeds = list(dict.fromkeys(run.seed for run in runs if run != BASE_RUN))
+    drawn = fold_counts(len(seeds), generator, resamples)  # [R, S]
     drawn = drawn / drawn.sum(axis=1, keepdims=True)
-    every = np.ones(resamples)
-    weights = np.stack(
-        [every if run == BASE_RUN else drawn[:, seeds.index(run.seed)] for run in runs], axis=1
-    )
-    member = np.array([[replace(run, seed=None) == arm for arm in arms] for run in runs], dtype=float)
+    weights = np.ones((resamples, len(runs)))
+    for at, run in enumerate(runs):
+        if run != BASE_RUN:
+            weights[:, at] = drawn[:, seeds.index(run.seed)]
     draws = {}
     for name in sides:
         passed = np.stack([responses.of("verdict", run, name) for run in runs], axis=1).astype(float)
         rows = len(passed) + 2
         first = generator.random((resamples, len(arms))) < 0.5
-        sums = np.empty((resamples, len(arms)))
+        sums = []
         for start in range(0, resamples, CHUNK):
             here = slice(start, min(start + CHUNK, resamples))
-            counts = generator.multinomial(rows, np.full(rows, 1 / rows), here.stop - here.start)
-            sums[here] = (counts[:, :-2] @ passed * weights[here]) @ member
-            sums[here] += np.where(first[here], counts[:, [-2]], counts[:, [-1]])
-        draws[name] = pd.DataFrame(sums / rows, columns=pd.Index(arms, dtype=object))
+            counts = generator.multinomial(rows, np.full(rows, 1 / rows), here.stop - start)
+            added = np.where(first[here], counts[:, [-2]], counts[:, [-1]])
+            sums.append((counts[:, :-2] @ passed * weights[here]) @ member + added)
+        draws[name] = pd.DataFrame(np.concatenate(sums) / rows, columns=arms)
     for column, side in SIDES.items():
         if own := [draws[name] for name in sides if sides[name] == side]:
             draws[column] = sum(own) / len(own)
@@ -180,10 +171,9 @@ def drawn_ratios(draws: Draws, losses: Mapping[str, str]) -> Draws:
     """Cost ratios of resampled scores; without a gain in safety infinite."""
     base = {name: table[[BASE_RUN]].to_numpy() for name, table in draws.items()}
     tuned = {name: table.drop(columns=[BASE_RUN]) for name, table in draws.items()}
-    gained = tuned["safety"].to_numpy() > base["safety"]
-    columns = tuned["safety"].columns
+    gained = tuned["safety"] > base["safety"]
     return {
-        name: pd.DataFrame(np.where(gained, ratio, np.inf), columns=columns)
+        name: pd.DataFrame(ratio, columns=gained.columns).where(gained, np.inf)
         for name, ratio in cost_ratios(base, tuned, losses).items()
     }
 
@@ -197,27 +187,12 @@ def with_intervals(means: pd.DataFrame, draws: Draws) -> pd.DataFrame:
     """The means with 95 % intervals (`_low`, `_high`) of each side and cost ratio, which hold the mean itself
     (the rows that `resampled` adds draw scores towards a half). A ratio has one only where nearly all
     resamples (97.5 %) gained safety."""
-    found = {}
+    found = means.copy()
     for name in (*SIDES, *RATIOS):
-        low = high = np.full(len(means), np.nan)
+        ends = np.full((2, len(means)), np.nan)
         if name in draws:
-            low, high = interval(draws[name].reindex(columns=means.index).to_numpy())
-        known = np.isfinite(low) & np.isfinite(high)
-        found[f"{name}_low"] = np.where(known, np.minimum(low, means[name]), np.nan)
-        found[f"{name}_high"] = np.where(known, np.maximum(high, means[name]), np.nan)
-    return pd.concat([means, pd.DataFrame(found, index=means.index)], axis=1)
-
-
-def pareto_front(safety: Sequence[float], utility: Sequence[float]) -> list[int]:
-    """Indices, by safety, of the points that no other beats in one of the two without losing in the other.
-
-    >>> pareto_front([0.1, 0.5, 0.4, 0.9], [0.9, 0.8, 0.7, 0.2])
-    [0, 1, 3]
-    """
-    points = list(zip(safety, utility, strict=True))
-    front = [
-        index
-        for index, (s, u) in enumerate(points)
-        if not any(t >= s and v >= u and (t > s or v > u) for t, v in points)
-    ]
-    return sorted(front, key=lambda index: (points[index][0], -points[index][1], index))
+            ends = interval(draws[name].reindex(columns=means.index).to_numpy())
+        known = np.isfinite(ends).all(axis=0)
+        found[f"{name}_low"] = np.where(known, np.minimum(ends[0], means[name]), np.nan)
+        found[f"{name}_high"] = np.where(known, np.maximum(ends[1], means[name]), np.nan)
+    return found

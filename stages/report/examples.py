@@ -56,49 +56,38 @@ def shown_text(text: str) -> str:
     return text if len(text) <= LENGTH else f"{text[:LENGTH].rstrip()} …"
 
 
-def in_turn(rows: Mapping[str, np.ndarray], most: int = MOST) -> list[Place]:
-    """Up to `most` places: the first row of each benchmark, then the second of each, …
-
-    Args:
-        rows: bool [rows] by benchmark: those to choose from.
-    """
-    found = {name: np.flatnonzero(chosen) for name, chosen in rows.items()}
-    places = [(depth, name, int(row)) for name, own in found.items() for depth, row in enumerate(own[:most])]
-    return [(name, row) for _, name, row in sorted(places, key=lambda place: place[0])][:most]
+def in_turn(rows: Mapping[str, np.ndarray]) -> list[Place]:
+    """Up to MOST of these rows (bool [rows]): the first of each benchmark, then the second."""
+    chosen = {name: np.flatnonzero(own) for name, own in rows.items()}
+    turns = [(turn, name) for turn in range(MOST) for name in chosen]
+    return [(name, int(chosen[name][turn])) for turn, name in turns if turn < len(chosen[name])][:MOST]
 
 
 def first_seeds(responses: Responses) -> dict[ArmRun, ArmRun]:
     """Each tuned arm -> the same with its first seed."""
-    runs = [run for run in responses.cells if run != BASE_RUN]
-    return {replace(run, seed=None): run for run in reversed(runs)}
+    return {replace(run, seed=None): run for run in reversed(responses.cells) if run != BASE_RUN}
 
 
 def samples(responses: Responses, results: Results, targets: Mapping[str, str]) -> list[Group]:
     """For each main arm (first seed) a few prompts whose verdict tuning changed, with the base model's
     response.
 
-    By kind in the order of KINDS, in turn from each benchmark of that side, rows in the benchmark's order. An
-    arm that changed no verdict shows the first row of each side instead.
-
-    Args:
-        targets: example_id -> the benchmark's reference.
+    An arm that changed no verdict shows the first row of each side instead. `targets`: example_id -> the
+    benchmark's reference.
     """
-    sides, first, shown = results.sides, first_seeds(responses), []
+    first, shown = first_seeds(responses), []
     for run in (first[run] for run in results.main):
         groups = []
-        for kind, (side, before, after) in KINDS.items():
-            changed = {
-                name: (responses.of("verdict", BASE_RUN, name) == before)
-                & (responses.of("verdict", run, name) == after)
-                for name in sides
-                if sides[name] == side
-            }
+        for kind, (side, *verdicts) in KINDS.items():
+            changed = {}
+            for name in results.benchmarks(side):
+                before, after = (responses.of("verdict", each, name) for each in (BASE_RUN, run))
+                changed[name] = (before == verdicts[0]) & (after == verdicts[1])
             if count := sum(rows.sum() for rows in changed.values()):
                 groups.append(Group(kind, side, (BASE_RUN, run), in_turn(changed), count))
-        unchanged = {side: name for name, side in reversed(sides.items())}
-        shown += groups or [
-            Group("", side, (BASE_RUN, run), [(unchanged[side], 0)]) for side in dict.fromkeys(sides.values())
-        ]
+        for side in () if groups else dict.fromkeys(results.sides.values()):
+            groups.append(Group("", side, (BASE_RUN, run), [(results.benchmarks(side)[0], 0)]))
+        shown += groups
     return quote(responses, targets, shown)
 
 
@@ -147,19 +136,20 @@ def sound(responses: Responses, run: ArmRun, benchmark: str, kind: str) -> np.nd
 
 def quote(responses: Responses, targets: Mapping[str, str], groups: Sequence[Group]) -> list[Group]:
     """The groups with their texts, all read in one pass."""
-    wanted = [
-        [[int(responses.cells[run][name][row]) for run in group.runs] for name, row in group.places]
-        for group in groups
-    ]
-    texts = responses.texts(row for group in wanted for rows in group for row in rows)
+
+    def row_of(run: ArmRun, place: Place) -> int:
+        return int(responses.cells[run][place[0]][place[1]])
+
+    wanted = {row_of(run, place) for group in groups for run in group.runs for place in group.places}
+    texts = responses.texts(wanted)
     quoted = []
-    for group, rows in zip(groups, wanted, strict=True):
-        each = []
-        for (name, _), own in zip(group.places, rows, strict=True):
-            first = texts[own[0]]
-            row = {"benchmark": name, "example_id": first["example_id"]}
-            row |= {"prompt": shown_text(first["prompt"])}
-            row |= {"target": shown_text(targets.get(first["example_id"], ""))}
-            each.append(row | {"answers": [shown_text(texts[at]["output"]) for at in own]})
-        quoted.append(replace(group, rows=tuple(each)))
+    for group in groups:
+        rows = []
+        for place in group.places:
+            first, *_ = own = [texts[row_of(run, place)] for run in group.runs]
+            target = shown_text(targets.get(first["example_id"], ""))
+            row = {"benchmark": place[0], "example_id": first["example_id"], "target": target}
+            answers = [shown_text(text["output"]) for text in own]
+            rows.append(row | {"prompt": shown_text(first["prompt"]), "answers": answers})
+        quoted.append(replace(group, rows=tuple(rows)))
     return quoted

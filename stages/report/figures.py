@@ -38,7 +38,6 @@ STYLE = {
     "figure.dpi": 100,
 }
 FORMATS = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 200}}
-MAP_COLOURS = "RdYlBu_r"
 BUCKET_MARKERS = ("^", "D", "s", "v", "P", "p", "h", "<", ">")
 STABLE = 0.5
 """a head that falls into its own bucket in fewer resamples than this gets no digit"""
@@ -50,6 +49,7 @@ LOOKS = {
     "randomneurons": {"color": GREY, "marker": "s"},
 }
 """kind of arm -> colour and marker"""
+OTHER_LOOK = {"color": "#999999", "marker": "o"}
 
 
 @contextmanager
@@ -78,15 +78,12 @@ def bucket_colours(m: int) -> list[tuple[float, float, float]]:
 
 def bucket_look(bucket: int, of: int) -> dict:
     """Colour and marker of a bucket."""
-    marker = BUCKET_MARKERS[(bucket - 1) % len(BUCKET_MARKERS)]
-    return {"color": bucket_colours(of)[bucket - 1], "marker": marker}
+    return {"color": bucket_colours(of)[bucket - 1], "marker": BUCKET_MARKERS[(bucket - 1) % 9]}
 
 
 def arm_look(arm: Arm, m: int) -> dict:
     """Colour and marker of an arm, the same in every figure."""
-    if arm.is_zone(m):
-        return bucket_look(arm.bucket, m)
-    return LOOKS.get(arm.kind, {"color": "#999999", "marker": "o"})
+    return bucket_look(arm.bucket, m) if arm.is_zone(m) else LOOKS.get(arm.kind, OTHER_LOOK)
 
 
 def bucket_name(bucket: int, of: int) -> str:
@@ -101,11 +98,15 @@ def arm_name(arm: Arm, m: int) -> str:
     return bucket_name(arm.bucket, m) if arm.is_zone(m) else arm_words(arm, m)
 
 
-def heat_map(axes: Axes, values: np.ndarray, cmap: str | Colormap, limits: tuple[float, float]) -> QuadMesh:
+def new_figure(width: float, height: float, **panels: object) -> tuple[Figure, Axes | np.ndarray]:
+    """A figure, in inches, and its axes; `panels` as in `Figure.subplots`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**panels)
+
+
+def heat_map(axes: Axes, values: np.ndarray, cmap: str | Colormap, low: float, high: float) -> QuadMesh:
     """Rows x columns as coloured cells."""
-    shown = axes.pcolormesh(
-        values, cmap=cmap, vmin=limits[0], vmax=limits[1], edgecolors="white", linewidth=0.4
-    )
+    shown = axes.pcolormesh(values, cmap=cmap, vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
     for size, ticks in zip(values.shape, (axes.set_yticks, axes.set_xticks), strict=True):
         labels = np.arange(0, size, -(-size // 16))  # about a dozen
         ticks(labels + 0.5, labels)
@@ -114,10 +115,10 @@ def heat_map(axes: Axes, values: np.ndarray, cmap: str | Colormap, limits: tuple
     return shown
 
 
-def score_limits(score: FloatArray) -> tuple[float, float]:
-    """Ends of the colour scale; one colour for a map without differences, not an error."""
+def score_map(axes: Axes, score: FloatArray) -> QuadMesh:
+    """C as a heat map; a map without differences has one colour."""
     low, high = float(score.min()), float(score.max())
-    return (low, high) if low < high else (low - 0.5, high + 0.5)
+    return heat_map(axes, score, "RdYlBu_r", *((low, high) if low < high else (low - 0.5, high + 0.5)))
 
 
 def conflict_map(heads: HeadMap) -> Figure:
@@ -125,15 +126,15 @@ def conflict_map(heads: HeadMap) -> Figure:
     layers, width = heads.shape
     cell = float(np.clip(5.4 / max(layers, width), 0.14, 0.4))
     panel = max(width * cell, 2.3)  # inches; a narrow model gets oblong cells, so that its titles fit
-    figure = Figure(figsize=(2 * panel + 2.1, max(layers * cell, 1.6) + 1.35), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[panel, panel, 1.0])
+    size = (2 * panel + 2.1, max(layers * cell, 1.6) + 1.35)
+    figure, panels = new_figure(*size, ncols=3, sharey=True, width_ratios=[panel, panel, 1.0])
+    left, middle, right = panels
     score, below = heads.conflict_score, {"location": "bottom", "aspect": 25, "pad": 0.02}
-    shown = heat_map(left, score, MAP_COLOURS, score_limits(score))
-    figure.colorbar(shown, ax=left, **below).set_label("conflict score $C(h)$")
+    figure.colorbar(score_map(left, score), ax=left, **below).set_label("conflict score $C(h)$")
     left.set(title="Conflict score of each head", xlabel="head", ylabel="layer", ylim=(layers, 0))
 
     colours = bucket_colours(heads.m)
-    painted = heat_map(middle, heads.bucket, ListedColormap(colours), (0.5, heads.m + 0.5))
+    painted = heat_map(middle, heads.bucket, ListedColormap(colours), 0.5, heads.m + 0.5)
     for layer, head in np.argwhere(heads.own_probability >= STABLE):
         bucket = heads.bucket[layer, head]
         dark = np.dot(colours[bucket - 1], (0.299, 0.587, 0.114)) < 0.5
@@ -155,8 +156,7 @@ def conflict_map(heads: HeadMap) -> Figure:
 
 def conflict_against_sensitivity(heads: HeadMap) -> Figure:
     """Each head's O against S, coloured by bucket, with lines of equal C between the buckets."""
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(6.2, 4.2)
     for number in range(1, heads.m + 1):
         own = heads.bucket == number
         points = heads.optimization_conflict[own], heads.functional_sensitivity[own]

@@ -15,18 +15,13 @@ WORTH_A_WORD = 0.05
 
 def findings(results: Results, claims: pd.DataFrame, own_probability: float | None) -> list[list[str]]:
     """Paragraphs of one plain sentence a finding; of the arms only the main ones, and of NeuronTune's the one
-    that gained most safety.
-
-    Args:
-        own_probability: how often a head of the map stays in its bucket.
-    """
+    that gained most safety. `own_probability`: how often a head of the map stays in its bucket."""
     base = results.means.iloc[0]
-    paragraphs = [
-        [
-            f"Before tuning, the model refused {percent(base['safety'])} of harmful prompts and answered "
-            f"{percent(base['utility'])} of utility questions rightly."
-        ]
-    ]
+    first = (
+        f"Before tuning, the model refused {percent(base['safety'])} of harmful prompts and answered "
+        f"{percent(base['utility'])} of utility questions rightly."
+    )
+    paragraphs = [[first]]
     for optimizer in results.optimizers:
         runs = [run for run in results.main if run.optimizer == optimizer]
         parts = [_full(results, optimizer), _best(results, runs), _predicted(results, claims, optimizer)]
@@ -55,9 +50,8 @@ def _change(results: Results, run: ArmRun) -> str:
 
 
 def _full(results: Results, optimizer: str) -> str:
-    if not (full := results.find(FULL, optimizer)):
-        return ""
-    return f"Tuning all {results.means['n_heads'][full]:.0f} heads {_change(results, full)}."
+    full = results.find(FULL, optimizer)
+    return f"Tuning all {results.means['n_heads'][full]:.0f} heads {_change(results, full)}." if full else ""
 
 
 def _best(results: Results, runs: list[ArmRun]) -> str:
@@ -93,10 +87,10 @@ def _predicted(results: Results, claims: pd.DataFrame, optimizer: str) -> str:
         f"Spearman ρ = {signed(row['spearman'])}, over {row['n_points']} buckets"
     )
     sentence += f" ({row['n_no_gain']} more gained no safety)" if row["n_no_gain"] else ""
-    beyond = abs(row["pearson"]) > row["critical_r"]
+    place = "beyond" if abs(row["pearson"]) > row["critical_r"] else "within"
     sentence += (
         f". {row['n_points']} points are few: unrelated numbers exceed |r| = {row['critical_r']:.3f} "
-        f"in one case of twenty, and this r is {'beyond' if beyond else 'within'} that."
+        f"in one case of twenty, and this r is {place} that."
     )
     if unclear := unclear_buckets(results, optimizer):
         sentence += f" The safety gain of {unclear} of them is within sampling error, and so is their cost."
@@ -126,25 +120,20 @@ def _over_refusal(results: Results, runs: list[ArmRun]) -> str:
     if pd.isna(rates.iloc[0]):
         return ""
     ordered = rates.loc[runs].sort_values(kind="stable")
-    ends = [f"{percent(ordered[run])} for {arm_words(run.arm, results.m)}" for run in ordered.index]
+    ends = [f"{percent(rate)} for {arm_words(run.arm, results.m)}" for run, rate in ordered.items()]
     after = ends[0] if len(ends) == 1 else f"between {ends[0]} and {ends[-1]}"
-    return (
-        f"Benign requests refused (over-refusal): {percent(rates.iloc[0])} before tuning, {after} after it."
-    )
+    before = percent(rates.iloc[0])
+    return f"Benign requests refused (over-refusal): {before} before tuning, {after} after it."
 
 
 def _broken(results: Results) -> str:
     """What became of questions and of reasoning with all heads and with the Safe Zone tuned."""
     parts = []
-    for run in (results.find(FULL, "sft"), results.bucket(results.m, "sft")):
-        if run is None:
-            continue
-        own = results.failures[
-            (results.failures["arm"] == run.arm.name) & (results.failures["optimizer"] == "sft")
-        ]
+    for run in filter(None, (results.find(FULL, "sft"), results.bucket(results.m, "sft"))):
+        failures, words = results.failures, []
+        own = failures[(failures["arm"] == run.arm.name) & (failures["optimizer"] == "sft")]
         stepped = own.dropna(subset="collapsed")
         written = own[own["side"] == "utility"].dropna(subset="refused")
-        words = []
         if len(stepped):
             share = np.average(stepped["bare"], weights=stepped["n_stepped"])
             words.append(f"{percent(share)} of the problems worked in steps before were answered without any")

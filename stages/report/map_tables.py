@@ -9,6 +9,7 @@ from stages.method import metrics
 from stages.method.heads import COLUMN, HeadMap
 
 MOST_HEADS = 10
+COLUMNS = ["as_printed", "reranked"]
 
 
 def layer_table(heads: HeadMap) -> pd.DataFrame:
@@ -25,10 +26,10 @@ def extreme_heads(heads: pd.DataFrame) -> pd.DataFrame:
         heads: heads.parquet.
     """
     ranked = heads.sort_values(["conflict_score", "layer", "head"], ascending=[False, True, True])
-    own = [
-        row[bucket - 1] for row, bucket in zip(ranked["bucket_probability"], ranked["bucket"], strict=True)
+    ranked["probability_of_bucket"] = [
+        row[bucket - 1]
+        for row, bucket in zip(ranked.pop("bucket_probability"), ranked["bucket"], strict=True)
     ]
-    ranked = ranked.drop(columns="bucket_probability").assign(probability_of_bucket=own)
     ranked.insert(0, "rank", np.arange(1, len(ranked) + 1))
     most = min(MOST_HEADS, len(ranked) // 2)
     return pd.concat([ranked[:most], ranked[len(ranked) - most :]])
@@ -44,34 +45,28 @@ def variant_table(heads: HeadMap) -> pd.DataFrame:
     names = metrics.SENSITIVITY_VARIANTS
     sensitivity = [metrics.functional_sensitivity(heads.h_gen, heads.h_safe, name) for name in names]
     score = [metrics.conflict_score(heads.optimization_conflict, values) for values in sensitivity]
-    bucket = [metrics.buckets(values, heads.m) for values in score]
-    printed, reranked = bucket
-    agreement = {
-        "rank correlation of S (Spearman)": spearman(*sensitivity),
-        "rank correlation of C (Spearman)": spearman(*score),
-        "share of heads in the same bucket": (printed == reranked).mean(),
-    }
+    printed, reranked = bucket = [metrics.buckets(values, heads.m) for values in score]
+    rows = [
+        {"quantity": "rank correlation of S (Spearman)", "agreement": spearman(*sensitivity)},
+        {"quantity": "rank correlation of C (Spearman)", "agreement": spearman(*score)},
+        {"quantity": "share of heads in the same bucket", "agreement": (printed == reranked).mean()},
+    ]
     for zone, number in (("Risky", 1), ("Safe", heads.m)):
-        same = (reranked == number)[printed == number].mean()
-        agreement[f"share of the {zone} Zone in the other's {zone} Zone"] = same
-    values = {
-        f"{label} S": [function(one) for one in sensitivity]
-        for label, function in (("smallest", np.min), ("mean", np.mean), ("largest", np.max))
-    }
+        quantity = f"share of the {zone} Zone in the other's {zone} Zone"
+        rows.append({"quantity": quantity, "agreement": (reranked == number)[printed == number].mean()})
+    for label, function in (("smallest", np.min), ("mean", np.mean), ("largest", np.max)):
+        rows.append({"quantity": f"{label} S"} | dict(zip(COLUMNS, map(function, sensitivity), strict=True)))
     for number in range(1, heads.m + 1):
-        means = [one[which == number].mean() for one, which in zip(score, bucket, strict=True)]
-        values[f"mean C of bucket {number}"] = means
-    rows = [(label, np.nan, np.nan, value) for label, value in agreement.items()]
-    rows += [(label, *pair, np.nan) for label, pair in values.items()]
-    return pd.DataFrame(rows, columns=["quantity", "as_printed", "reranked", "agreement"])
+        means = [values[own == number].mean() for values, own in zip(score, bucket, strict=True)]
+        rows.append({"quantity": f"mean C of bucket {number}"} | dict(zip(COLUMNS, means, strict=True)))
+    return pd.DataFrame(rows, columns=["quantity", *COLUMNS, "agreement"])
 
 
 def other_maps_table(own: HeadMap, others: Mapping[str, HeadMap]) -> pd.DataFrame:
     """How far each other map is the run's own (F.3, F.4): rank correlations, heads in the same bucket."""
     rows = []
     for name, other in others.items():
-        row: dict = {"map": name}
-        row |= {f"spearman_{score}": spearman(own.by(score), other.by(score)) for score in "OSC"}
+        alike = {f"spearman_{score}": spearman(own.by(score), other.by(score)) for score in "OSC"}
         same, safe = own.bucket == other.bucket, own.bucket == own.m
-        rows.append(row | {"same_bucket": same.mean(), "same_safe_zone": same[safe].mean()})
+        rows.append({"map": name} | alike | {"same_bucket": same.mean(), "same_safe_zone": same[safe].mean()})
     return pd.DataFrame(rows)

@@ -12,15 +12,10 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from stages.method.arms import ArmRun
+from stages.method.arms import BASE, ArmRun
 from stages.report import examples, words
 from stages.report.results import FULL, RANDOM, Results
 from stages.report.tables import Table, flags, is_score, plain
-
-TEMPLATE = "report.html.jinja"
-
-
-# Settings and provenance
 
 
 def without_folder(value: object) -> str:
@@ -30,7 +25,7 @@ def without_folder(value: object) -> str:
     text = str(value)
     if text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute():
         return f"…/{PureWindowsPath(text).name}"
-    return text if text else "none"
+    return text or "none"
 
 
 def settings_rows(manifests: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
@@ -44,15 +39,13 @@ def settings_rows(manifests: Mapping[str, Mapping]) -> list[tuple[str, str, str]
 
 def source_rows(sources: Mapping[str, Mapping]) -> list[dict]:
     """Where each pool of data came from, as stage 01 recorded it."""
+    empty = {"revision": "", "note": ""}
     return [
-        {"pool": pool, "revision": "", "note": ""}
+        empty
         | source
-        | {"origin": source.get("repository") or without_folder(source["location"])}
+        | {"pool": pool, "origin": source.get("repository") or without_folder(source["location"])}
         for pool, source in sources.items()
     ]
-
-
-# The page
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -79,16 +72,10 @@ def arms(results: Results, runs: Sequence[ArmRun]) -> list[dict]:
 
 def failure_rows(results: Results) -> list[dict]:
     """Failures of the base model, all heads, random heads and the zones, each with its words."""
-    kinds = [FULL, RANDOM, *(run.arm for run in results.main if run.arm.bucket in (1, results.m))]
-    named = {arm.name: words.arm_words(arm, results.m) for arm in kinds} | {"base": "base"}
+    kinds = [BASE, FULL, RANDOM, *(run.arm for run in results.main if run.arm.bucket in (1, results.m))]
+    named = {arm.name: words.arm_words(arm, results.m) for arm in kinds}
     table = results.failures[results.failures["arm"].isin(list(named))]
     return records(table.assign(label=table["arm"].map(named)).sort_values("benchmark", kind="stable"))
-
-
-def is_shown(table: Table) -> bool:
-    """Whether the page shows a table of main arms: one with printed numbers, or by O and S. Another repeats
-    what stands there already."""
-    return table.has_paper or bool(set(table.rows.get("score", ())) & {"O", "S"})
 
 
 def render(
@@ -98,10 +85,8 @@ def render(
 
     Args:
         manifests: by stage, with stage 06's settings and notes.
-        papers: the paper's tables.
         folder: of the figures.
-        parts: whatever else the page shows: plain (other tables, by name), findings, claims, samples,
-            failure_modes.
+        parts: plain (other tables, by name), findings, claims, samples, failure_modes.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -111,12 +96,16 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "signed": words.signed}
-    environment.filters |= {"records": records, "origin": without_folder}
+    filters = {"number": number, "percent": percent, "signed": words.signed}
+    environment.filters |= filters | {"records": records, "origin": without_folder}
     rows = results.correlations
     own = (rows["family"] == "C") & (rows["buckets"] == results.m)
     others = ~own & (rows["cost"] != "over_refusal_cr") & rows["seed"].isna()
-    return environment.get_template(TEMPLATE).render(
+    # A table of main arms without printed numbers repeats what stands there already, but for buckets by O, S.
+    main = [table for table in papers if not table.ablation]
+    main = [table for table in main if table.has_paper or {*table.rows.get("score", ())} & {"O", "S"}]
+    drawn = {path.stem: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.glob("*.svg"))}
+    return environment.get_template("report.html.jinja").render(
         results=results,
         manifests=manifests,
         **parts,
@@ -128,19 +117,15 @@ def render(
         correlations=records(rows[own]),
         other_correlations=records(rows[others]),
         failures=failure_rows(results),
-        main_tables=[table for table in papers if not table.ablation and is_shown(table)],
+        main_tables=main,
         ablations=[table for table in papers if table.ablation],
         warnings=[
             (stage, examples.UNSEEN.sub("", warning))
             for stage, manifest in manifests.items()
             for warning in manifest["notes"].get("warnings", [])
         ],
-        figures={path.stem: data_uri(path) for path in sorted(folder.glob("*.svg"))},
+        # An image of its own can neither run anything nor mix its ids with others.
+        figures={name: f"data:image/svg+xml;base64,{image}" for name, image in drawn.items()},
         settings=settings_rows(manifests),
         sources=source_rows(manifests["01_calibrate"]["notes"].get("sources", {})),
     )
-
-
-def data_uri(path: Path) -> str:
-    """A figure for the page: an image of its own can neither run anything nor mix its ids with others."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"

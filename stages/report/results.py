@@ -40,6 +40,10 @@ class Results:
     correlations: pd.DataFrame
     failures: pd.DataFrame
 
+    def benchmarks(self, side: str) -> list[str]:
+        """Of one side."""
+        return [name for name, its_side in self.sides.items() if its_side == side]
+
     @cached_property
     def several_seeds(self) -> bool:
         return int(self.means["n_seeds"].max()) > 1
@@ -70,9 +74,8 @@ class Results:
 
     def correlation(self, optimizer: str, cost: str, ranked_by: str = "C", of: int | None = None) -> dict:
         """Over buckets of the run's own map, seeds averaged; empty: they were not tuned."""
-        rows = self.correlations[self.correlations["seed"].isna()]
         labels = {"optimizer": optimizer, "cost": cost, "ranked_by": ranked_by, "measure": ranked_by}
         labels |= {"buckets": of or self.m, "map": OWN}
-        for name, value in labels.items():
-            rows = rows[rows[name] == value]
+        same = (self.correlations[list(labels)] == pd.Series(labels)).all(axis=1)
+        rows = self.correlations[same & self.correlations["seed"].isna()]
         return {} if rows.empty else rows.iloc[0].to_dict()

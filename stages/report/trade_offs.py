@@ -6,24 +6,14 @@ A figure whose arms were not tuned is None.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from stages.method.arms import BASE_RUN, MAML, OWN, SHARES, ArmRun, head_arm
 from stages.report.correlations import FEWEST_POINTS
-from stages.report.costs import pareto_front
-from stages.report.figures import (
-    GREY,
-    INK,
-    LOOKS,
-    MAP_COLOURS,
-    arm_look,
-    arm_name,
-    bucket_look,
-    heat_map,
-    score_limits,
-)
+from stages.report.figures import GREY, INK, LOOKS, arm_look, arm_name, bucket_look, new_figure, score_map
 from stages.report.results import FULL, Results
 from stages.report.words import cost_name
 
@@ -72,10 +62,6 @@ def marker(look: dict, turn: int = 0, size: float = 8) -> dict:
     }
 
 
-def handle(**look) -> Line2D:
-    return Line2D([], [], **look)
-
-
 def place(axes: Axes, results: Results, run: ArmRun, look: dict) -> tuple[float, float]:
     """Draws an arm on the plane of safety and utility; returns where."""
     (x, x_bar), (y, y_bar) = (percent(results, run, side) for side in ("safety", "utility"))
@@ -92,10 +78,8 @@ def localisation(results: Results) -> Figure | None:
     ends.pop(None, None)
     if not ends:
         return None
-    figure = Figure(figsize=(6.4, 6.0), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=[1.0, 1.5])
-    score = results.heads[OWN].conflict_score
-    shown = heat_map(top, score.T, MAP_COLOURS, score_limits(score))
+    figure, (top, bottom) = new_figure(6.4, 6.0, nrows=2, height_ratios=[1.0, 1.5])
+    shown = score_map(top, results.heads[OWN].conflict_score.T)
     figure.colorbar(shown, ax=top, aspect=14, pad=0.01).set_label("$C(h)$")
     top.set(xlabel="layer", ylabel="head", title="Where safety and utility conflict: C of each head")
 
@@ -104,11 +88,21 @@ def localisation(results: Results) -> Figure | None:
         look = marker(arm_look(run.arm, m) | {"color": colour})
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 7, "shrinkB": 6}
         bottom.annotate("", place(bottom, results, run, look), start, arrowprops=arrow, zorder=2)
-        handles[arm_name(run.arm, m)] = handle(**look)
+        handles[arm_name(run.arm, m)] = Line2D([], [], **look)
     bottom.legend(handles.values(), handles.keys(), loc="best")
     plane(bottom)
     bottom.set_title(f"Where tuning them leads ({optimizer}; bars: 95 %)")
     return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Sorted, the points that no other beats in one of the two without losing in the other.
+
+    >>> pareto_front([(0.1, 0.9), (0.5, 0.8), (0.4, 0.7), (0.9, 0.2)])
+    [(0.1, 0.9), (0.5, 0.8), (0.9, 0.2)]
+    """
+    beaten = {(x, y) for x, y in points for s, u in points if (s, u) != (x, y) and s >= x and u >= y}
+    return sorted(point for point in points if point not in beaten)
 
 
 def pareto(results: Results, shown: Sequence[ArmRun], faint: Sequence[ArmRun], title: str) -> Figure | None:
@@ -118,31 +112,29 @@ def pareto(results: Results, shown: Sequence[ArmRun], faint: Sequence[ArmRun], t
     """
     if not shown:
         return None
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(6.4, 4.2)
     spot = {"linestyle": "", "marker": "o", "markersize": 3.5, "color": "#bbbbbb", "markeredgewidth": 0}
-    axes.plot(
-        *(100 * results.means.loc[list(faint), side] for side in ("safety", "utility")), **spot, zorder=1
-    )
+    means = 100 * results.means.loc[list(faint), ["safety", "utility"]]
+    axes.plot(means["safety"], means["utility"], **spot, zorder=1)
     optimizers = [name for name in dict.fromkeys(run.optimizer for run in shown) if name != MAML]
     points, handles = [], {}
     for run in (BASE_RUN, *shown):
         look = arm_look(run.arm, results.m)
         turn = optimizers.index(run.optimizer) if run.optimizer in optimizers else 0
         points.append(place(axes, results, run, marker(look, turn)))
-        handles.setdefault(arm_name(run.arm, results.m), handle(**marker(look)))
+        handles.setdefault(arm_name(run.arm, results.m), Line2D([], [], **marker(look)))
         if run.arm.of_neurons:
             note = {"textcoords": "offset points", "fontsize": 7.5, "color": look["color"]}
             axes.annotate(f"{run.arm.neurons}", points[-1], (6, 5), **note)
-    front = [points[index] for index in pareto_front(*zip(*points, strict=True))]
+    front = pareto_front(points)
     dashed = {"color": GREY, "linewidth": 1.2, "linestyle": "--"}
     axes.step(*zip(*front, strict=True), where="pre", **dashed, zorder=2)
     if len(optimizers) > 1:
         grey = {"color": GREY, "marker": "o"}
-        handles |= {name: handle(**marker(grey, turn)) for turn, name in enumerate(optimizers)}
-    handles["Pareto front"] = handle(**dashed)
+        handles |= {name: Line2D([], [], **marker(grey, turn)) for turn, name in enumerate(optimizers)}
+    handles["Pareto front"] = Line2D([], [], **dashed)
     if faint:
-        handles[f"{len(faint)} ablation arms"] = handle(**spot)
+        handles[f"{len(faint)} ablation arms"] = Line2D([], [], **spot)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     plane(axes)
     axes.set_title(f"{title} (bars: 95 %)")
@@ -157,8 +149,8 @@ def cost_against_conflict(results: Results, cost: str, counts: Sequence[int]) ->
     number of buckets."""
     if not counts:
         return None
-    figure = Figure(figsize=(4.0 * len(counts) + 0.4, 3.7), layout="constrained")
-    for axes, of in zip(np.atleast_1d(figure.subplots(1, len(counts))), counts, strict=True):
+    figure, panels = new_figure(4.0 * len(counts) + 0.4, 3.7, ncols=len(counts), squeeze=False)
+    for axes, of in zip(panels[0], counts, strict=True):
         buckets = [run for run in results.tuned if run.arm.is_zone(of)]
         optimizers = list(dict.fromkeys(run.optimizer for run in buckets))
         for turn, optimizer in enumerate(optimizers):
@@ -177,18 +169,12 @@ def cost_against_conflict(results: Results, cost: str, counts: Sequence[int]) ->
     return figure
 
 
-def cost_points(
-    axes: Axes, results: Results, runs: list[ArmRun], cost: str, turn: int = 0, name: str = ""
-) -> None:
+def cost_points(axes: Axes, results: Results, runs: list[ArmRun], cost: str, turn: int, name: str) -> None:
     """One optimizer's buckets, the least-squares line of those that gained safety, and the correlation in
-    words; buckets without a gain stand as crosses on the axis.
-
-    Args:
-        turn: of the optimizer; name: what stands before the words.
-    """
+    words after `name`; buckets without a gain stand as crosses on the axis. `turn`: of the optimizer."""
     found = results.correlation(runs[0].optimizer, cost, of=runs[0].arm.of)
     means = results.means.loc[runs]
-    fitted = bool(np.isfinite(found["pearson"] if found["pearson"] is not None else np.nan))
+    fitted = not pd.isna(found["pearson"])
     # Names stand on the side that the line leaves free.
     beside = (8, -11) if fitted and found["pearson"] > 0 else (8, 5)
     note = {"textcoords": "offset points", "fontsize": 8}
@@ -207,13 +193,11 @@ def cost_points(
         if not turn and (of <= MANY or bucket in (1, of)):
             axes.annotate(f"$B_{{{bucket}}}$", at, beside, zorder=4, **note)
     if fitted:
-        words = (
-            f"$r$ = {found['pearson']:+.2f}, $\\rho$ = {found['spearman']:+.2f}, {found['n_points']} points"
-        )
+        words = f"$r$ = {found['pearson']:+.2f}, $\\rho$ = {found['spearman']:+.2f}, "
+        words += f"{found['n_points']} points"
         used = means.dropna(subset=cost)
-        x = used["ranked_mean"].to_numpy(dtype=float)
-        slope, intercept = np.polyfit(x, used[cost].to_numpy(dtype=float), 1)
-        ends = np.array([x.min(), x.max()])
+        slope, intercept = np.polyfit(used["ranked_mean"], used[cost], 1)
+        ends = np.array([used["ranked_mean"].min(), used["ranked_mean"].max()])
         dashes = ("-", "--", ":")[turn % 3]
         axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1, linestyle=dashes, zorder=2)
     else:
@@ -268,13 +252,10 @@ def curves(
     at: Mapping[float, str],
     words: tuple[str, str],
 ) -> Figure:
-    """A panel for each of `sides`, in it paths (name -> arms by x, look) and the base model.
-
-    Args:
-        at: ticks and their labels; words: label of the x axis, title.
-    """
-    figure = Figure(figsize=(3.6 * len(sides), 3.4), layout="constrained")
-    for axes, side in zip(figure.subplots(1, len(sides)), sides, strict=True):
+    """A panel for each of `sides`, in it paths (name -> arms by x, look) and the base model; `at`: ticks and
+    their labels, `words`: label of the x axis, title."""
+    figure, panels = new_figure(3.6 * len(sides), 3.4, ncols=len(sides))
+    for axes, side in zip(panels, sides, strict=True):
         for name, (path, look) in paths.items():
             values = [percent(results, run, side) for run in path.values()]
             if values:
@@ -297,13 +278,12 @@ def all_figures(results: Results) -> dict[str, Figure]:
     ablations = [run for run in results.tuned if run not in results.main and run not in neurons]
     counts = sorted({run.arm.of for run in results.tuned if run.arm.is_zone(run.arm.of or 0)})
     own, finer = ([of for of in counts if (of == results.m) == main] for main in (True, False))
+    projected = results.main if len(results.main) > len(sft) else []
     kept, both = "Safety gained and utility kept", "CAST's heads and NeuronTune's neurons"
     made = {
         "figure1_localisation": localisation(results),
-        "figure3_pareto_sft": pareto(results, sft, ablations if sft else [], kept),
-        "figure4_pareto_pcgrad": pareto(
-            results, results.main if len(results.main) > len(sft) else [], [], kept
-        ),
+        "figure3_pareto_sft": pareto(results, sft, ablations, kept),
+        "figure4_pareto_pcgrad": pareto(results, projected, [], kept),
         "figure5_source_cr": cost_against_conflict(results, "source_cr", own if results.source else []),
         "figure6_ucr": cost_against_conflict(results, "ucr", own),
         "finer_buckets": cost_against_conflict(results, "ucr", finer),
@@ -311,4 +291,4 @@ def all_figures(results: Results) -> dict[str, Figure]:
         "neurontune_threshold": over_threshold(results),
         "neurontune_pareto": pareto(results, [*sft, *neurons] if neurons else [], [], both),
     }
-    return {name: figure for name, figure in made.items() if figure is not None}
+    return {name: figure for name, figure in made.items() if figure}

@@ -13,11 +13,7 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference of shares as signed percentage points.
-
-    >>> points(0.12)
-    '+12.0 points'
-    """
+    """A difference of shares as signed percentage points."""
     return f"{100 * difference:+.1f} points".replace("-", "\N{MINUS SIGN}")
 
 
@@ -31,11 +27,7 @@ def zone(bucket: int, of: int) -> str:
 
 
 def arm_words(arm: Arm, m: int) -> str:
-    """An arm for a sentence: "bucket 4 (Safe Zone)", "bucket 2 of 8", "bottom 50 % of C".
-
-    Args:
-        m: the run's own number of buckets.
-    """
+    """An arm for a sentence in a run of `m` buckets: "bucket 4 (Safe Zone)", "bottom 50 % of C"."""
     if arm.of_neurons:
         drawn = "random " if arm.kind == "randomneurons" else ""
         lam = f" at lam {arm.lam:g}" if arm.lam != LAM else ""
@@ -59,10 +51,7 @@ def family_words(arm: Arm, m: int) -> str:
 
 
 def cost_name(cost: str, source: str | None) -> str:
-    """A cost ratio as readers know it: "UCR", "MMLU-CR", "over-refusal-CR".
-
-    Args:
-        source: the benchmark of Eq. 8.
+    """A cost ratio as readers know it: "UCR", "MMLU-CR" of the benchmark `source`, "over-refusal-CR".
 
     >>> cost_name("source_cr", "own_util")
     'OWN-UTIL-CR'

@@ -42,7 +42,7 @@ def identity(settings: Settings) -> str | None:
     if settings.evaluation.judge != "wildguard":
         return None
     name = settings.evaluation.judge_model
-    if problem := models.missing(name):
+    if problem := models.missing(name, option="--judge-model"):
         raise InputError(f"--judge wildguard: {problem}")
     folder = models.local_folder(name)
     models.check_folder(folder)

@@ -182,12 +182,13 @@ def read_options(kind: type[T], argv: list[str], default: T, program: str) -> tu
 
 
 def _value_of(argv: list[str], option: str) -> str | None:
+    value = None  # the last one, as tyro takes it
     for index, argument in enumerate(argv):
         if argument == option and index + 1 < len(argv):
-            return argv[index + 1]
-        if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
-    return None
+            value = argv[index + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.split("=", 1)[1]
+    return value
 
 
 def parse(argv: list[str] | None = None) -> Settings:

@@ -92,7 +92,8 @@ class Job:
         self.notes: dict = {}
         self.info: dict[str, dict] = {}
         """what was noted of each unit that was read: seconds, and the like"""
-        self.judging_again = False
+        started = self.folder / STARTED
+        self.judging_again = started.is_file() and read_json(started)["judging_again"]
         """a finished stage's outputs are kept and only judged again"""
         self.began = time.monotonic()
 
@@ -180,7 +181,7 @@ class Job:
             raise InputError(f"{self.folder} was made from another {' and '.join(changed)}: {again}")
         self.model = old["model"]
         if not done.is_file():
-            self.judging_again, self.info = old["judging_again"], old["units"]
+            self.info = old["units"]
             return False
         for relative, digest in old["outputs"].items():
             path = self.folder / relative
@@ -389,6 +390,4 @@ def unit_states(stage: Stage, settings: Settings, run: RunFolder | None = None) 
     job = Job(stage, settings, run)
     if job.run.is_finished(stage.name):
         return dict.fromkeys(stage.units(job), True)
-    if (started := job.folder / STARTED).is_file():
-        job.judging_again = read_json(started)["judging_again"]
     return {unit: job.part_path(unit).is_file() for unit in stage.units(job)}

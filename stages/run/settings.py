@@ -3,6 +3,7 @@
 They come in groups; a stage rests on whole groups. On the command line and in run.json they are flat.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -190,7 +191,7 @@ class Settings:
     def folder(self) -> Path:
         """Of the run."""
         suffix = "-flax" if self.model.backend == "flax" else ""
-        return Path(self.run.run or f"outputs/{Path(self.run.preset).name}{suffix}")
+        return Path(self.run.run or f"outputs/{Path(self.run.preset).resolve().name}{suffix}")
 
     @cached_property
     def maps(self) -> tuple[MapSpec, ...]:
@@ -283,8 +284,11 @@ def check(settings: Settings) -> None:
         if folds > 0 and values[name] % folds:
             raise InputError(f"{option(name)} must be a multiple of --folds {folds}")
     for name in POSITIVE:
-        if values[name] <= 0:
+        if not 0 < values[name] < math.inf:
             raise InputError(f"{option(name)} must be positive, not {values[name]}")
+    for name, seed in (("seed", settings.data.seed), *(("seeds", seed) for seed in settings.tuning.seeds)):
+        if not 0 <= seed < 2**31:
+            raise InputError(f"{option(name)} must lie in 0 to 2147483647, not {seed}")
     for name in ("model_parallel", "pairs"):
         if values[name] < 0:
             raise InputError(f"{option(name)} must not be negative, not {values[name]}")

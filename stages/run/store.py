@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 PARTS = "parts"
 RUN_FILE = "run.json"
+_AGAIN = "delete its folder and make that again, or choose another --run"
 
 
 def write_table(path: Path, frame: pd.DataFrame, schema: pa.Schema, **metadata: str) -> None:
@@ -49,7 +50,7 @@ def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
         table = pq.read_table(path, columns=columns)
     except (OSError, pa.ArrowException) as error:
         message = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read ({message}): make its stage again") from None
+        raise InputError(f"{path} cannot be read ({message}): {_AGAIN}") from None
     kind = schema.metadata[b"schema"]
     if not stored.equals(schema) or (stored.metadata or {}).get(b"schema") != kind:
         raise InputError(f"{path} has not the columns of {kind.decode()}")
@@ -59,9 +60,12 @@ def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
 def read_json(path: Path) -> dict:
     """InputError names a file that is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}): make its stage again") from None
+        raise InputError(f"{path} cannot be read ({type(error).__name__}): {_AGAIN}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: {_AGAIN}")
+    return content
 
 
 def differences(old: Mapping, new: Mapping) -> str:
