@@ -10,9 +10,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,19 +21,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from backends.base import Backend, Example, Head  # noqa: E402
+import backends  # noqa: E402
+from backends import models as folders  # noqa: E402
+from backends.base import Backend, Example  # noqa: E402
+from backends.core.errors import InputError  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers.utils.logging.disable_progress_bar()
 
 pytest_plugins = ["tests.public_sets", "tests.runs"]
-
-SHARED = ROOT.parent / "shared"
-"""Real public data, present where this project is developed; tests that need it skip elsewhere."""
 
 BACKENDS = ["torch", "flax"]
 KINDS = ["llama-gqa", "qwen2-mha", "qwen2-mqa", "mistral-mqa"]
@@ -44,36 +46,37 @@ ALL_KINDS = [
     f"{family}-{heads}" for family in ("llama", "qwen2", "mistral") for heads in ("mha", "gqa", "mqa")
 ]
 VOCABULARY, LAYERS, HEADS, HEAD_DIM = 97, 3, 4, 8
+ALL_HEADS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 40,  # not H * D, so that mixing the two up fails
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SOME_SLIDE = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 
 
-def write_model(folder: Path, kind: str, seed: int = 0) -> Path:
+def write_model(folder: Path, kind: str) -> Path:
     """A random model with weights large enough that heads matter and greedy tokens vary."""
     family, sharing = kind.split("-")
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 40,  # not H * D, so that mixing the two up fails
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": {"mha": HEADS, "gqa": 2, "mqa": 1}[sharing],
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.25,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    common = COMMON | {"num_key_value_heads": {"mha": HEADS, "gqa": 2, "mqa": 1}[sharing]}
     if family == "llama":
-        rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
-        rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-        config = transformers.LlamaConfig(**common, rope_parameters=rope, tie_word_embeddings=True)
+        config = transformers.LlamaConfig(**common, rope_parameters=dict(ROPE), tie_word_embeddings=True)
     elif family == "qwen2":
-        sliding = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
-        config = transformers.Qwen2Config(**common, **(sliding if sharing == "mqa" else {}))
+        config = transformers.Qwen2Config(**common, **(SOME_SLIDE if sharing == "mqa" else {}))
     else:
         config = transformers.MistralConfig(**common, sliding_window=9)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
@@ -120,8 +123,6 @@ class Pair(NamedTuple):
 
 
 def load_pair(name: str, folder: Path, dtype: str = "float32") -> Pair:
-    import backends
-
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     return Pair(backends.load(name, folder, device="cpu", dtype=dtype), plain)
 
@@ -145,23 +146,19 @@ def pair(request, models) -> Pair:
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def gqa(request, models) -> Pair:
-    """Both backends on one model."""
+    """Either backend on one model."""
     return load_pair(request.param, models["llama-gqa"])
 
 
 @pytest.fixture(scope="module", params=of_kinds(short=COMPILED))
 def both(request, models) -> list[Backend]:
     """Torch and Flax on one model, of every kind."""
-    import backends
-
     return [backends.load(name, models[request.param], device="cpu") for name in BACKENDS]
 
 
 @pytest.fixture(params=BACKENDS)
 def own(request, models) -> Backend:
     """A backend of the test's own, which it may leave changed."""
-    import backends
-
     return backends.load(request.param, models["llama-gqa"], device="cpu")
 
 
@@ -175,31 +172,41 @@ def edited(models, scratch: Path, **config) -> Path:
     return folder
 
 
-def make_examples(
-    count: int, seed: int = 0, shared: int = 5, choices: int = 0, target: int = 4
-) -> list[Example]:
+def change_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Changes tensors of a safetensors file in place."""
+    tensors = {name: tensor.copy() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def make_examples(count: int, seed: int = 0, shared: int = 5, choices: int = 0) -> list[Example]:
     """Rows of unequal length with a common prefix of `shared` tokens (and one duplicate)."""
     generator = np.random.default_rng(seed)
     prefix = generator.integers(3, VOCABULARY, shared)
     examples = []
     for number in range(count):
-        prompt = np.concatenate(
-            [prefix, generator.integers(3, VOCABULARY, 2 + int(generator.integers(0, 9)))]
-        )
+        own = generator.integers(3, VOCABULARY, 2 + int(generator.integers(0, 9)))
+        prompt = np.concatenate([prefix, own]).astype(np.int32)
         if number == count - 1 and count > 2:
             prompt = examples[0].prompt_ids
-        targets = generator.integers(3, VOCABULARY, 1 + int(generator.integers(0, target)))
-        candidates = generator.choice(np.arange(3, VOCABULARY), choices, replace=False)
-        examples.append(
-            Example(
-                example_id=f"e{number}",
-                prompt_ids=prompt.astype(np.int32),
-                target_ids=targets.astype(np.int32),
-                choice_ids=candidates.astype(np.int32),
-                answer=0 if choices else int(targets[0]),
-            )
-        )
+        target = generator.integers(3, VOCABULARY, 1 + int(generator.integers(0, 4))).astype(np.int32)
+        candidates = generator.choice(np.arange(3, VOCABULARY), choices, replace=False).astype(np.int32)
+        answer = 0 if choices else int(target[0])
+        examples.append(Example(f"e{number}", prompt, target, candidates, answer))
     return examples
+
+
+def run_apart(code: str, *arguments: object, **environment: str) -> str:
+    """What code prints in a process of its own, which must end well."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def assert_same(found, expected) -> None:
@@ -210,16 +217,9 @@ def assert_same(found, expected) -> None:
         np.testing.assert_array_equal(tokens, wanted)
 
 
-def all_heads() -> list[Head]:
-    return [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
-
-
 @pytest.fixture(scope="session")
 def smollm():
     """Folder of the embedded model, if this machine has it already or may fetch it; else the test skips."""
-    from backends import models as folders
-    from backends.core.errors import InputError
-
     try:
         return folders.local_folder(folders.EMBEDDED)
     except InputError as error:

@@ -4,13 +4,17 @@ generate. To tune: PEFT and transformers' own loss.
 Shares no code with the backends; tests and benchmarks hold them against it.
 """
 
+import dataclasses
+import json
 from contextlib import contextmanager
 
 import numpy as np
 import peft
+import pytest
 import torch
 import transformers
 
+from backends.core.errors import InputError
 from backends.core.seeds import lora_a
 
 
@@ -39,30 +43,47 @@ def ablated(model, layer: int, head: int, mask: str = "output"):
         hook.remove()
 
 
+@contextmanager
+def doubled(model):
+    """The model in float64, and in float32 again afterwards."""
+    try:
+        yield model.double()
+    finally:
+        model.float()
+
+
 @torch.no_grad()
 def last_logits(model, example) -> torch.Tensor:
+    """[V], of the token after the prompt."""
     ids = torch.from_numpy(example.prompt_ids.astype(np.int64))[None].to(model.device)
     return model(input_ids=ids).logits[0, -1].float()
 
 
-def choice(model, example) -> int:
-    logits = last_logits(model, example)
-    if len(example.choice_ids) == 0:
-        return int(logits.argmax())
-    return int(logits[torch.from_numpy(example.choice_ids.astype(np.int64))].argmax())
+def chosen(logits: torch.Tensor, example) -> int:
+    """As Example.answer."""
+    if len(example.choice_ids):
+        logits = logits[torch.from_numpy(example.choice_ids.astype(np.int64)).to(logits.device)]
+    return int(logits.argmax())
+
+
+def choices(model, examples) -> np.ndarray:
+    return np.array([chosen(last_logits(model, example), example) for example in examples], np.int32)
 
 
 @torch.no_grad()
-def generate(model, example, max_new_tokens: int) -> np.ndarray:
-    ids = torch.from_numpy(example.prompt_ids.astype(np.int64))[None].to(model.device)
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return output[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
+def generate(model, examples, max_new_tokens: int) -> list[np.ndarray]:
+    responses = []
+    for example in examples:
+        ids = torch.from_numpy(example.prompt_ids.astype(np.int64))[None].to(model.device)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        responses.append(output[0, ids.shape[1] :].cpu().numpy().astype(np.int32))
+    return responses
 
 
 def loss(model, example) -> torch.Tensor:
@@ -71,6 +92,21 @@ def loss(model, example) -> torch.Tensor:
     labels = ids.clone()
     labels[:, : len(example.prompt_ids)] = -100
     return model(input_ids=ids, labels=labels).loss
+
+
+def logits(model, examples) -> np.ndarray:
+    """[N, V]."""
+    return np.stack([last_logits(model, example).numpy() for example in examples])
+
+
+def mean_loss(model, examples) -> torch.Tensor:
+    return torch.stack([loss(model, example) for example in examples]).mean()
+
+
+def merged(folder, adapter) -> torch.nn.Module:
+    """PEFT's own merge of an adapter."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
 def lora(folder, recipe) -> peft.PeftModel:
@@ -85,3 +121,22 @@ def lora(folder, recipe) -> peft.PeftModel:
         module = model.base_model.model.model.layers[layer].self_attn.q_proj
         module.lora_A["default"].weight.data = torch.from_numpy(start)
     return model
+
+
+def goes_on(tune, recipe, folder, stop: int) -> None:
+    """A tuning run, tune(recipe), that is stopped after `stop` steps goes on to the identical adapter, and no
+    other run goes on from there. `checkpoint.SECONDS` has to be 0; the state is left in `folder`/state."""
+    whole = dataclasses.replace(recipe, folder=folder / "whole")
+    expected = list(tune(whole))
+    stopped = dataclasses.replace(recipe, folder=folder / "stopped", checkpoint=folder / "state")
+    steps = iter(tune(stopped))
+    for _ in range(stop):
+        next(steps)
+    steps.close()
+    again = tune(stopped)
+    assert json.dumps(list(again)) == json.dumps(expected)  # NaN is NaN here
+    assert again.repeated == stop < len(expected)
+    files = sorted(whole.folder.iterdir())
+    assert files and all((stopped.folder / file.name).read_bytes() == file.read_bytes() for file in files)
+    with pytest.raises(InputError, match="state is another tuning run's"):
+        list(tune(dataclasses.replace(stopped, lr=2 * recipe.lr)))

@@ -1,81 +1,69 @@
-"""NeuronTune's attributions in both backends: against plain autograd, by completeness, against each other."""
+"""NeuronTune's attributions in both backends: against plain autograd, and by completeness."""
 
-import dataclasses
+import contextlib
 
 import numpy as np
 import pytest
 import torch
 
-from backends.core.integration import COMPLETE, NODES, evaluated, integrate, quadrature
+from backends.core.integration import COMPLETE, NODES, integrate, quadrature
 from tests import reference
 from tests.conftest import LAYERS, make_examples
 
 
-def plain_losses(model, example, put) -> torch.Tensor:
+def plain_loss(model, example, put) -> torch.Tensor:
     """Loss with hooks that set neurons at the last prompt token: put(layer, what W_down reads there)."""
     at = len(example.prompt_ids) - 1
 
-    def hook(layer):
-        def replaced(module, args):
-            neurons = args[0].clone()
-            neurons[:, at] = put(layer, neurons[:, at])
-            return neurons
+    def replaced(layer, args):
+        neurons = args[0].clone()
+        neurons[:, at] = put(layer, neurons[:, at])
+        return neurons
 
-        return replaced
-
-    handles = [
-        layer.mlp.down_proj.register_forward_pre_hook(hook(number))
-        for number, layer in enumerate(model.model.layers)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for number, layer in enumerate(model.model.layers):
+            hook = layer.mlp.down_proj.register_forward_pre_hook(
+                lambda _, args, number=number: replaced(number, args)
+            )
+            hooks.callback(hook.remove)
         return reference.loss(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
+@torch.no_grad()
 def plain_neurons(model, example) -> torch.Tensor:
     found = []
-    with torch.no_grad():
-        plain_losses(model, example, lambda _, neurons: found.append(neurons[0].clone()) or neurons)
+    plain_loss(model, example, lambda _, neurons: found.append(neurons[0].clone()) or neurons)
     return torch.stack(found)
 
 
-def plain_attribution(model, example, start, steps, together) -> np.ndarray:
-    """[L, F], one point after another on the whole sequence."""
+def plain_attribution(model, example, start, steps) -> np.ndarray:
+    """[L, F], one point after another on the whole sequence: each layer on its own path from zero, or all
+    together from a start."""
     end = plain_neurons(model, example)
+    apart = [[layer] for layer in range(len(end))] if start is None else [range(len(end))]
     start = torch.zeros_like(end) if start is None else start
     total = torch.zeros_like(end)
     for node, weight in zip(*quadrature(steps), strict=True):
-        for moved in [range(len(end))] if together else [[layer] for layer in range(len(end))]:
+        for moved in apart:
             path = (start + float(node) * (end - start)).requires_grad_(True)
-            loss = plain_losses(
-                model,
-                example,
-                lambda layer, own, path=path, moved=moved: path[layer][None] if layer in moved else own,
-            )
-            (gradient,) = torch.autograd.grad(loss, path)
+
+            def put(layer, own, path=path, moved=moved):
+                return path[layer][None] if layer in moved else own
+
+            (gradient,) = torch.autograd.grad(plain_loss(model, example, put), path)
             total += float(weight) * gradient
     return ((end - start) * total).abs().double().numpy()
 
 
 def test_attributions_are_those_of_plain_loops(pair):
+    """So both backends attribute alike; both in float32, against float64."""
     examples, others = make_examples(2, seed=1), make_examples(2, seed=5)
-    model = pair.plain.double()
-    try:
+    with reference.doubled(pair.plain) as model:
         starts = [plain_neurons(model, example) for example in others]
         expected = [
-            np.mean([plain_attribution(model, example, None, 3, False) for example in examples], axis=0),
-            np.mean(
-                [
-                    plain_attribution(model, example, start, 3, True)
-                    for example, start in zip(examples, starts, strict=True)
-                ],
-                axis=0,
-            ),
+            np.mean([plain_attribution(model, *row, 3) for row in zip(examples, each, strict=True)], axis=0)
+            for each in ([None, None], starts)
         ]
-    finally:
-        pair.plain.float()
     for baselines, wanted in zip((None, others), expected, strict=True):
         found = pair.backend.attribute_neurons(examples, baselines, steps=3).score
         assert found.shape == (LAYERS, pair.backend.shape.mlp_dim) and found.dtype == np.float64
@@ -84,20 +72,18 @@ def test_attributions_are_those_of_plain_loops(pair):
 
 
 def test_attributions_are_complete(gqa):
-    """They sum to what the loss changes along the path."""
-    examples = make_examples(3, seed=2)
+    """They sum to what the loss changes along the path, and leave nothing behind."""
+    own, examples = gqa.backend, make_examples(3, seed=2)
+    before = own.logits(examples)
     for baselines, paths in ((None, LAYERS), (make_examples(3, seed=7), 1)):
-        found = gqa.backend.attribute_neurons(examples, baselines, steps=64)
+        found = own.attribute_neurons(examples, baselines, steps=64)
         assert found.total.shape == found.change.shape == (3, paths)
         assert np.abs(found.change).max() > 1e-2, "the loss must change"
         assert found.gap < 0.01
         np.testing.assert_allclose(found.total, found.change, atol=0.01 * np.abs(found.change).max())
-
-
-def test_a_path_that_goes_nowhere_attributes_nothing(gqa):
-    examples = make_examples(2, seed=3)
-    found = gqa.backend.attribute_neurons(examples, examples, steps=2)
-    assert found.score.max() == 0 and found.gap == 0
+    nowhere = own.attribute_neurons(examples, examples, steps=2)
+    assert nowhere.score.max() == 0 and nowhere.gap == 0
+    np.testing.assert_array_equal(own.logits(examples), before)
 
 
 def test_quadrature_is_exact_on_polynomials():
@@ -126,9 +112,6 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
     np.testing.assert_allclose(total, change, atol=2 * COMPLETE)
     np.testing.assert_allclose(own[0, :, 0], np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
     calls.clear()
-    integrate(evaluate, 1, 3, 2 * NODES - 1)
-    assert len(calls) == 1
-    calls.clear()
     apart, _, _ = integrate(evaluate, 3, 1, 64)  # of three examples each to its own accuracy
     assert calls[0].tolist() == [NODES + 2] * 3
     np.testing.assert_array_equal(apart[2, 0], own[0, 2])
@@ -147,40 +130,3 @@ def test_rounding_is_no_reason_for_more_nodes():
     assert calls == [NODES + 2]
     integrate(evaluate, 1, 1, 64)
     assert sum(calls[1:]) > 32
-
-
-def test_rows_are_evaluated_by_path_and_few_at_a_time():
-    calls = []
-
-    def evaluate(paths, points):
-        calls.append(paths.tolist())
-        return points, np.stack([paths, points], axis=1)
-
-    paths, points = np.array([2, 0, 1, 0, 2]), np.arange(5.0)
-    along, gradient = evaluated([1, 2, 5], 4, evaluate)(paths, points)
-    assert calls == [[0, 0, 1], [2], [2]]
-    np.testing.assert_array_equal(along, points)
-    np.testing.assert_array_equal(gradient, np.stack([paths, points], axis=1))
-
-
-@pytest.mark.long
-def test_both_backends_attribute_alike(both):
-    """Targets of three and four tokens: another length would be another program to compile."""
-    examples, others = make_examples(3, seed=1), make_examples(3, seed=5)
-    examples = [
-        dataclasses.replace(example, target_ids=np.resize(example.target_ids, 3 + at % 2))
-        for at, example in enumerate(examples)
-    ]
-    for baselines in (None, others):
-        left, right = (backend.attribute_neurons(examples, baselines, steps=16) for backend in both)
-        np.testing.assert_allclose(left.score, right.score, rtol=0, atol=1e-5 * left.score.max())
-        np.testing.assert_allclose(left.change, right.change, atol=1e-5 * np.abs(left.change).max())
-        best = [np.argsort(-attribution.score.ravel(), kind="stable")[:20] for attribution in (left, right)]
-        assert set(best[0]) == set(best[1])
-
-
-def test_attribution_leaves_nothing_behind(own):
-    examples = make_examples(2)
-    before = own.logits(examples)
-    own.attribute_neurons(examples, None, steps=2)
-    np.testing.assert_array_equal(own.logits(examples), before)

@@ -45,23 +45,17 @@ def prompt_of(ids) -> Example:
 # Exactness
 
 
-def test_tokens_are_the_plain_decoders_and_transformers(torch_pair):
-    """Also where the whole model slides a window shorter than its prompts (Mistral here)."""
+def test_tokens_are_the_plain_decoders_and_transformers(torch_pair, monkeypatch):
+    """Also where the whole model slides a window shorter than its prompts (Mistral here), with few rows side
+    by side and prompts cut."""
     own, prompts = torch_pair.backend, make_examples(9)
     assert len({len(prompt.prompt_ids) for prompt in prompts}) > 3
-    found = continuous.generate(own.model.model, prompts, 24, own.model.eos)
-    assert_same(found, own.generate(prompts, 24))
-    assert_same(found, [reference.generate(torch_pair.plain, prompt, 24) for prompt in prompts])
-
-
-@pytest.mark.parametrize("kind", ["llama-gqa", "qwen2-mqa", "mistral-mqa"])
-def test_tokens_hang_neither_on_the_rows_nor_on_how_prompts_are_cut(models, monkeypatch, kind):
+    expected = own.generate(prompts, 24)
+    assert_same(expected, reference.generate(torch_pair.plain, prompts, 24))
+    assert_same(continuous.generate(own.model.model, prompts, 24, own.model.eos), expected)
     monkeypatch.setattr(continuous, "ROWS_SDPA", 2)
     monkeypatch.setattr(continuous, "TOKENS_SDPA", 5)
-    own = backends.load("torch", models[kind], device="cpu")
-    prompts = make_examples(7, seed=3)
-    assert max(len(prompt.prompt_ids) for prompt in prompts) > 10
-    assert_same(continuous.generate(own.model.model, prompts, 12, own.model.eos), own.generate(prompts, 12))
+    assert_same(continuous.generate(own.model.model, prompts, 24, own.model.eos), expected)
 
 
 def test_every_end_of_a_response_is_kept(own):
@@ -74,14 +68,10 @@ def test_every_end_of_a_response_is_kept(own):
     lengths = [len(response) for response in found]
     assert min(lengths) < 4 and max(lengths) == 12
     assert all(response[-1] in eos for response in found if len(response) < 12)
-    own.model.eos = frozenset()
-    assert_same(continuous.generate(own.model.model, prompts, 5, set()), own.generate(prompts, 5))
-
-
-def test_responses_longer_than_a_block_of_the_pool(own):
-    generator = np.random.default_rng(0)
+    own.model.eos, generator = frozenset(), np.random.default_rng(0)
     prompts = [prompt_of(generator.integers(3, VOCABULARY, size)) for size in (230, 300, 520)]
-    assert_same(continuous.generate(own.model.model, prompts, 40, own.model.eos), own.generate(prompts, 40))
+    found = continuous.generate(own.model.model, prompts, 40, set())  # longer than a block of the pool
+    assert_same(found, own.generate(prompts, 40))
 
 
 def test_an_adapter_in_the_model_answers(own, adapter, monkeypatch):
@@ -90,52 +80,38 @@ def test_an_adapter_in_the_model_answers(own, adapter, monkeypatch):
     clean, expected = own.generate(prompts, 16), own.generate(prompts, 16, adapter)
     assert any(not np.array_equal(tokens, other) for tokens, other in zip(clean, expected, strict=True))
     calls = []
-
-    def handles(model):
-        calls.append(model)
-        return True
-
-    monkeypatch.setattr(continuous, "handles", handles)
+    monkeypatch.setattr(continuous, "handles", lambda model: calls.append(model) or True)
     assert_same(own.generate(prompts, 16, adapter), expected)
     assert_same(own.generate(prompts, 16), clean)
     assert calls == [own.model.model] * 2 and own.model.model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(continuous, "generate", None)
-    assert dict(own.sweep_generations(prompts[:2], [(1, 0)], 4)).keys() == {(1, 0)}, (
-        "the sweep decodes by itself"
-    )
+    swept = dict(own.sweep_generations(prompts[:2], [(1, 0)], 4))
+    assert swept.keys() == {(1, 0)}, "the sweep decodes by itself"
 
 
 # Failures
 
 
-def test_a_dropped_response_is_noticed(own, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names, found: found.pop(names[1]), "of 4 responses 0 failed and 1 are missing"),
+        (lambda names, found: found[names[0]].generated_tokens.pop(), "is not a whole one to its prompt"),
+        (lambda names, found: names.reverse(), "is not a whole one to its prompt"),
+    ],
+    ids=["dropped", "cut short", "another's"],
+)
+def test_a_response_that_is_not_a_whole_one_to_its_prompt_is_noticed(own, monkeypatch, change, message):
     run = continuous._run
 
-    def dropping(*arguments):
+    def changed(*arguments):
         names, found = run(*arguments)
-        del found[names[1]]
+        change(names, found)
         return names, found
 
-    monkeypatch.setattr(continuous, "_run", dropping)
-    with pytest.raises(InputError, match="of 5 responses 0 failed and 1 are missing"):
-        continuous.generate(own.model.model, make_examples(5), 4, own.model.eos)
-
-
-def test_a_response_cut_short_or_anothers_is_noticed(own, monkeypatch):
-    run = continuous._run
-    for change in (
-        lambda names, found: found[names[0]].generated_tokens.pop(),
-        lambda names, found: names.reverse(),
-    ):
-
-        def changed(*arguments, change=change):
-            names, found = run(*arguments)
-            change(names, found)
-            return names, found
-
-        monkeypatch.setattr(continuous, "_run", changed)
-        with pytest.raises(InputError, match="is not a whole one to its prompt"):
-            continuous.generate(own.model.model, make_examples(2), 4, set())
+    monkeypatch.setattr(continuous, "_run", changed)
+    with pytest.raises(InputError, match=message):
+        continuous.generate(own.model.model, make_examples(4), 4, set())
 
 
 def test_a_step_that_fails_ends_with_a_line(own, monkeypatch):
@@ -157,16 +133,11 @@ def test_a_step_that_fails_ends_with_a_line(own, monkeypatch):
 
 # Where, and how large
 
-CUDA = SimpleNamespace(type="cuda")
-
-
-def config(**window):
-    return transformers.Qwen2Config(num_hidden_layers=4, **window)
-
 
 def test_the_cpu_and_models_of_mixed_windows_are_the_plain_decoders(own, monkeypatch):
     def on_cuda(dtype=torch.bfloat16, **window):
-        return SimpleNamespace(device=CUDA, dtype=dtype, config=config(**window))
+        config = transformers.Qwen2Config(num_hidden_layers=4, **window)
+        return SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=dtype, config=config)
 
     assert not continuous.handles(own.model.model)
     assert continuous.handles(on_cuda())

@@ -2,14 +2,12 @@
 other."""
 
 import dataclasses
-import json
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import backends
 from backends.base import GainRecipe, Selection, Task
@@ -18,7 +16,7 @@ from backends.core.errors import InputError
 from backends.core.schedules import draw_task_rows, gain_bounds, outer_steps
 from backends.flax import adapter as peft_folder
 from tests import reference
-from tests.conftest import BACKENDS, LAYERS, assert_same, make_examples
+from tests.conftest import BACKENDS, LAYERS, assert_same, change_tensors, make_examples
 
 RECIPE = GainRecipe(lr=0.1, inner_lr=2.0, inner_steps=2, batch=4, max_length=64, seed=3, epochs=4)
 CHOSEN = Selection(safety=((0, 1), (2, 0), (2, 3)), utility=((0, 2), (1, 5)))
@@ -56,14 +54,10 @@ def test_gains_stay_in_their_bounds_and_others_at_one(own):
     assert free.sum() == 5 and (gains[~free] == 1).all() and (gains[free] != 1).sum() >= 3
     np.testing.assert_array_equal(own.logits(rows), before)
     assert np.abs(own.logits(rows, tuning.adapter) - before).max() > 1e-3
-
-
-def test_without_neurons_the_model_is_the_base_bit_for_bit(own, models):
-    rows = make_examples(4)
-    tuning = own.tune_gains(tasks(), Selection((), ()), RECIPE)
-    assert list(tuning) == [] and (gains_of(tuning.adapter) == 1).all()
-    np.testing.assert_array_equal(own.logits(rows, tuning.adapter), own.logits(rows))
-    assert_same(own.generate(rows, 6, tuning.adapter), own.generate(rows, 6))
+    nothing = own.tune_gains(tasks(), Selection((), ()), RECIPE)
+    assert list(nothing) == [] and (gains_of(nothing.adapter) == 1).all()
+    np.testing.assert_array_equal(own.logits(rows, nothing.adapter), before)  # bit for bit
+    assert_same(own.generate(rows, 6, nothing.adapter), own.generate(rows, 6))
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -72,27 +66,25 @@ def gained(request, models):
     own = backends.load(request.param, models["llama-gqa"], device="cpu")
     tuning = own.tune_gains(tasks(), CHOSEN, dataclasses.replace(RECIPE, epochs=1))
     list(tuning)
-    path = tuning.adapter / "adapter_model.safetensors"
     generator = np.random.default_rng(1)
-    tensors = {
-        name: generator.uniform(0, 2, tensor.shape).astype(np.float32)
-        for name, tensor in load_file(path).items()
-    }
-    save_file(tensors, path, metadata={"format": "pt"})
+
+    def scatter(tensors):
+        for gains in tensors.values():
+            gains[:] = generator.uniform(0, 2, gains.shape)
+
+    change_tensors(tuning.adapter / "adapter_model.safetensors", scatter)
     return tuning.adapter
 
 
 def test_gains_answer_as_in_peft_and_as_merged(own, models, gained):
     """Each backend with the adapters of both, against PEFT's merge."""
     rows = make_examples(6, seed=7)
-    base = transformers.AutoModelForCausalLM.from_pretrained(models["llama-gqa"])
-    merged = peft.PeftModel.from_pretrained(base, gained).merge_and_unload()
-    found, clean = own.logits(rows, gained), own.logits(rows)
-    for logits, example in zip(found, rows, strict=True):
-        expected = reference.last_logits(merged, example).numpy()
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    assert np.abs(found - clean).max() > 0.1
-    assert_same(own.generate(rows, 8, gained), [reference.generate(merged, example, 8) for example in rows])
+    merged = reference.merged(models["llama-gqa"], gained)
+    found, expected = own.logits(rows, gained), reference.logits(merged, rows)
+    for logits, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    assert np.abs(found - own.logits(rows)).max() > 0.1
+    assert_same(own.generate(rows, 8, gained), reference.generate(merged, rows, 8))
 
 
 def test_an_outer_step_is_maml_written_out(own, models):
@@ -109,10 +101,7 @@ def test_an_outer_step_is_maml_written_out(own, models):
             layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, at=at: (args[0] * gains[at],))
             for at, layer in enumerate(model.model.layers)
         ]
-        safe, util = (
-            torch.stack([reference.loss(model, example) for example in part]).mean()
-            for part in (rows.safe, rows.util)
-        )
+        safe, util = (reference.mean_loss(model, part) for part in (rows.safe, rows.util))
         for hook in hooks:
             hook.remove()
         return safe, util, recipe.lam * safe + (1 - recipe.lam) * util
@@ -179,34 +168,22 @@ def test_support_and_query_share_no_row_and_tasks_take_turns():
 
 def test_a_stopped_run_goes_on_to_the_identical_gains(own, scratch, monkeypatch):
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    recipe = dataclasses.replace(RECIPE, epochs=2, folder=scratch / "whole")
-    expected = list(own.tune_gains(tasks(), CHOSEN, recipe))
-    recipe = dataclasses.replace(recipe, folder=scratch / "stopped", checkpoint=scratch / "state")
-    steps = iter(own.tune_gains(tasks(), CHOSEN, recipe))
-    for _ in range(4):
-        next(steps)
-    steps.close()
-    again = own.tune_gains(tasks(), CHOSEN, recipe)
-    records = list(again)
-    assert again.repeated == 4 and json.dumps(records) == json.dumps(expected)
-    for file in sorted((scratch / "whole").iterdir()):
-        assert (scratch / "stopped" / file.name).read_bytes() == file.read_bytes(), file.name
-    with pytest.raises(InputError, match="state is another tuning run's"):
-        list(own.tune_gains(tasks(), CHOSEN, dataclasses.replace(recipe, lam=0.9)))
+    recipe = dataclasses.replace(RECIPE, epochs=2)
+    reference.goes_on(lambda recipe: own.tune_gains(tasks(), CHOSEN, recipe), recipe, scratch, 4)
 
 
 def test_wrong_arguments_are_named(gqa, scratch):
     own, rows = gqa.backend, make_examples(3)
-    with pytest.raises(ValueError, match="no examples"):
-        own.attribute_neurons([])
-    with pytest.raises(ValueError, match="baselines: 2 for 3"):
-        own.attribute_neurons(rows, rows[:2])
-    with pytest.raises(ValueError, match="no neuron"):
-        own.tune_gains(tasks(), Selection(((9, 0),), ()), RECIPE)
-    with pytest.raises(ValueError, match="given twice"):
-        own.tune_gains(tasks(), Selection(((0, 0),), ((0, 0),)), RECIPE)
-    with pytest.raises(ValueError, match="task one: at least two harmful"):
-        own.tune_gains([Task("one", tuple(rows[:1]), tuple(rows))], CHOSEN, RECIPE)
+    small = [Task("one", tuple(rows[:1]), tuple(rows))]
+    for call, message in (
+        (lambda: own.attribute_neurons([]), "no examples"),
+        (lambda: own.attribute_neurons(rows, rows[:2]), "baselines: 2 for 3"),
+        (lambda: own.tune_gains(tasks(), Selection(((9, 0),), ()), RECIPE), "no neuron"),
+        (lambda: own.tune_gains(tasks(), Selection(((0, 0),), ((0, 0),)), RECIPE), "given twice"),
+        (lambda: own.tune_gains(small, CHOSEN, RECIPE), "task one: at least two harmful"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     peft_folder.write_gains(scratch / "short", np.ones((LAYERS - 1, own.shape.mlp_dim), np.float32))
     if own.name == "flax":
         with pytest.raises(InputError, match="gains of W_down's input are not those"):

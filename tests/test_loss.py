@@ -42,17 +42,17 @@ def test_a_line_is_its_rows(plain, kind, shared, monkeypatch):
             assert float((found - wanted).abs().max()) < 1e-6 * float(wanted.abs().max())
 
 
-def test_rows_that_a_window_cuts_are_padded(plain):
-    long = packing.join([row.prompt_ids for row in make_examples(4, shared=8)], 0)
-    short = packing.join([row.prompt_ids[:6] for row in make_examples(4)], 0)
-    assert torch_loss._line_pays(plain["llama-gqa"], long) and torch_loss._line_pays(plain["qwen2-mha"], long)
-    for kind in ("mistral-mqa", "qwen2-mqa"):
-        assert not torch_loss._line_pays(plain[kind], long) and torch_loss._line_pays(plain[kind], short)
-
-
-def test_long_rows_are_padded_unless_they_share_much(plain):
+def test_rows_that_a_window_cuts_or_that_are_long_and_share_little_are_padded(plain):
     generator = np.random.default_rng(4)
-    rows = [generator.integers(3, 90, 700).astype(np.int32) for _ in range(4)]
-    assert not torch_loss._line_pays(plain["llama-gqa"], packing.join(rows, 0))
-    rows = [np.concatenate([rows[0], row[:20]]) for row in rows]
-    assert torch_loss._line_pays(plain["llama-gqa"], packing.join(rows, 0))
+    apart = [generator.integers(3, 90, 700).astype(np.int32) for _ in range(4)]
+    alike = [np.concatenate([apart[0], row[:20]]) for row in apart]
+    rows = [row.prompt_ids for row in make_examples(4, shared=8)]
+    short = [row.prompt_ids[:6] for row in make_examples(4)]
+    for sequences, joined in (
+        (rows, {"llama-gqa", "qwen2-mha"}),
+        (short, set(KINDS)),
+        (apart, set()),
+        (alike, {"llama-gqa", "qwen2-mha"}),
+    ):
+        line = packing.join(sequences, 0)
+        assert {kind for kind in KINDS if torch_loss._line_pays(plain[kind], line)} == joined

@@ -1,36 +1,32 @@
 """Model folders: which ones are refused, and how; the ones made here are made once."""
 
-import json
+import functools
 import multiprocessing
 import re
 import shutil
 import subprocess
+from unittest import mock
 
+import huggingface_hub
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import errors
 
 import backends
 from backends import models as folders
 from backends.core.errors import InputError
 from backends.models import sources
+from tests.conftest import BACKENDS, change_tensors, edited
 
 
 @pytest.fixture()
 def model(models, scratch):
-    folder = scratch / "model"
-    shutil.copytree(models["llama-gqa"], folder)
-    return folder
+    return edited(models, scratch)
 
 
-def edit(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def refused(folder, message):
+def refused(folder, message, backend="torch"):
     with pytest.raises(InputError, match=message) as raised:
-        backends.load("torch", folder, device="cpu")
+        backends.load(backend, folder, device="cpu")
     assert "\n" not in str(raised.value)
 
 
@@ -40,47 +36,51 @@ def test_not_a_model_folder(scratch):
         folders.local_folder("./not/here")
 
 
-def test_architecture_and_attributes_are_refused_by_name(model):
-    edit(model, architectures=["GemmaForCausalLM"])
-    refused(model, "architecture GemmaForCausalLM")
-    edit(model, architectures=["LlamaForCausalLM"], attn_logit_softcapping=50.0)
-    refused(model, "attribute attn_logit_softcapping = 50.0")
-    edit(model, attn_logit_softcapping=0)  # 0 == False, but it is no default
-    refused(model, "attribute attn_logit_softcapping = 0 is")
-    edit(model, attn_logit_softcapping=False, use_cache=0, hidden_act="gelu")
-    refused(model, "hidden_act = 'gelu'")
-    edit(model, hidden_act="silu", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4})
-    refused(model, "rope_type 'yarn'")
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
 
 
-def test_missing_and_damaged_files_are_named(model):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM"),
+        ({"attn_logit_softcapping": 50.0}, "attribute attn_logit_softcapping = 50.0"),
+        ({"attn_logit_softcapping": 0}, "attribute attn_logit_softcapping = 0 is"),  # 0 == False, no default
+        ({"attn_logit_softcapping": False, "use_cache": 0, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_parameters": YARN}, "rope_type 'yarn'"),
+    ],
+)
+def test_architecture_and_attributes_are_refused_by_name(models, scratch, changes, message):
+    refused(edited(models, scratch, **changes), message)
+
+
+QUERY, EXTRA = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.extra.weight"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_do_not_fit_or_are_damaged_are_named(model, backend):
     weights = model / "model.safetensors"
     content = weights.read_bytes()
+    for change, message in (
+        (lambda tensors: tensors.pop(QUERY), f"1 weights are missing, the first is {QUERY}"),
+        (
+            lambda tensors: tensors.update({EXTRA: np.ones(2, "f4")}),
+            f"1 weights are unexpected, the first is {EXTRA}",
+        ),
+        (
+            lambda tensors: tensors.update({QUERY: tensors[QUERY] * np.nan}),
+            f"{QUERY} holds values that are not finite",
+        ),
+    ):
+        weights.write_bytes(content)
+        change_tensors(weights, change)
+        refused(model, message, backend)
     weights.write_bytes(content[: len(content) // 2])
-    refused(model, "weights cannot be loaded")
+    refused(model, "weights cannot be loaded", backend)
     weights.unlink()
-    refused(model, "no [*].safetensors")
+    refused(model, "no [*].safetensors", backend)
     weights.write_bytes(content)
     (model / "config.json").write_text("{")
-    refused(model, "config.json cannot be read")
-
-
-def test_weights_that_are_not_finite_are_named(model):
-    path = model / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(tensors, path, metadata={"format": "pt"})
-    refused(model, "model.layers.1.mlp.up_proj.weight holds values that are not finite")
-
-
-def test_weights_that_do_not_fit_the_architecture_are_named(model):
-    path = model / "model.safetensors"
-    tensors = load_file(path)
-    save_file(tensors | {"model.layers.0.extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
-    refused(model, "1 weights are unexpected, the first is model.layers.0.extra.weight")
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    refused(model, "1 weights are missing, the first is model.layers.2.mlp.up_proj.weight")
+    refused(model, "config.json cannot be read", backend)
 
 
 def test_a_tokenizer_without_chat_template(scratch):
@@ -97,63 +97,50 @@ def test_a_tokenizer_without_chat_template(scratch):
 
 
 def test_devices_and_dtypes_and_names(models):
-    for options, message in (
-        ({"device": "cuda:7"}, "sees"),
-        ({"device": "warp"}, "no such device"),
-        ({"device": "meta"}, "not handled"),
-        ({"dtype": "float16"}, "float16"),
+    load = functools.partial(backends.load, model_dir=models["llama-gqa"])
+    for name, options, message in (
+        ("torch", {"device": "cuda:7"}, "sees"),
+        ("torch", {"device": "warp"}, "no such device"),
+        ("torch", {"device": "meta"}, "not handled"),
+        ("torch", {"dtype": "float16"}, "float16"),
+        ("flax", {"device": "cpu", "dtype": "float16"}, "--dtype float16"),
+        *(
+            ("flax", {"device": device}, rf"--device {device}: JAX .* sees cpu:0")
+            for device in ("cuda", "cpu:7", "cpu:x", "npu")
+        ),
+        ("tensorflow", {}, "unknown backend 'tensorflow'"),
     ):
         with pytest.raises(InputError, match=message):
-            backends.load("torch", models["llama-gqa"], **options)
-    with pytest.raises(InputError, match="unknown backend 'tensorflow'"):
-        backends.load("tensorflow", models["llama-gqa"])
-    assert backends.load("torch", models["llama-gqa"], device="cpu", dtype="auto").dtype in (
-        "float32",
-        "bfloat16",
-    )
+            load(name, **options)
+    assert load("torch", device="cpu", dtype="auto").dtype in ("float32", "bfloat16")
 
 
 def test_hub_errors_say_how_to_get_access(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def failing(error):
-        def download(*_, **__):
-            raise error
-
-        return download
-
-    gated = errors.GatedRepoError.__new__(errors.GatedRepoError)
-    for error, message in (
-        (gated, r"gated: accept its terms at https://huggingface.co/a/b"),
-        (errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError), "not on the hub"),
-        (errors.LocalEntryNotFoundError("offline"), "neither in the local cache nor reachable"),
-        (ConnectionError("down"), "neither in the local cache nor reachable"),
+    away = "neither in the local cache nor reachable"
+    for kind, message in (
+        (errors.GatedRepoError, r"gated: accept its terms at https://huggingface.co/a/b"),
+        (errors.RepositoryNotFoundError, "not on the hub"),
+        (errors.LocalEntryNotFoundError, away),
+        (ConnectionError, away),
     ):
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", failing(error))
+        failing = mock.Mock(side_effect=kind.__new__(kind))
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
         with pytest.raises(InputError, match=message):
             folders.local_folder("a/b")
-        monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", failing(error))
+        monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", failing)
         assert re.search(message, folders.missing("a/b"))
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", lambda *_, **__: None)
     assert folders.missing("a/b") is None
 
 
-def _make(folder, queue):
-    queue.put(str(sources._made_once("thing", "x/y", lambda target: (target / "made").write_text("x"))))
-
-
 def test_made_once_by_two_processes(scratch, monkeypatch):
     monkeypatch.setenv("CAST_CACHE", str(scratch))
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    both = [context.Process(target=_make, args=(scratch, queue)) for _ in range(2)]
-    for process in both:
-        process.start()
-    paths = {queue.get(timeout=60) for _ in both}
-    for process in both:
-        process.join()
-    assert paths == {str(scratch / "models/thing")}
+    (scratch / "source").mkdir()
+    (scratch / "source/made").write_text("x")
+    fill = functools.partial(shutil.copytree, scratch / "source", dirs_exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.starmap(sources._made_once, [("thing", "x/y", fill)] * 2, chunksize=1)
+    assert found == [scratch / "models/thing"] * 2
     assert (scratch / "models/thing/made").read_text() == "x"
 
     def broken(target):
@@ -177,10 +164,6 @@ def test_embedded_model_without_a_network_says_so(scratch, monkeypatch):
 def test_hashes_change_with_content(model):
     before = folders.weights_sha256(model), folders.tokenizer_sha256(model)
     assert before == (folders.weights_sha256(model), folders.tokenizer_sha256(model))
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    change_tensors(model / "model.safetensors", lambda tensors: tensors.update({QUERY: tensors[QUERY] + 1}))
     (model / "tokenizer_config.json").write_text('{"a": 1}')
-    after = folders.weights_sha256(model), folders.tokenizer_sha256(model)
-    assert before[0] != after[0] and before[1] != after[1]
-    assert torch.isfinite(tensors["model.norm.weight"]).all()
+    assert before[0] != folders.weights_sha256(model) and before[1] != folders.tokenizer_sha256(model)

@@ -1,26 +1,22 @@
-"""How prompts are joined, responses guessed and memory planned: what the sweeps of both backends rest on."""
+"""How prompts are joined and memory planned: what the sweeps of both backends rest on."""
 
 import numpy as np
 import pytest
 
-from backends.base import Example, Shape
+from backends.base import Shape
 from backends.core import budgets, packing
-from backends.core.drafts import Trie
 from backends.core.errors import InputError
-
-
-def prompts(seed: int, count: int) -> list[np.ndarray]:
-    """Few different tokens, so that beginnings of all lengths are shared, and some whole prompts."""
-    generator = np.random.default_rng(seed)
-    made = [generator.integers(0, 2, generator.integers(1, 9)).astype(np.int32) for _ in range(count)]
-    start = np.array([7, 7], np.int32)
-    return [np.concatenate([start, prompt]) for prompt in made]
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("tokens", "most", "multiple"), [(10**6, 0, 1), (12, 0, 1), (30, 3, 1), (30, 0, 4)])
 def test_lines_hold_every_beginning_once(seed, tokens, most, multiple):
-    sequences = prompts(seed, 1 + seed)
+    """Of sequences of few different tokens, so that beginnings of all lengths are shared, and some wholly."""
+    generator, start = np.random.default_rng(seed), np.array([7, 7], np.int32)
+    sequences = [
+        np.concatenate([start, generator.integers(0, 2, generator.integers(1, 9)).astype(np.int32)])
+        for _ in range(1 + seed)
+    ]
     lines = packing.lines(sequences, tokens, min(map(len, sequences)), most, multiple)
     assert sorted(np.concatenate([line.rows for line in lines])) == list(range(len(sequences)))
     for line in lines:
@@ -39,24 +35,6 @@ def test_lines_hold_every_beginning_once(seed, tokens, most, multiple):
         np.testing.assert_array_equal(
             line.columns[:, line.prefix :].ravel()[line.picks], np.arange(line.prefix, len(line.ids))
         )
-
-
-def test_a_long_prompt_does_not_widen_the_grid_of_many_short_ones():
-    short = [np.array([1, number], np.int32) for number in range(2, 60)]
-    long = [np.arange(1000, 1400, dtype=np.int32)]
-    lines = packing.lines([*short, *long], 500, 2)
-    assert [len(line.rows) for line in lines] == [58, 1]
-    assert len(packing.join([*short, *long], 2).rows) == 59
-
-
-def test_the_commonest_way_on_is_guessed():
-    known = Trie()
-    for tokens in ([1, 2, 3], [1, 4, 5, 6], [1, 4, 7]):
-        known.add(0, tokens)
-    assert known.guess(0, 9) == [1, 4, 5, 6], "of two as common, the first seen"
-    assert known.guess(0, 2) == [1, 4]
-    node = known.add(0, [1, 2])
-    assert known.guess(node, 5) == [3] and known.guess(known.add(node, [9]), 5) == []
 
 
 SHAPE = Shape(layers=10, heads=4, kv_heads=2, head_dim=8, model_dim=32, mlp_dim=64, vocab=100)
@@ -80,18 +58,3 @@ def test_a_containers_limit_counts(monkeypatch, scratch):
     for text, expected in (("max\n", whole), (f"{2**30}\n", 2**30)):
         limit.write_text(text)
         assert budgets.machine_bytes() == expected
-
-
-def test_passes_keep_every_row_with_neighbours_in_length():
-    generator = np.random.default_rng(3)
-    for _ in range(50):
-        lengths = generator.integers(1, 200, int(generator.integers(1, 12)))
-        rows = [
-            Example(str(at), np.zeros(size, np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32), 0)
-            for at, size in enumerate(lengths)
-        ]
-        found = packing.passes(rows, 4)
-        assert sorted(int(row.example_id) for some in found for row in some) == list(range(len(rows)))
-        assert [len(some) for some in found[:-1]] == [4] * (-(-len(rows) // 4) - 1) and len(found[-1]) <= 4
-        own = [len(row.prompt_ids) for some in found for row in some]
-        assert own == sorted(own, reverse=True)

@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 import backends
 from backends import models as folders
 from backends.base import Recipe
-from backends.core import packing
 from backends.torch import continuous
-from backends.torch import loss as torch_loss
 from data.embedded import generate as embedded
 from data.rendering import Renderer, example
 from stages.method import gradients, metrics
@@ -38,55 +35,23 @@ def rows(smollm):
     return of
 
 
-def test_generation_is_transformers_generate(real, rows):
-    prompts = rows("safe", 4)
-    expected = [reference.generate(real.model.model, prompt, 12) for prompt in prompts]
-    assert_same(real.generate(prompts, 12), expected)
-
-
-def test_continuous_batching_says_the_same(real, rows):
-    """As on CUDA: few rows side by side, prompts cut, one response ending while others go on."""
+def test_generation_and_continuous_batching_are_transformers_generate(real, rows):
+    """The second as on CUDA: few rows side by side, prompts cut, one response ending while others go on."""
     prompts = rows("safe", 4) + rows("facts", 2)
-    found = continuous.generate(real.model.model, prompts, 24, real.model.eos)
-    assert len({len(tokens) for tokens in found}) > 1, "all of one length"
-    assert_same(found, real.generate(prompts, 24))
-
-
-def test_rows_as_a_line_lose_what_they_lose_alone(real, rows, monkeypatch):
-    examples = rows("safe", 8)
-    sequences, _ = packing.training_rows(examples)
-    assert len(packing.join(sequences, 0).ids) < 0.75 * sum(map(len, sequences))
-    with torch.no_grad():
-        line = torch_loss.example_losses(real.model.model, examples)
-        monkeypatch.setattr(torch_loss, "_line_pays", lambda *_: False)
-        torch.testing.assert_close(
-            line, torch_loss.example_losses(real.model.model, examples), rtol=1e-5, atol=0
-        )
+    expected = reference.generate(real.model.model, prompts, 24)
+    assert len({len(tokens) for tokens in expected}) > 1, "all of one length"
+    assert_same(real.generate(prompts, 24), expected)
+    assert_same(continuous.generate(real.model.model, prompts, 24, real.model.eos), expected)
 
 
 @pytest.mark.parametrize("head", [(0, 4), (14, 7), (29, 0)])
-def test_a_ablated_head_answers_as_in_the_plain_loop(real, rows, head):
+def test_an_ablated_head_answers_as_in_the_plain_loop(real, rows, head):
     util, safe = rows("util", 8), rows("safe", 3)
     ((_, predicted),) = real.sweep_choices(util, [head])
     ((_, generated),) = real.sweep_generations(safe, [head], 8)
     with reference.ablated(real.model.model, *head):
-        expected = [reference.choice(real.model.model, row) for row in util]
-        np.testing.assert_array_equal(predicted, expected)
-        assert_same(generated, [reference.generate(real.model.model, example, 8) for example in safe])
-
-
-def test_gradient_of_a_head_is_autograds(real, rows):
-    safe, util = rows("safe", 2), rows("util", 2)
-    found = real.gradient_gram(safe, util, folds=1)
-    weight = real.model.model.model.layers[7].self_attn.q_proj.weight.requires_grad_(True)
-    gradients = []
-    for examples in (safe, util):
-        losses = [reference.loss(real.model.model, example) for example in examples]
-        (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), weight)
-        gradients.append(gradient[3 * 64 : 4 * 64].flatten().double())
-    weight.requires_grad_(False)
-    stacked = torch.stack(gradients)
-    np.testing.assert_allclose(found[7, 3], (stacked @ stacked.T).numpy(), atol=2e-4 * found[7, 3].max())
+        np.testing.assert_array_equal(predicted, reference.choices(real.model.model, util))
+        assert_same(generated, reference.generate(real.model.model, safe, 8))
 
 
 def test_base_accuracy_leaves_room_both_ways(real, rows):
@@ -95,9 +60,7 @@ def test_base_accuracy_leaves_room_both_ways(real, rows):
         examples = rows(role, 200)
         assert len(examples) == 200
         prediction, probability = real.choices(examples)
-        accuracy = np.mean(
-            [predicted == example.answer for predicted, example in zip(prediction, examples, strict=True)]
-        )
+        accuracy = np.mean(prediction == [example.answer for example in examples])
         assert 0.5 <= accuracy <= 0.95, (role, accuracy)
         assert (probability > 0).all() and (probability <= 1 + 1e-6).all()
 
@@ -123,18 +86,16 @@ def test_logits_agree(real, flax, rows, head):
 @pytest.mark.long
 def test_choices_and_generations_agree_also_with_heads_ablated(real, flax, rows):
     util, safe = rows("util", 64), rows("safe", 6)
-    np.testing.assert_array_equal(real.choices(util)[0], flax.choices(util)[0])
-    assert_same(real.generate(safe, 16), flax.generate(safe, 16))
-    heads, changed = [(3, 2), (3, 5), (21, 0)], 0
-    clean = real.choices(util[:16])[0]
-    sweeps = (backend.sweep_choices(util[:16], heads) for backend in (real, flax))
-    for (_, left), (_, right) in zip(*sweeps, strict=True):
-        np.testing.assert_array_equal(left, right)
-        changed += (left != clean).sum()
-    sweeps = (backend.sweep_generations(safe, heads, 12) for backend in (real, flax))
-    for (_, left), (_, right) in zip(*sweeps, strict=True):
-        assert_same(left, right)
-    assert changed, "an ablated head must change a choice"
+    heads, both = [(3, 2), (3, 5), (21, 0)], (real, flax)
+    np.testing.assert_array_equal(*(backend.choices(util)[0] for backend in both))
+    assert_same(*(backend.generate(safe, 16) for backend in both))
+    left, right = ([found for _, found in backend.sweep_choices(util[:16], heads)] for backend in both)
+    np.testing.assert_array_equal(left, right)
+    assert (left != real.choices(util[:16])[0]).any(), "an ablated head must change a choice"
+    for (_, one), (_, other) in zip(
+        *(backend.sweep_generations(safe, heads, 12) for backend in both), strict=True
+    ):
+        assert_same(one, other)
 
 
 @pytest.mark.long
@@ -150,34 +111,18 @@ def test_tuning_agrees(real, flax, rows):
     assert np.abs(answers[0] - answers[1]).max() < 1e-2 * moved
 
 
-# NeuronTune
-
-
-def pair(rows):
-    """A request inside an attack, and plainly."""
+@pytest.mark.long
+def test_attributions_are_complete_and_agree(real, flax, rows):
+    """Safety on its way from the plain request to an attack, utility from zero: complete within 2 % at 64
+    steps; torch and Flax within float32's rounding, which one row shows most: 1e-4 of the largest score."""
     (attacked,) = rows("attacked", 1)
     name = attacked.example_id.removeprefix("embedded/attacked/")
-    return attacked, next(row for row in rows("plain", 200) if row.example_id.endswith(f"/{name}"))
-
-
-@pytest.mark.long
-def test_attributions_are_complete(real, rows):
-    """Within 2 % at 64 steps: safety on its way from the plain request, utility from zero."""
-    attacked, plain = pair(rows)
-    for found in (
-        real.attribute_neurons([attacked], [plain], 64),
-        real.attribute_neurons(rows("util", 1), None, 64),
-    ):
+    plain = next(row for row in rows("plain", 200) if row.example_id.endswith(f"/{name}"))
+    for arguments in (([attacked], [plain]), (rows("util", 1), None)):
+        found = real.attribute_neurons(*arguments, 64)
         assert found.score.shape == (30, 1536) and np.abs(found.change).max() > 1e-3
         assert found.gap < 0.02
-
-
-@pytest.mark.long
-def test_attributions_agree(real, flax, rows):
-    """Rounding of float32, which a single row shows most: 1e-4 of the largest score."""
-    attacked, plain = pair(rows)
-    for arguments in (([attacked], [plain], 4), (rows("util", 1), None, 4)):
-        left, right = (backend.attribute_neurons(*arguments).score for backend in (real, flax))
+        left, right = (backend.attribute_neurons(*arguments, 4).score for backend in (real, flax))
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-4 * left.max())
         best = [set(np.argsort(-scores.ravel(), kind="stable")[:256].tolist()) for scores in (left, right)]
         assert len(best[0] & best[1]) >= 254

@@ -21,7 +21,7 @@ import backends
 from backends.base import GainRecipe, Recipe, Selection, Task
 from backends.core.errors import InputError
 from backends.torch import devices
-from tests.conftest import LAYERS, make_examples
+from tests.conftest import LAYERS, assert_same, make_examples
 
 FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
 
@@ -74,7 +74,12 @@ class Made(TorchFunctionMode):
         return found
 
 
-@pytest.fixture(params=["llama-gqa", "qwen2-mqa", "mistral-mqa"])
+@pytest.fixture(
+    params=[
+        "qwen2-mqa",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("llama-gqa", "mistral-mqa")),
+    ]
+)
 def both(request, models, monkeypatch):
     """The model on one device, and with its layers on two, watched."""
     folder = models[request.param]
@@ -94,61 +99,46 @@ def both(request, models, monkeypatch):
 HEADS = [(layer, head) for layer in range(LAYERS) for head in (0, 3)]
 
 
-def forward(backend) -> list:
-    """What each verb returns that needs no gradient."""
-    safe, util = make_examples(5), make_examples(4, seed=1, choices=4)
-    swept = [list(backend.sweep_generations(safe, HEADS, 5, mask)) for mask in ("output", "query")]
-    return [
-        backend.logits(safe),
-        backend.logits(safe, ablated=(1, 2)),
-        backend.choices(util),
-        backend.generate(safe, 6),
-        [found for _, found in backend.sweep_choices(util, HEADS)],
-        [found for each in swept for _, found in each],
-    ]
-
-
-def backward(backend) -> list:
-    safe, util = make_examples(5), make_examples(4, seed=1)
-    return [
-        backend.gradient_gram(safe[1:], util, folds=2),
-        backend.attribute_neurons(util, None, steps=8).score,
-        backend.attribute_neurons(safe, make_examples(5, seed=4), steps=4).score,
-    ]
-
-
 def test_every_verb_is_that_of_one_device(both):
-    for each, other in zip(*(tree_leaves(forward(backend)) for backend in both), strict=True):
-        np.testing.assert_array_equal(each, other)
-    for each, other in zip(*map(backward, both), strict=True):  # sums of gradients, in another order
+    safe, util, choices = make_examples(5), make_examples(4, seed=1), make_examples(4, seed=1, choices=4)
+    for exact in (
+        lambda own: own.logits(safe),
+        lambda own: own.logits(safe, ablated=(1, 2)),
+        lambda own: own.choices(choices),
+        lambda own: own.generate(safe, 6),
+        lambda own: list(own.sweep_choices(choices, HEADS)),
+        lambda own: list(own.sweep_generations(safe, HEADS, 5)),
+        lambda own: list(own.sweep_generations(safe, HEADS, 5, "query")),
+    ):
+        for each, other in zip(*(tree_leaves(exact(backend)) for backend in both), strict=True):
+            np.testing.assert_array_equal(each, other)
+    for summed in (  # over gradients, in another order
+        lambda own: own.gradient_gram(safe[1:], util, folds=2),
+        lambda own: own.attribute_neurons(util, None, steps=8).score,
+        lambda own: own.attribute_neurons(safe, make_examples(5, seed=4), steps=4).score,
+    ):
+        each, other = map(summed, both)
         np.testing.assert_allclose(each, other, rtol=1e-5, atol=1e-6 * np.abs(other).max())
 
 
-def tuned(backend, folder) -> list:
-    """Records and adapters, by heads and by neurons."""
-    rows, reference = make_examples(8), make_examples(6, seed=1)
-    tasks = [Task("plain", tuple(rows), tuple(reference))]
-    neurons = Selection(safety=((0, 1), (2, 3)), utility=((1, 2),))
-    recipe = Recipe(rank=2, alpha=2.0, lr=0.1, optimizer="pcgrad-symmetric")
-    tunings = [
-        backend.tune(rows, HEADS, replace(recipe, folder=folder / "heads"), reference),
-        backend.tune_gains(tasks, neurons, GainRecipe(lr=0.1, batch=4, folder=folder / "neurons")),
-    ]
-    return [(list(tuning), tuning.adapter) for tuning in tunings]
-
-
 def test_tuning_is_that_of_one_device(both, scratch):
-    """Records, adapters, and answers with them."""
-    found = [tuned(backend, scratch / name) for name, backend in zip(("one", "two"), both, strict=True)]
-    for (records, adapter), (others, other) in zip(*found, strict=True):
-        for record, same in zip(records, others, strict=True):
+    """By heads and by neurons: records, adapters, and answers with them."""
+    rows, against = make_examples(8), make_examples(6, seed=1)
+    tasks = [Task("plain", tuple(rows), tuple(against))]
+    neurons = Selection(safety=((0, 1), (2, 3)), utility=((1, 2),))
+    heads = Recipe(rank=2, alpha=2.0, lr=0.1, optimizer="pcgrad-symmetric")
+    for tune, recipe in (
+        (lambda own, recipe: own.tune(rows, HEADS, recipe, against), heads),
+        (lambda own, recipe: own.tune_gains(tasks, neurons, recipe), GainRecipe(lr=0.1, batch=4)),
+    ):
+        folders = [scratch / f"{type(recipe).__name__}-{number}" for number in range(2)]
+        runs = [tune(own, replace(recipe, folder=to)) for own, to in zip(both, folders, strict=True)]
+        for record, same in zip(*runs, strict=True):
             assert record == pytest.approx(same, rel=1e-4, nan_ok=True)
-        tensors, same = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, other))
+        tensors, same = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
         for name in tensors:
             np.testing.assert_allclose(tensors[name], same[name], rtol=0, atol=1e-6)
-        answers = [backend.generate(make_examples(8), 4, adapter) for backend in both]
-        for each, other in zip(*answers, strict=True):
-            np.testing.assert_array_equal(each, other)
+        assert_same(*(own.generate(rows, 4, runs[0].adapter) for own in both))
 
 
 def test_meeting_tensors_of_two_devices_are_noticed():

@@ -1,19 +1,28 @@
-"""Each backend where the other's libraries are not installed: a process that sees all packages but those."""
+"""Each backend where the other's libraries are not installed: a process that finds all packages but those."""
 
-import os
-import subprocess
+from tests.conftest import run_apart
+
+HIDE = """
 import sys
-import sysconfig
-from pathlib import Path
-
-import pytest
-
-from tests.conftest import ROOT
-
-FLAX_ALONE = """
-import importlib, sys
-import numpy as np
+from importlib.machinery import PathFinder
+class Visible(PathFinder):
+    hidden = set(sys.argv[2].split())
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in cls.hidden else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Visible
 import backends
+from backends.core.errors import InputError
+def refusal(call, *arguments):
+    try:
+        call(*arguments)
+    except InputError as error:
+        return str(error)
+"""
+FLAX_ALONE = """
+import importlib, os
+import numpy as np
+from backends import models
 from backends.base import Example, Recipe
 for stage in ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate"):
     importlib.import_module(f"stages.{stage}")
@@ -25,56 +34,23 @@ tuning = backend.tune([row], [(0, 0)], Recipe(rank=2))
 list(tuning)
 assert backend.logits([row], tuning.adapter).shape == (1, backend.shape.vocab)
 assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "peft")]
+os.environ["CAST_CACHE"] = sys.argv[3]  # where that model was never made
+assert "model random/tiny is made with torch, once" in refusal(models.local_folder, "random/tiny")
 """
-
-
-def run(code: str, scratch: Path, hidden: tuple[str, ...], *arguments: object) -> subprocess.CompletedProcess:
-    """Runs code in a process whose packages are links to this one's, but for the hidden ones."""
-    packages = scratch / "packages"
-    packages.mkdir()
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        name = entry.name.lower().split("-")[0].split(".")[0]
-        if name not in hidden and entry.suffix != ".pth":
-            (packages / entry.name).symlink_to(entry)
-    return subprocess.run(
-        [sys.executable, "-S", "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_flax_works_without_torch(models, scratch):
-    done = run(FLAX_ALONE, scratch, ("torch", "torchgen", "functorch", "peft"), models["llama-gqa"])
-    assert done.returncode == 0, done.stderr
-
-
-def test_what_needs_torch_says_so(scratch):
-    code = "from backends import models; models.local_folder('random/tiny')"
-    os.environ["CAST_CACHE"], before = str(scratch / "cache"), os.environ.get("CAST_CACHE")
-    try:
-        done = run(code, scratch, ("torch", "torchgen", "functorch"))
-    finally:
-        os.environ.pop("CAST_CACHE")
-        if before:
-            os.environ["CAST_CACHE"] = before
-    assert "InputError: model random/tiny is made with torch, once" in done.stderr
-
-
-@pytest.mark.parametrize("missing", ["jax", "flax", "optax"])
-def test_torch_works_without_jax_and_flax_says_what_to_install(models, scratch, missing):
-    code = f"""
-import sys
-import backends
-from backends.core.errors import InputError
+TORCH_ALONE = """
 assert backends.load("torch", sys.argv[1], device="cpu").shape.layers == 3
-try:
-    backends.load("flax", sys.argv[1])
-except InputError as error:
-    assert "needs {missing}, which is not installed" in str(error) and "--backend torch" in str(error)
-    sys.exit(0)
-sys.exit("no InputError")
+assert not [name for name in sys.modules if name.split(".")[0] in ("jax", "flax", "optax")]
+for missing in ("jax", "flax", "optax"):  # each alone
+    Visible.hidden = {missing}
+    message = refusal(backends.load, "flax", sys.argv[1])
+    assert f"needs {missing}, which is not installed" in message and "--backend torch" in message
 """
-    done = run(code, scratch, (missing, f"{missing}lib"), models["llama-gqa"])
-    assert done.returncode == 0, done.stderr
+
+
+def test_flax_works_without_torch_and_what_needs_torch_says_so(models, scratch):
+    hidden = "torch torchgen functorch peft"
+    run_apart(HIDE + FLAX_ALONE, models["llama-gqa"], hidden, scratch)
+
+
+def test_torch_works_without_jax_and_flax_says_what_to_install(models):
+    run_apart(HIDE + TORCH_ALONE, models["llama-gqa"], "jax jaxlib flax optax")
