@@ -21,11 +21,6 @@ def step_tokens(batch: Sequence[Example], recipe: Recipe) -> int:
 # Gains
 
 
-def outer_rate(step: int, steps: int, recipe: GainRecipe) -> float:
-    """As `learning_rate`."""
-    return learning_rate(step, steps, recipe)
-
-
 def outer_steps(tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> int:
     """As many as read the tasks' rows `epochs` times; 0 where there is no neuron to tune."""
     if not neurons.safety and not neurons.utility:
