@@ -92,8 +92,9 @@ class Job:
         self.notes: dict = {}
         self.info: dict[str, dict] = {}
         """what was noted of each unit that was read: seconds, and the like"""
-        started = self.folder / STARTED
-        self.judging_again = started.is_file() and read_json(started)["judging_again"]
+        done, started = self.folder / MANIFEST, self.folder / STARTED
+        unfinished = started.is_file() and not done.is_file()
+        self.judging_again = unfinished and read_json(started)["judging_again"]
         """a finished stage's outputs are kept and only judged again"""
         self.began = time.monotonic()
 
