@@ -80,6 +80,21 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class HeadGradients:
+    """What one backward pass over every row says of every head."""
+
+    gram: np.ndarray
+    """float64 [L, H, 2F, 2F]: inner products of the fold-mean gradients of the loss in W_q's head rows
+    (θ_h, [D, E]), safe folds first"""
+    gate_safe: np.ndarray
+    """float64 [L, H, N]: d loglikelihood / d gate of each head, for each row of D_safe. A gate is 1 and
+    multiplies what ablating the head zeroes; minus its gradient is the first-order effect of the ablation
+    (Michel et al. 2019, "Are sixteen heads really better than one?")"""
+    gate_util: np.ndarray
+    """the same for each row of D_util"""
+
+
+@dataclass(frozen=True)
 class Attribution:
     """How much each neuron, at the last prompt token, moves the loss along a path (integrated gradients)."""
 
@@ -199,6 +214,29 @@ class Backend(Protocol):
         """
         ...
 
+    def head_gradients(
+        self,
+        safe: Sequence[Example],
+        util: Sequence[Example],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+    ) -> HeadGradients:
+        """The same Gram matrices, and the gradients in the heads' gates from the same passes.
+
+        Args:
+            mask: what a gate multiplies: a head's output, or its query.
+        """
+        ...
+
+    def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
+        """float64 [N]: how likely the target is, the graded outcome of a row: mean log p over its tokens;
+        where choices compete, log p of the answer's token among them.
+
+        Raises ValueError where a row has no target.
+        """
+        ...
+
     def logits(
         self,
         examples: Sequence[Example],
@@ -233,6 +271,13 @@ class Backend(Protocol):
         self, prompts: Sequence[Example], heads: Sequence[Head], max_new_tokens: int, mask: Mask = "output"
     ) -> Iterator[tuple[Head, list[np.ndarray]]]:
         """For each head in order: the continuations of `generate` with that head ablated."""
+        ...
+
+    def sweep_loglikelihoods(
+        self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
+    ) -> Iterator[tuple[Head, np.ndarray]]:
+        """For each head in order: `loglikelihoods` with that head ablated, float64 [N]; nothing is
+        decoded."""
         ...
 
     def tune(

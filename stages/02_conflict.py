@@ -4,7 +4,9 @@ and, for NeuronTune, what every MLP neuron contributes to safety and to utility.
     python -m stages.02_conflict --run outputs/smollm
 
 Reads calibration.parquet; writes gradients.parquet: for each head the Gram matrix [2F, 2F] of F fold-mean
-gradients of D_safe and of D_util, and what follows from it: dot, norms, O (its interval is in heads.parquet).
+gradients of D_safe and of D_util, and what follows from it: dot, norms, O (its interval is in heads.parquet);
+and from the same passes, for every row, the gradient of its log-likelihood in the head's gate, which to first
+order is what ablating the head does (stage 03, --sensitivity gradient).
 Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as BLOCK bytes of
 gradients allow are a unit (a small model is one unit).
 
@@ -32,6 +34,8 @@ from stages.run.settings import Settings
 
 INCOMPLETE = 0.1
 """share of the losses' change by which attributions may miss it without a warning"""
+GRADIENTS_OF_HEADS = ("gram", "gate_safe", "gate_util")
+"""what a backward pass gives (backends.base.HeadGradients), columns of a unit"""
 BLOCK = 16 * 2**30
 """bytes of fold gradients that a unit holds in memory; fixed, so that units are the same on every machine"""
 SIDES = ("safety", "utility")
@@ -91,10 +95,12 @@ def differentiate(job: Job, unit: str, work: Gradients) -> None:
     safe, util = examples(job, "safe"), examples(job, work.map_name)
     label = "" if work.map_name == OWN_MAP else f" (map {work.map_name})"
     job.say(f"gradients of {len(safe)} safety and {len(util)} utility rows in {folds} folds each{label}")
-    gram = job.backend.gradient_gram(safe, util, folds, work.layers)  # (layers, H, 2F, 2F)
-    columns = head_columns(gram.shape[:2])
+    found = job.backend.head_gradients(safe, util, folds, work.layers, job.settings.map.mask)
+    columns = head_columns(found.gram.shape[:2])
     columns["layer"] = columns["layer"] + work.layers[0]
-    job.keep(unit, pd.DataFrame(columns | {"gram": list(gram.reshape(len(columns["head"]), -1))}), GRAM)
+    for name in GRADIENTS_OF_HEADS:
+        columns[name] = list(getattr(found, name).reshape(len(columns["head"]), -1))
+    job.keep(unit, pd.DataFrame(columns), GRAM)
 
 
 def attribute(job: Job, unit: str, side: str) -> None:
@@ -122,8 +128,11 @@ def join(job: Job) -> dict:
 def join_map(job: Job, map_name: str) -> dict:
     """O of every head (Eq. 2) from the Gram matrices."""
     shape, folds = job.shape, job.settings.data.folds
-    gram = job.parts(gradient_units(shape, folds, map_name), GRAM)["gram"]
-    columns = gradient_columns(np.stack(gram).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds))
+    parts = job.parts(gradient_units(shape, folds, map_name), GRAM)
+    columns = gradient_columns(
+        np.stack(parts["gram"]).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds)
+    )
+    columns |= {name: parts[name].to_numpy() for name in GRADIENTS_OF_HEADS}
     job.write(GRADIENTS, pd.DataFrame(columns), map_name)
     if zero := int(((columns["norm_safe"] == 0) | (columns["norm_util"] == 0)).sum()):
         job.warn(f"{zero} heads have no gradient at all: their O is 0.5 by convention")

@@ -2,32 +2,41 @@
 
     python -m stages.03_sensitivity --run outputs/smollm
 
-Every head is ablated once; the utility rows are answered again (next token; worked problems in writing) and
-the harmful prompts (generation, keyword judge). Reads calibration.parquet and gradients.parquet; writes
-sweep_choices.parquet, sweep_generations.parquet and, where answers are written, sweep_answers.parquet (every
-head x example; null layer and head: the clean model) and heads.parquet, the map. Every other map (--maps) has
-its own heads-<map>.parquet and shares the sweep: a row that two maps have is answered once. A layer is a
-unit. With another version of the judge a finished sweep is judged again, and nothing is generated.
+With --sensitivity counted, as in the paper, every head is ablated once: the utility rows are answered again
+(next token; worked problems in writing), and the harmful prompts (generation, keyword judge). From the same
+heads, counted or graded, also how likely the right answers and the refusals are (log p, nothing decoded).
+With gradient nothing is ablated: stage 02 has the gradients in the heads' gates.
+
+Reads calibration.parquet and gradients.parquet. Writes sweep_choices, sweep_generations, sweep_answers (where
+answers are written) and sweep_graded.parquet, every head x example (null layer and head: the clean model);
+heads.parquet, the map; and reliability.parquet, whether the map of one half of the rows is that of the other.
+Every other map (--maps) has its own heads-<map>.parquet and shares the sweep: a row that two maps have is
+answered once. A layer is a unit. With another version of the judge a finished sweep is judged again, and
+nothing is generated.
 """
 
 import numpy as np
 import pandas as pd
 
 from backends.core import seeds
-from backends.core.errors import InputError
 from data import refusal_judge
-from stages.method.conflict_map import map_columns, map_notes
-from stages.method.uncertainty import Outcomes, Resampling
+from stages.method.conflict_map import change_columns, map_columns, map_notes
+from stages.method.heads import Sensitivity
+from stages.method.reliability import doubt_of, in_words, map_reliability
+from stages.method.uncertainty import Effects, Resampling
 from stages.run import cli, judging
+from stages.run.effects import base_rates, effects_of, read_gradients
 from stages.run.runner import Job, Stage, Units, run_stage
 from stages.run.schemas import (
     CALIBRATION,
     GRADIENTS,
     HEADS,
     OWN_MAP,
+    RELIABILITY,
     SWEEP_ANSWERS,
     SWEEP_CHOICES,
     SWEEP_GENERATIONS,
+    SWEEP_GRADED,
 )
 from stages.run.settings import Settings
 from stages.run.sweep import OUTPUTS, TABLES, part_units, sweep, swept_rows
@@ -37,7 +46,8 @@ FLOOR, CEILING = 0.05, 0.95
 
 def parts_of(job: Job) -> dict[str, pd.DataFrame]:
     """The rows of each part of the sweep."""
-    return swept_rows(job.read(CALIBRATION), [spec.name for spec in job.settings.maps])
+    names = [spec.name for spec in job.settings.maps]
+    return swept_rows(job.read(CALIBRATION), names, job.settings.map.sensitivity)
 
 
 def units(job: Job) -> Units:
@@ -65,54 +75,63 @@ def join(job: Job) -> dict:
         outputs = job.outputs(TABLES[part], part_units(part, job.shape.layers), OUTPUTS[part])
         judged[part] = judging.judge_sweep(part, outputs, rows)
         job.write(TABLES[part], judged[part])
-    heads = (job.shape.layers, job.shape.heads)
-    safe = rows["example_id"][rows["split"] == "safe"]
-    refused = judging.outcomes([judged.pop("generations")], "refused", safe, heads)
-    notes = {}
+    notes, repeats = {}, []
     for spec in job.settings.maps:
-        util = rows["example_id"][rows["split"] == spec.name]
-        correct = judging.outcomes(list(judged.values()), "correct", util, heads)
-        notes[spec.name] = join_map(job, spec.name, correct, refused)
-    seconds = ", ".join(f"{part} {seconds_per_head(job, part):.2f} s" for part in parts)
-    job.say(f"a head took: {seconds} (App. F.5: 7 s and 60 s for 100 rows of an 8B model on an H800)")
+        gradients = read_gradients(job, spec.name)
+        effects = effects_of(job, spec.name, judged, gradients)
+        notes[spec.name] = join_map(job, spec.name, gradients["gram"], effects)
+        if "counted" in effects:
+            notes[spec.name]["base"] = base_rates(job, spec.name, judged)
+            say_base(job, spec.name, notes[spec.name]["base"])
+        repeats += reliability_rows(job, spec.name, gradients["gram"], effects)
+    job.write(RELIABILITY, pd.DataFrame(repeats))
+    if parts:
+        seconds = ", ".join(f"{part} {seconds_per_head(job, part):.2f} s" for part in parts)
+        job.say(f"a head took: {seconds} (App. F.5: 7 s and 60 s for 100 rows of an 8B model on an H800)")
     own = notes.pop(OWN_MAP)
     return own | ({"maps": notes} if notes else {})
 
 
-def join_map(job: Job, map_name: str, correct: Outcomes, refused: Outcomes) -> dict:
+def join_map(job: Job, map_name: str, gram: np.ndarray, effects: dict[Sensitivity, Effects]) -> dict:
     """Writes a map and says how much its ranks rest on."""
-    settings, gradients = job.settings, job.read(GRADIENTS, map_name)
-    shape = refused.ablated.shape[:2]
-    if len(gradients) != shape[0] * shape[1]:
-        file = GRADIENTS.path(map_name)
-        raise InputError(f"{file} has {len(gradients)} heads, the model another number: other --run")
-    generator = seeds.stream(settings.data.seed, "map", "resamples", map_name)
+    settings = job.settings
     columns = map_columns(
-        gram_of(gradients, shape),
-        correct,
-        refused,
+        gram,
+        effects[settings.map.sensitivity],
         settings.map.variant,
         settings.map.buckets,
-        Resampling(generator, settings.map.resamples),
+        Resampling(seeds.stream(settings.data.seed, "map", "resamples", map_name), settings.map.resamples),
     )
-    job.write(HEADS, pd.DataFrame(columns), map_name)
-    notes = map_notes(columns, correct, refused)
-    label, base = "" if map_name == OWN_MAP else f"map {map_name}: ", notes["base"]
+    frame = pd.DataFrame(columns | change_columns(effects))
+    job.write(HEADS, frame.reindex(columns=HEADS.schema.names), map_name)
+    return map_notes(columns)
+
+
+def say_base(job: Job, map_name: str, base: dict[str, float]) -> None:
+    """Warns where accuracy or refusal rate make a map of ties."""
+    label = "" if map_name == OWN_MAP else f"map {map_name}: "
     for kind, rate in base.items():
         if not FLOOR <= rate <= CEILING and (kind == "accuracy" or map_name == OWN_MAP):
             job.warn(f"{label}base {kind} {rate:.2f} is at its floor or ceiling: a map of ties is no map")
-    job.say(
-        f"{label}base accuracy {base['accuracy']:.3f}, refusal rate {base['refusal_rate']:.3f}; ranks "
-        f"rest on {notes['ranks_rest_on']}"
-    )
-    return notes
+    job.say(f"{label}base accuracy {base['accuracy']:.3f}, refusal rate {base['refusal_rate']:.3f}")
 
 
-def gram_of(gradients: pd.DataFrame, shape: tuple[int, int]) -> np.ndarray:
-    """Gram matrices [L, H, 2F, 2F] of gradients.parquet."""
-    matrices = np.stack(gradients["gram"])
-    side = int(np.sqrt(matrices.shape[1]))
-    return matrices.reshape(*shape, side, side)
+def reliability_rows(
+    job: Job, map_name: str, gram: np.ndarray, effects: dict[Sensitivity, Effects]
+) -> list[dict]:
+    """Whether a map repeats itself, by every kind of outcome; warns where the one that is used does not."""
+    settings, found = job.settings, []
+    label = "map" if map_name == OWN_MAP else f"map {map_name}"
+    for kind, own in effects.items():
+        generator = seeds.stream(settings.data.seed, "map", "halves", map_name, kind)
+        repeats = map_reliability(gram, own, settings.map.variant, settings.map.buckets, generator)
+        labels = {"map": map_name, "sensitivity": kind}
+        labels |= {"rows_util": own.util.shape[-1], "rows_safe": own.safe.shape[-1]}
+        found += [labels | each._asdict() for each in repeats]
+        job.say(f"{label}, {kind}: {in_words(repeats)}")
+        if kind == settings.map.sensitivity and (doubt := doubt_of(repeats)):
+            job.warn(f"{label}: {doubt}")
+    return found
 
 
 def seconds_per_head(job: Job, part: str) -> float:
@@ -125,7 +144,7 @@ STAGE = Stage(
     name="03_sensitivity",
     rests_on=("model", "data", "map"),
     reads=(CALIBRATION, GRADIENTS),
-    writes=(SWEEP_CHOICES, SWEEP_ANSWERS, SWEEP_GENERATIONS, HEADS),
+    writes=(SWEEP_CHOICES, SWEEP_ANSWERS, SWEEP_GENERATIONS, SWEEP_GRADED, HEADS, RELIABILITY),
     units=units,
     compute=compute,
     join=join,

@@ -78,7 +78,8 @@ def answer(job: Job, pending: Units) -> None:
 
 
 def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) -> pd.DataFrame:
-    """One model's outputs on a benchmark's rows: next-token choices in one go, all others by generation."""
+    """One model's outputs on a benchmark's rows: next-token choices in one go, all others by generation; and
+    how likely the targets are."""
     adapter = job.run.folder / "04_align" / "adapters" / work.run.name if work.run.optimizer else None
     outputs = pd.DataFrame(
         work.run.labels | {"benchmark": work.benchmark.name} | dict.fromkeys(OUTPUTS.names[4:]),
@@ -102,6 +103,10 @@ def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) ->
         texts = [job.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated]
         columns = {"output": texts, "token_ids": [tokens.tolist() for tokens in generated]}
         outputs.loc[~choice, list(columns)] = pd.DataFrame(columns, index=rows.index[~choice], dtype=object)
+    targeted = rows["target_ids"].map(len) > 0
+    if targeted.any():
+        graded = [example(row) for row in rows[targeted].to_dict("records")]
+        outputs.loc[targeted, "loglikelihood"] = backend.loglikelihoods(graded, adapter)
     return outputs
 
 

@@ -19,19 +19,16 @@ from backends.core.seeds import lora_a
 
 
 @contextmanager
-def ablated(model, layer: int, head: int, mask: str = "output"):
+def ablated(model, layer: int, head: int, mask: str = "output", gate: float | torch.Tensor = 0.0):
+    """The model with what `mask` zeroes of a head multiplied by `gate`."""
     attention = model.model.layers[layer].self_attn
-    part = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+    own = torch.arange(attention.head_dim * model.config.num_attention_heads) // attention.head_dim == head
 
     def before(_, inputs):
-        changed = inputs[0].clone()
-        changed[..., part] = 0
-        return (changed,)
+        return (torch.where(own, inputs[0] * gate, inputs[0]),)
 
     def after(_, __, output):
-        changed = output.clone()
-        changed[..., part] = 0
-        return changed
+        return torch.where(own, output * gate, output)
 
     if mask == "output":
         hook = attention.o_proj.register_forward_pre_hook(before)

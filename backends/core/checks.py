@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from backends.base import Example, Head, Recipe, Selection, Shape, Task
+import numpy as np
+
+from backends.base import Example, Head, HeadGradients, Recipe, Selection, Shape, Task
+from backends.core.errors import InputError
 
 
 def check_heads(heads: Sequence[Head], shape: Shape) -> list[Head]:
@@ -44,6 +47,26 @@ def check_folds(folds: int, **examples: Sequence[Example]) -> None:
             raise ValueError(f"{name}: {len(rows)} examples do not divide into {folds} equal folds")
 
 
+def check_targets(*examples: Example) -> None:
+    """Each must have a target, and an answer where choices compete."""
+    for example in examples:
+        if len(example.prompt_ids) == 0 or len(example.target_ids) == 0:
+            raise ValueError(f"example {example.example_id} has no prompt or no target")
+        if len(example.choice_ids) and not 0 <= example.answer < len(example.choice_ids):
+            raise ValueError(f"example {example.example_id}: answer {example.answer} is none of its choices")
+
+
+def check_finite(gradients: HeadGradients, layers: Sequence[int]) -> None:
+    """InputError names a head of `layers` whose gradient is not finite."""
+    for values in (gradients.gram, gradients.gate_safe, gradients.gate_util):
+        wrong = ~np.isfinite(values.reshape(*values.shape[:2], -1)).all(axis=-1)
+        if wrong.any():
+            at, head = np.argwhere(wrong)[0]
+            raise InputError(
+                f"the gradient of head ({layers[at]}, {head}) is not finite: try --dtype float32"
+            )
+
+
 def check_tuning(
     examples: Sequence[Example],
     heads: Sequence[Head],
@@ -76,6 +99,4 @@ def check_attribution(examples: Sequence[Example], baselines: Sequence[Example] 
         raise ValueError("attribute_neurons: no examples or no steps")
     if baselines is not None and len(baselines) != len(examples):
         raise ValueError(f"baselines: {len(baselines)} for {len(examples)} examples")
-    for example in (*examples, *(baselines or ())):
-        if len(example.prompt_ids) == 0 or len(example.target_ids) == 0:
-            raise ValueError(f"example {example.example_id} has no prompt or no target")
+    check_targets(*examples, *(baselines or ()))

@@ -10,8 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from backends.base import Attribution, Example, GainRecipe, Head, Mask, Recipe, Selection, Shape, Task, Tuning
-from backends.core.checks import check_ablated, check_heads, check_mask
+from backends.base import (
+    Attribution,
+    Example,
+    GainRecipe,
+    Head,
+    HeadGradients,
+    Mask,
+    Recipe,
+    Selection,
+    Shape,
+    Task,
+    Tuning,
+)
+from backends.core.checks import (
+    check_ablated,
+    check_finite,
+    check_folds,
+    check_heads,
+    check_mask,
+    check_targets,
+)
 from backends.core.kept import Kept
 from backends.core.tuning import GainPlan, LoraPlan, Run
 
@@ -39,9 +58,28 @@ class Loaded:
         folds: int = 4,
         layers: Sequence[int] | None = None,
     ) -> np.ndarray:
+        return self.head_gradients(safe, util, folds, layers).gram
+
+    def head_gradients(
+        self,
+        safe: Sequence[Example],
+        util: Sequence[Example],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+    ) -> HeadGradients:
         self.kept.drop()
+        check_mask(mask)
+        check_folds(folds, safe=safe, util=util)
+        check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
-        return self._wing("loss").gradient_gram(self.model, safe, util, folds, layers)
+        found = self._wing("gradients").head_gradients(self.model, (safe, util), folds, layers, mask)
+        check_finite(found, layers)
+        return found
+
+    def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
+        check_targets(*examples)
+        return self._wing("loglikelihood").loglikelihoods(self.model, examples, adapter)
 
     def logits(
         self,
@@ -79,6 +117,15 @@ class Loaded:
         heads = check_heads(heads, self.shape)
         sweep = self._wing("generate").sweep_generations
         return sweep(self.model, prompts, heads, max_new_tokens, mask, self.kept)
+
+    def sweep_loglikelihoods(
+        self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
+    ) -> Iterator[tuple[Head, np.ndarray]]:
+        check_mask(mask)
+        check_targets(*examples)
+        heads = check_heads(heads, self.shape)
+        sweep = self._wing("loglikelihood").sweep_loglikelihoods
+        return sweep(self.model, examples, heads, mask, self.kept)
 
     def tune(
         self,

@@ -107,13 +107,14 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def by_tokens(examples: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Examples with their targets in batches of similar length, at most `budget` padded tokens each."""
-    ordered = sorted(examples, key=lambda example: -(len(example.prompt_ids) + len(example.target_ids)))
+def by_tokens(examples: Sequence[Example], budget: int) -> list[list[int]]:
+    """Examples with their targets in batches of similar length, at most `budget` padded tokens each (one
+    example at the least): their places."""
+    lengths = [len(example.prompt_ids) + len(example.target_ids) for example in examples]
+    ordered = sorted(range(len(examples)), key=lambda place: -lengths[place])
     batches, start = [], 0
     while start < len(ordered):
-        length = len(ordered[start].prompt_ids) + len(ordered[start].target_ids)
-        size = max(1, budget // length)
+        size = max(1, budget // lengths[ordered[start]])
         batches.append(ordered[start : start + size])
         start += size
     return batches

@@ -316,23 +316,48 @@ class Decoder(nnx.Module):
 
         return jax.lax.fori_loop(start, stop, body, (hidden, cache))
 
-    def forward(self, ids: jax.Array, adapter: Adapter | None = None, recompute: bool = False) -> jax.Array:
+    def forward(
+        self,
+        ids: jax.Array,
+        adapter: Adapter | None = None,
+        recompute: bool = False,
+        keep: jax.Array | None = None,
+        mask: str = "output",
+    ) -> jax.Array:
         """Last layer's residual stream [B, T, E] of right-padded ids [B, T]; can be differentiated.
 
         Args:
             recompute: keep only each layer's input for the backward pass, where memory is short.
+            keep: [B, L, H], the gate of each head.
         """
-        columns = jnp.arange(ids.shape[1])
-        apart = columns[:, None] - columns[None, :]
-        turn = turns(columns, self.config.frequencies)
-        scale = None if adapter is None else adapter.scale
-        graph, stacked = self.stacked(None, adapter)
+        graph, stacked = self.stacked(keep, adapter)
+        layer = self._padded_layer(graph, ids.shape[1], adapter, mask)
 
         def body(x, at: At):
-            layer: Layer = nnx.merge(graph, at.weights)
-            query, own = layer.queries(x, turn, at, "output", scale), by_head(layer.key_values(x, turn))
-            heads = attend(query, own, (apart >= 0) & (apart < at.window))
-            return layer.finish(x, heads, at, "output"), None
+            return layer(x, at), None
 
         step = jax.checkpoint(body) if recompute else body
         return jax.lax.scan(step, self.embed(ids), stacked)[0]
+
+    def climb(
+        self, hidden: jax.Array, start: jax.Array, stop: jax.Array, keep: jax.Array | None, mask: str
+    ) -> jax.Array:
+        """Layers start..stop-1 (traced) for the residual stream [B, T, E] of right-padded rows."""
+        graph, stacked = self.stacked(keep)
+        layer = self._padded_layer(graph, hidden.shape[1], None, mask)
+        return jax.lax.fori_loop(start, stop, lambda index, x: layer(x, self._at(stacked, index)), hidden)
+
+    def _padded_layer(self, graph, width: int, adapter: Adapter | None, mask: str):
+        """(x, At) -> x, a layer on right-padded rows of `width` tokens, [B, T, E]."""
+        columns = jnp.arange(width)
+        apart = columns[:, None] - columns[None, :]  # query minus key position
+        turn = turns(columns, self.config.frequencies)
+        scale = None if adapter is None else adapter.scale
+
+        def apply(x: jax.Array, at: At) -> jax.Array:
+            layer: Layer = nnx.merge(graph, at.weights)
+            query, own = layer.queries(x, turn, at, mask, scale), by_head(layer.key_values(x, turn))
+            heads = attend(query, own, (apart >= 0) & (apart < at.window))
+            return layer.finish(x, heads, at, mask)
+
+        return apply

@@ -1,20 +1,15 @@
-"""The loss that gradients and tuning share, and the gradients of single heads."""
+"""The loss that gradients and tuning share."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from backends.base import Example
-from backends.core.checks import check_folds
-from backends.core.errors import InputError
-from backends.core.packing import by_tokens, round_up, training_rows
-from backends.core.progress import progress
-from backends.flax.decoder import Adapter, Config, Decoder
+from backends.core.packing import round_up, training_rows
+from backends.flax.decoder import Adapter, Decoder
 from backends.flax.model import Model
 
 # Padded tokens of one forward and backward pass, for each device of the data axis.
@@ -55,12 +50,20 @@ def make_rows(model: Model, examples: Sequence[Example], filled: int, of: int) -
 
 def loss_of(decoder: Decoder, rows: Rows, adapter: Adapter | None, recompute: bool) -> jax.Array:
     """Sum over target tokens of share * cross-entropy."""
-    hidden = decoder.forward(rows.ids, adapter, recompute)
-    # The output matrix sees only the places that predict a target.
-    hidden = jnp.take_along_axis(hidden, rows.places[..., None], axis=1)  # (R, G, E)
-    logits = decoder.logits(hidden)
+    logits = target_logits(decoder, decoder.forward(rows.ids, adapter, recompute), rows)
+    return row_losses(logits, rows).sum()
+
+
+def target_logits(decoder: Decoder, hidden: jax.Array, rows: Rows) -> jax.Array:
+    """float32 [R, G, V] from the last residual stream [R, T, E]: the output matrix sees only the places that
+    predict a target."""
+    return decoder.logits(jnp.take_along_axis(hidden, rows.places[..., None], axis=1))
+
+
+def row_losses(logits: jax.Array, rows: Rows) -> jax.Array:
+    """Each row's sum over target tokens of share * cross-entropy, [R]."""
     picked = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)[..., 0]
-    return ((jax.nn.logsumexp(logits, axis=-1) - picked) * rows.share).sum()
+    return ((jax.nn.logsumexp(logits, axis=-1) - picked) * rows.share).sum(axis=-1)
 
 
 def recomputes(model: Model, rows: int, tokens: int) -> bool:
@@ -71,51 +74,3 @@ def recomputes(model: Model, rows: int, tokens: int) -> bool:
     size, itemsize = model.config.shape, jnp.dtype(model.config.dtype).itemsize
     kept = size.layers * rows * tokens * (10 * size.model_dim + 3 * size.mlp_dim) * itemsize
     return memory is not None and kept / len(devices) > memory / 4
-
-
-@partial(jax.jit, static_argnames=("graph", "recompute"))
-def query_gradients(graph, weights, rows: Rows, layers, recompute: bool) -> jax.Array:
-    """Gradient of the loss in W_q of some layers, float32 [l, E, H, D]."""
-
-    if weights["embedding"][...].dtype == jnp.float32:
-        weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
-
-    def loss(kernel: jax.Array) -> jax.Array:
-        decoder: Decoder = nnx.merge(graph, weights)
-        decoder.layers.attention.query.kernel = nnx.Param(kernel)
-        return loss_of(decoder, rows, None, recompute)
-
-    kernel = nnx.merge(graph, weights).layers.attention.query.kernel[...]
-    return jax.grad(loss)(kernel)[layers].astype(jnp.float32)
-
-
-def gradient_gram(
-    model: Model, safe: Sequence[Example], util: Sequence[Example], folds: int, layers: Sequence[int]
-) -> np.ndarray:
-    """See Backend.gradient_gram. A float32 model is differentiated in float64."""
-    check_folds(folds, safe=safe, util=util)
-    size: Config = model.config
-    shape = size.shape
-    layers = np.array(layers, np.int32)
-    gradients = np.zeros((2 * folds, len(layers), shape.model_dim, shape.heads, shape.head_dim), np.float32)
-    budget = model.limit(TOKENS_CPU, TOKENS_DEVICE)
-    with progress(total=len(safe) + len(util), desc="gradients", unit="row") as bar:
-        for kind, examples in enumerate((safe, util)):
-            for fold in range(folds):
-                members = examples[fold::folds]
-                for batch in by_tokens(members, budget):
-                    rows = make_rows(model, batch, model.rows(len(batch)), len(members))
-                    recompute = recomputes(model, *rows.ids.shape)
-                    with jax.enable_x64(model.config.dtype == "float32"):
-                        new = model.apply(query_gradients, rows, layers, recompute)
-                    gradients[kind * folds + fold] += np.asarray(new)
-                    bar.update(len(batch))
-    gram = np.empty((len(layers), shape.heads, 2 * folds, 2 * folds))
-    for at in range(len(layers)):
-        each = gradients[:, at].transpose(2, 0, 1, 3).reshape(shape.heads, 2 * folds, -1)  # (H, 2F, E * D)
-        each = each.astype(np.float64)
-        gram[at] = each @ each.transpose(0, 2, 1)
-    if not np.isfinite(gram).all():
-        at, head = np.argwhere(~np.isfinite(gram).all(axis=(2, 3)))[0]
-        raise InputError(f"the gradient of head ({layers[at]}, {head}) is not finite: try --dtype float32")
-    return gram

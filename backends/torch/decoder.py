@@ -39,6 +39,8 @@ class Batch:
     columns: torch.Tensor
     lengths: torch.Tensor
     picks: torch.Tensor
+    whole: bool = False
+    """the last layer's outcome is wanted of every token, not of the prompts' last ones only"""
 
     @property
     def last(self) -> torch.Tensor:
@@ -212,14 +214,14 @@ class Decoder:
             keep: called with each layer's index, keys and values, [n, T, K, D], on its device.
 
         Returns the residual stream after layer stop-1: [n, T, E], or after the model's last layer of the
-        prompts' last tokens only, [n, R, E].
+        prompts' last tokens only, [n, R, E] (unless `batch.whole`).
         """
         turns = self.rotary(hidden, batch.positions[None])
         for place, layers in self.stretches(range(start, stop)):
             hidden, line, rotary = hidden.to(place), batch.to(place), to(turns, place)
             ablated = ablation and ablation.to(place)
             for index in layers:
-                last = line.last if index == self.layers - 1 else None
+                last = line.last if index == self.layers - 1 and not batch.whole else None
 
                 def attend(index, queries, keys, values, line=line, last=last):
                     if keep is not None:

@@ -1,22 +1,14 @@
-"""The loss that gradients and tuning share, and the gradients of single heads."""
+"""The loss that gradients and tuning share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from backends.base import Example
-from backends.core.checks import check_folds
-from backends.core.errors import InputError
-from backends.core.packing import Line, by_tokens, join, training_rows
-from backends.core.progress import progress
+from backends.core.packing import Line, join, training_rows
 from backends.models import sliding_windows
-from backends.torch.decoder import Decoder
-
-# Padded tokens of one forward and backward pass.
-TOKENS_CPU, TOKENS_CUDA = 1024, 8192
 
 
 class Rows(NamedTuple):
@@ -63,30 +55,38 @@ def example_losses(model: torch.nn.Module, examples: Sequence[Example]) -> torch
     Args:
         model: a transformers causal LM (with or without PEFT layers inside).
     """
-    sequences, starts = training_rows(examples)
-    line, device = join(sequences, 0), model.device
+    sequences, _ = training_rows(examples)
+    line = join(sequences, 0)
     rows = as_line(line) if _line_pays(model, line) else padded(sequences)
-    ids = rows.ids.to(device)
+    logits = target_logits(model, examples, rows)
+    return target_losses(logits, [examples[at] for at in rows.order])[np.argsort(rows.order)]
+
+
+def target_logits(model: torch.nn.Module, examples: Sequence[Example], rows: Rows) -> torch.Tensor:
+    """Logits that predict each target token, float32 (float64 of a float64 model) [M, V]; examples in the
+    order of `rows`."""
+    device = model.device
     hidden = model.model(
-        input_ids=ids,
+        input_ids=rows.ids.to(device),
         attention_mask=rows.visible.to(device),
         position_ids=None if rows.positions is None else rows.positions.to(device),
         use_cache=False,
     ).last_hidden_state.flatten(0, 1)
     # A token is predicted by the one before it; the output matrix sees only the places that predict a target.
-    own = [
-        columns[starts[at] - 1 : len(sequences[at])]
-        for at, columns in zip(rows.order, rows.columns, strict=True)
-    ]
-    places, targets = (
-        torch.from_numpy(np.concatenate(parts)).to(device)
-        for parts in ([part[:-1] for part in own], [part[1:] for part in own])
-    )
-    logits = model.lm_head(hidden[places])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(logits, ids.flatten()[targets], reduction="none")
-    means = [each.mean() for each in losses.split([len(part) - 1 for part in own])]
-    return torch.stack([means[at] for at in np.argsort(rows.order)])
+    places = []
+    for at, columns in zip(rows.order, rows.columns, strict=True):
+        start = len(examples[at].prompt_ids) - 1
+        places.append(columns[start : start + len(examples[at].target_ids)])
+    logits = model.lm_head(hidden[torch.from_numpy(np.concatenate(places)).to(device)])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def target_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+    """Mean cross-entropy of each example's target, [N], from the logits that predict them [M, V]."""
+    targets = np.concatenate([example.target_ids for example in examples]).astype(np.int64)
+    targets = torch.from_numpy(targets).to(logits.device)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return torch.stack([own.mean() for own in losses.split([len(row.target_ids) for row in examples])])
 
 
 def _line_pays(model: torch.nn.Module, line: Line) -> bool:
@@ -100,61 +100,3 @@ def _line_pays(model: torch.nn.Module, line: Line) -> bool:
     pair = 2 * model.config.num_attention_heads * layer.self_attn.head_dim
     together, apart = len(line.ids), rows * longest
     return together * (token + pair * together) < apart * (token + pair * longest)
-
-
-@contextmanager
-def _float64(model: torch.nn.Module) -> Iterator[None]:
-    """A float32 model in float64 inside the block; the conversion back is exact.
-
-    Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 moved it by
-    up to 2e-4. In float64 the two backends agree to 2e-7. Half precision is left as it is.
-    """
-    if model.dtype != torch.float32:
-        yield
-        return
-    model.double()
-    try:
-        yield
-    finally:
-        model.float()
-
-
-def gradient_gram(
-    decoder: Decoder,
-    safe: Sequence[Example],
-    util: Sequence[Example],
-    folds: int,
-    layers: Sequence[int],
-) -> np.ndarray:
-    """See Backend.gradient_gram. A float32 model is differentiated in float64."""
-    check_folds(folds, safe=safe, util=util)
-    model, heads = decoder.model, decoder.shape.heads
-    weights = [model.model.layers[layer].self_attn.q_proj.weight for layer in layers]
-    budget = TOKENS_CUDA if model.device.type == "cuda" else TOKENS_CPU
-    gradients = torch.zeros(len(weights), 2 * folds, *weights[0].shape)  # (L, 2F, H * D, E)
-    bar = progress(total=len(safe) + len(util), desc="gradients", unit="row")
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with _float64(model):
-            for kind, examples in enumerate((safe, util)):
-                for fold in range(folds):
-                    members = examples[fold::folds]
-                    for batch in by_tokens(members, budget):
-                        loss = example_losses(model, batch).sum() / len(members)
-                        for layer, gradient in enumerate(torch.autograd.grad(loss, weights)):
-                            gradients[layer, kind * folds + fold] += gradient.float().cpu()
-                        bar.update(len(batch))
-    finally:
-        bar.close()
-        for weight in weights:
-            weight.requires_grad_(False)
-    gram = np.empty((len(weights), heads, 2 * folds, 2 * folds))
-    for layer, gradient in enumerate(gradients):
-        rows = gradient.reshape(2 * folds, heads, -1).transpose(0, 1).double()  # (H, 2F, D * E)
-        gram[layer] = (rows @ rows.transpose(1, 2)).numpy()
-    if not np.isfinite(gram).all():
-        at, head = np.argwhere(~np.isfinite(gram).all(axis=(2, 3)))[0]
-        layer = layers[at]
-        raise InputError(f"the gradient of head ({layer}, {head}) is not finite: try --dtype float32")
-    return gram

@@ -35,7 +35,7 @@ def judges(run: FinishedRun) -> Result:
 
 def keys(run: FinishedRun) -> Result:
     """Sweep and responses hold every head x calibration row, every model x benchmark row, once, in order."""
-    parts = swept_rows(run.read(schemas.CALIBRATION), run.map_names)
+    parts = swept_rows(run.read(schemas.CALIBRATION), run.map_names, run.settings.map.sensitivity)
     heads = pd.DataFrame([(None, None), *np.ndindex(*run.heads)], columns=["layer", "head"], dtype=object)
     wanted = {TABLES[part]: heads.merge(rows[["example_id"]], how="cross") for part, rows in parts.items()}
     rows = run.read(schemas.BENCHMARKS).rename(columns={"split": "benchmark"})
@@ -79,7 +79,7 @@ class Again(Job):
         if table is schemas.SCORES and self.classified:
             frame = judging.score_rows(self.read(schemas.RESPONSES), self.sides)
         # `texts` checks texts; parameters are counted in the adapters, where the model need not be here.
-        others = ["text", "token_ids", "output", "prompt", "gram", "trainable_parameters"]
+        others = ["text", "token_ids", "output", "prompt", "loglikelihood", "gram", "trainable_parameters"]
         frame = frame.drop(columns=others, errors="ignore")
         self.faults += [f"{table.file(map_name)}: {fault}" for fault in unequal(stored, frame)]
 

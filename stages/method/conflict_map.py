@@ -1,13 +1,16 @@
 """The map from what it rests on: every column of gradients.parquet and heads.parquet (Eq. 2 to 6)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import get_args
 
 import numpy as np
 
 from stages.method import metrics, uncertainty
 from stages.method.arrays import FloatArray
 from stages.method.gradients import conflict_from_gram
-from stages.method.uncertainty import Outcomes, Resampling
+from stages.method.heads import Sensitivity
+from stages.method.uncertainty import Effects, Resampling
 
 Columns = dict[str, np.ndarray]
 """by name, [L * H] in the order of (layer, head)"""
@@ -20,7 +23,7 @@ def head_columns(shape: tuple[int, int]) -> Columns:
 
 
 def gradient_columns(gram: FloatArray) -> Columns:
-    """gradients.parquet from Gram matrices [L, H, 2F, 2F] of fold-mean gradients, safe folds first."""
+    """What gradients.parquet has of Gram matrices [L, H, 2F, 2F] of fold-mean gradients, safe folds first."""
     dot, norm_safe, norm_util = conflict_from_gram(gram, gram.shape[-1] // 2)
     values = {
         "dot": dot,
@@ -28,32 +31,25 @@ def gradient_columns(gram: FloatArray) -> Columns:
         "norm_util": norm_util,
         "optimization_conflict": metrics.optimization_conflict(dot, norm_safe, norm_util),
     }
-    matrices = np.empty(dot.size, dtype=object)
-    matrices[:] = list(gram.reshape(dot.size, -1))
-    return (
-        head_columns(dot.shape) | {name: array.ravel() for name, array in values.items()} | {"gram": matrices}
-    )
+    return head_columns(dot.shape) | {name: array.ravel() for name, array in values.items()}
 
 
 def map_columns(
-    gram: FloatArray,
-    correct: Outcomes,
-    refused: Outcomes,
-    variant: metrics.SensitivityVariant,
-    m: int,
-    resampling: Resampling,
+    gram: FloatArray, effects: Effects, variant: metrics.SensitivityVariant, m: int, resampling: Resampling
 ) -> Columns:
-    """heads.parquet from Gram matrices and the sweep's outcomes on D_util and D_safe."""
+    """heads.parquet from Gram matrices, and from what ablating each head does to the rows of D_util and
+    D_safe."""
     estimates = {
         "optimization_conflict": gradient_columns(gram)["optimization_conflict"].reshape(gram.shape[:2]),
-        "h_gen": metrics.accuracy_change(correct.clean, correct.ablated),
-        "h_safe": metrics.accuracy_change(refused.clean, refused.ablated),
+        "h_gen": metrics.mean_change(effects.util),
+        "h_safe": metrics.mean_change(effects.safe),
     }
-    sensitivity = metrics.functional_sensitivity(estimates["h_gen"], estimates["h_safe"], variant)
+    sizes = (metrics.unit_range(estimates[name]) for name in ("h_gen", "h_safe"))
+    sensitivity = metrics.functional_sensitivity(*sizes, variant)
     score = metrics.conflict_score(estimates["optimization_conflict"], sensitivity)
     bucket = metrics.buckets(score, m)
     estimates |= {"functional_sensitivity": sensitivity, "conflict_score": score, "bucket": bucket}
-    intervals = uncertainty.map_intervals(gram, correct, refused, variant, m, resampling)
+    intervals = uncertainty.map_intervals(gram, effects, variant, m, resampling)
     columns = head_columns(bucket.shape)
     for name, values in estimates.items():
         columns |= {
@@ -66,14 +62,23 @@ def map_columns(
     return columns
 
 
-def map_notes(columns: Columns, correct: Outcomes, refused: Outcomes) -> dict:
+def change_columns(effects: Mapping[Sensitivity, Effects]) -> Columns:
+    """H_gen and H_safe by every kind of outcome that was computed; None by the others."""
+    columns = {}
+    for kind in get_args(Sensitivity):
+        for side, name in (("util", "h_gen"), ("safe", "h_safe")):
+            own = getattr(effects[kind], side) if kind in effects else None
+            columns[f"{name}_{kind}"] = None if own is None else metrics.mean_change(own).ravel()
+    return columns
+
+
+def map_notes(columns: Columns) -> dict:
     """What a manifest notes of a map: how much its ranks rest on."""
-    h_gen, h_safe = (columns[name][None, :] for name in ("h_gen", "h_safe"))
+    sizes = (metrics.unit_range(columns[name][None, :]) for name in ("h_gen", "h_safe"))
     own = [
         row[bucket - 1] for row, bucket in zip(columns["bucket_probability"], columns["bucket"], strict=True)
     ]
     return {
-        "base": {"accuracy": float(correct.clean.mean()), "refusal_rate": float(refused.clean.mean())},
-        "ranks_rest_on": asdict(metrics.map_statistics(h_gen, h_safe)),
+        "ranks_rest_on": asdict(metrics.map_statistics(*sizes)),
         "mean_probability_of_own_bucket": float(np.mean(own)),
     }

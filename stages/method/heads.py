@@ -11,6 +11,8 @@ from stages.method.arrays import FloatArray, IntArray
 
 Ranking = Literal["C", "O", "S"]
 """what heads are ranked by: conflict score, optimization conflict, functional sensitivity"""
+Sensitivity = Literal["counted", "graded", "gradient"]
+"""which outcomes H_gen and H_safe are made of"""
 COLUMN = {
     "C": "conflict_score",
     "O": "optimization_conflict",

@@ -223,26 +223,26 @@ def correlation(x: ArrayLike, y: ArrayLike, *, resamples: int = 2000, seed: int 
     )
 
 
-def accuracy_change(clean: ArrayLike, ablated: ArrayLike) -> FloatArray:
-    """Eq. 3 and 4: |accuracy with a head ablated - clean accuracy|, [L, H]; for refusal rates likewise.
+def mean_change(effects: ArrayLike) -> FloatArray:
+    """Eq. 3 and 4: |mean effect of ablating a head|, [L, H].
 
-    `clean` [N] and `ablated` [L, H, N] say of each example whether it was right (or refused): bool, or 0
-    and 1. Outcomes are counted before they are divided by N, so that equal changes are equal floats: Eq. 5's
-    ranks live on exact ties.
+    `effects` [L, H, N] is the change of each row's outcome. Counted outcomes are 0 or 1, so effects are -1,
+    0 or 1 and the mean is the change of accuracy (or refusal rate); they are summed before they are divided
+    by N, so that equal changes are equal floats: Eq. 5's ranks live on exact ties. Graded outcomes are log p.
 
-    Raises ValueError on values other than 0 and 1, wrong shapes, no examples.
+    Raises ValueError on NaN, other than three axes, no rows.
 
-    >>> accuracy_change([True, True, False], [[[True, False, False], [True, True, True]]]).round(3).tolist()
-    [[0.333, 0.333]]
+    >>> mean_change([[[0, -1, 0], [0, 0, 1], [1, 1, -1]]]).round(3).tolist()
+    [[0.333, 0.333, 0.333]]
     """
-    clean = array("clean", clean, axes=1, low=0.0, high=1.0)
-    ablated = array("ablated", ablated, axes=3, low=0.0, high=1.0)
-    for name, value in (("clean", clean), ("ablated", ablated)):
-        if np.any((value != 0) & (value != 1)):
-            raise ValueError(f"{name}: must hold true or false (1 or 0) only")
-    if ablated.shape[-1] != clean.size:
-        raise ValueError(f"ablated: has {ablated.shape[-1]} examples, clean has {clean.size}")
-    return np.abs(ablated.sum(axis=-1) - clean.sum()) / clean.size
+    effects = array("effects", effects, axes=3)
+    return np.abs(effects.sum(axis=-1)) / effects.shape[-1]
+
+
+def unit_range(change: FloatArray) -> FloatArray:
+    """Changes in any unit as values in [0, 1] with the same ranks: divided by the largest where that is over
+    1, as log p may be."""
+    return change / max(float(np.max(change)), 1.0)
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

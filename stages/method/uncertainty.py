@@ -21,6 +21,7 @@ from stages.method.metrics import (
     conflict_score,
     functional_sensitivity,
     optimization_conflict,
+    unit_range,
 )
 
 BOUNDS = (0.025, 0.975)
@@ -29,12 +30,26 @@ BOUNDS = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What the sweep found on one set of rows: whether each was right (or refused)."""
+    """What the sweep found on one set of rows: whether each was right (or refused), or its log p."""
 
     clean: np.ndarray
-    """bool [N], of the clean model"""
+    """bool or float [N], of the clean model"""
     ablated: np.ndarray
-    """bool [L, H, N], with each head ablated"""
+    """bool or float [L, H, N], with each head ablated"""
+
+    @property
+    def effects(self) -> FloatArray:
+        """What ablating each head changes of each row, [L, H, N]."""
+        return self.ablated.astype(np.float64) - self.clean.astype(np.float64)
+
+
+class Effects(NamedTuple):
+    """What ablating each head changes of each row's outcome."""
+
+    util: FloatArray
+    """[L, H, N], rows of D_util in the order in which they were folded"""
+    safe: FloatArray
+    """of D_safe"""
 
 
 class Resampling(NamedTuple):
@@ -65,52 +80,67 @@ def fold_counts(folds: int, generator: np.random.Generator, resamples: int) -> I
     return generator.multinomial(folds - 1, np.full(folds, 1 / folds), size=resamples)
 
 
-def resampled_changes(outcomes: Outcomes, counts: IntArray) -> FloatArray:
-    """Signed change of accuracy (or refusal rate) by ablating each head, in every resample, [R, L, H].
+def resampled_changes(effects: FloatArray, counts: IntArray) -> FloatArray:
+    """Mean effect [L, H, N] of ablating each head in every resample, with its sign, [R, L, H].
 
-    Sums of whole numbers, divided once, so that equal changes stay exact ties. ValueError where the rows do
-    not divide into the folds.
+    Sums, divided once, so that equal changes of counted outcomes stay exact ties. ValueError where the rows
+    do not divide into the folds.
     """
-    rows, folds = len(outcomes.clean), counts.shape[1]
+    rows, folds = effects.shape[-1], counts.shape[1]
     if rows % folds:
         raise ValueError(f"counts: {rows} rows do not divide into {folds} folds")
-    change = outcomes.ablated.astype(np.float64) - outcomes.clean.astype(np.float64)  # (L, H, N)
-    by_fold = change.reshape(*change.shape[:2], rows // folds, folds).sum(axis=2)  # (L, H, F)
+    by_fold = effects.reshape(*effects.shape[:2], rows // folds, folds).sum(axis=2)  # (L, H, F)
     drawn = counts.sum(axis=1) * (rows // folds)  # rows a resample draws
     return np.einsum("rf,lhf->rlh", counts.astype(np.float64), by_fold) / drawn[:, None, None]
 
 
-def map_intervals(
+class MapDraws(NamedTuple):
+    """The map of other draws of its rows, [R, L, H] each; R draws of the folds."""
+
+    optimization_conflict: FloatArray
+    h_gen: FloatArray
+    """mean effect, with its sign"""
+    h_safe: FloatArray
+    functional_sensitivity: FloatArray
+    conflict_score: FloatArray
+    bucket: IntArray
+
+
+def draw_maps(
     gram: FloatArray,
-    correct: Outcomes,
-    refused: Outcomes,
+    effects: Effects,
+    counts: tuple[IntArray, IntArray],
     variant: SensitivityVariant,
     m: int,
-    resampling: Resampling,
-) -> MapIntervals:
-    """Resamples of D_util's and D_safe's folds, and what they leave as intervals of O, H, S, C and buckets.
+) -> MapDraws:
+    """The map of each of R draws of D_util's and D_safe's folds.
 
     Args:
         gram: [L, H, 2F, 2F], inner products of fold gradients, safe folds first.
-        correct, refused: of D_util's and D_safe's rows, in the order in which they were folded.
+        counts: how often each draw has each fold, of D_util and of D_safe, [R, F] each.
     """
-    gram = checked_gram(gram)
+    util, safe = counts
+    weights = (own / own.sum(axis=1, keepdims=True) for own in (safe, util))
+    conflict = optimization_conflict(*combine_folds(checked_gram(gram), *weights))
+    h_gen, h_safe = resampled_changes(effects.util, util), resampled_changes(effects.safe, safe)
+    sensitivity, score, bucket = (np.empty_like(conflict) for _ in range(3))
+    for draw in range(len(conflict)):
+        sizes = (unit_range(np.abs(change[draw])) for change in (h_gen, h_safe))
+        sensitivity[draw] = functional_sensitivity(*sizes, variant)
+        score[draw] = conflict_score(conflict[draw], sensitivity[draw])
+        bucket[draw] = buckets(score[draw], m)
+    return MapDraws(conflict, h_gen, h_safe, sensitivity, score, bucket.astype(int))
+
+
+def map_intervals(
+    gram: FloatArray, effects: Effects, variant: SensitivityVariant, m: int, resampling: Resampling
+) -> MapIntervals:
+    """Resamples of D_util's and D_safe's folds, and what they leave as intervals of O, H, S, C and buckets
+    (arguments of `draw_maps`)."""
     folds = gram.shape[-1] // 2
     safe, util = (fold_counts(folds, *resampling) for _ in range(2))
-    weights = (counts / counts.sum(axis=1, keepdims=True) for counts in (safe, util))
-    drawn: dict[str, FloatArray] = {
-        "optimization_conflict": optimization_conflict(*combine_folds(gram, *weights))
-    }
-    signed = {"h_gen": resampled_changes(correct, util), "h_safe": resampled_changes(refused, safe)}
-    sizes = {name: np.abs(change) for name, change in signed.items()}
-    maps: dict[str, list] = {"functional_sensitivity": [], "conflict_score": [], "bucket": []}
-    for conflict, h_gen, h_safe in zip(drawn["optimization_conflict"], *sizes.values(), strict=True):
-        sensitivity = functional_sensitivity(h_gen, h_safe, variant)
-        score = conflict_score(conflict, sensitivity)
-        maps["functional_sensitivity"].append(sensitivity)
-        maps["conflict_score"].append(score)
-        maps["bucket"].append(buckets(score, m))
-    drawn |= {name: np.array(values) for name, values in maps.items()}
+    drawn = draw_maps(gram, effects, (util, safe), variant, m)._asdict()
+    signed = {name: drawn.pop(name) for name in ("h_gen", "h_safe")}
     low, high = {}, {}
     for name, values in drawn.items():
         # The bounds of a bucket are buckets that occurred.

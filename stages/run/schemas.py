@@ -75,7 +75,9 @@ ALIGNMENT = Table("01_calibrate", "alignment", EXAMPLES)
 BENCHMARKS = Table("01_calibrate", "benchmarks", EXAMPLES)
 
 # 02: gradients, attributions
-GRAM = _schema("gram", {**_head, "gram": _floats})  # a unit's: [2F, 2F] by rows
+# [2F, 2F] by rows; the gradient in the head's gate for each row of D_safe and of D_util, in their order
+_gradients = {"gram": _floats, "gate_safe": _floats, "gate_util": _floats}
+GRAM = _schema("gram", {**_head, **_gradients})  # a unit's
 GRADIENTS = Table(
     "02_conflict",
     "gradients",
@@ -87,7 +89,7 @@ GRADIENTS = Table(
             "norm_safe": _float,
             "norm_util": _float,
             "optimization_conflict": _float,
-            "gram": _floats,
+            **_gradients,
         },
     ),
     per_map=True,
@@ -132,7 +134,16 @@ SWEEP_GENERATIONS = Table(
     "03_sensitivity",
     "sweep_generations",
     _schema("sweep_generations", {**_written, "refused": _bool}, nullable="layer head"),
+    optional=True,
 )
+# Graded outcomes: log p of each row's target (backends.base.Backend.loglikelihoods).
+SWEEP_GRADED = Table(
+    "03_sensitivity",
+    "sweep_graded",
+    _schema("sweep_graded", {**_ablated, "loglikelihood": _float}, nullable="layer head"),
+    optional=True,
+)
+_changes = [f"{name}_{kind}" for kind in ("counted", "graded", "gradient") for name in ("h_gen", "h_safe")]
 HEADS = Table(
     "03_sensitivity",
     "heads",
@@ -147,9 +158,30 @@ HEADS = Table(
             "bucket_low": _int,
             "bucket_high": _int,
             "bucket_probability": _floats,  # of bucket 1 .. M: stages.method.uncertainty says what it means
+            **dict.fromkeys(_changes, _float),  # H by every kind of outcome that was computed
         },
+        nullable=" ".join(_changes),
     ),
     per_map=True,
+)
+RELIABILITY = Table(
+    "03_sensitivity",
+    "reliability",
+    _schema(
+        "reliability",
+        {
+            "map": _text,
+            "sensitivity": _text,  # which outcomes S is made of
+            "quantity": _text,  # a column of heads.parquet
+            "rows_util": _int,
+            "rows_safe": _int,
+            # stages.method.reliability.Reliability
+            "halves": _float,
+            "reliability": _float,
+            "more_rows": _float,
+        },
+        nullable="halves reliability more_rows",
+    ),
 )
 
 # 04: arms
@@ -219,8 +251,9 @@ _output = {
     "token_ids": _ids,  # what was generated; empty for a choice
     "prediction": _int,  # of a choice: as Example.answer
     "probability": _float,  # of a choice: what the model gives to all candidates together
+    "loglikelihood": _float,  # of the row's target, where it has one
 }
-_no_base = "optimizer seed prediction probability"
+_no_base = "optimizer seed prediction probability loglikelihood"
 OUTPUTS = _schema("outputs", _output, nullable=_no_base)  # a unit's, before they are judged
 # A unit's: a classifier's words. unclear: it gave no answer that can be read; what it calls n/a is null.
 CLASSIFIED = _schema(

@@ -17,6 +17,7 @@ from backends.base import Optimizer
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
+from stages.method.heads import Sensitivity
 from stages.run.locks import parse_shard
 from stages.run.maps import MapSpec, parse_maps
 from stages.run.schemas import OWN_MAP
@@ -104,6 +105,10 @@ class DataSettings:
 @dataclass(frozen=True)
 class MapSettings:
     """The conflict map (stages 02 and 03)."""
+
+    sensitivity: Sensitivity = "counted"
+    """what S is made of. counted: accuracy and refusals, as in the paper; graded: log p of right answers and
+    of refusals; gradient: their gradients in the heads' gates, for which nothing is ablated"""
 
     attribution_steps: int = 128
     """NeuronTune: nodes on a path of the integrated gradients at most; it gets as many as make it complete"""

@@ -10,12 +10,26 @@ import pandas as pd
 from backends.base import Example, Head
 from backends.core.progress import TIME_LEFT, progress
 from data.rendering import example
+from stages.method.heads import Sensitivity
 from stages.run.runner import Job
-from stages.run.schemas import PREDICTIONS, SWEEP_ANSWERS, SWEEP_CHOICES, SWEEP_GENERATIONS, TEXTS
+from stages.run.schemas import (
+    PREDICTIONS,
+    SWEEP_ANSWERS,
+    SWEEP_CHOICES,
+    SWEEP_GENERATIONS,
+    SWEEP_GRADED,
+    TEXTS,
+)
 
-TABLES = {"choices": SWEEP_CHOICES, "answers": SWEEP_ANSWERS, "generations": SWEEP_GENERATIONS}
-"""part of the sweep -> its table: next tokens of utility rows, their answers in writing, responses"""
-OUTPUTS = {"choices": PREDICTIONS, "answers": TEXTS, "generations": TEXTS}
+TABLES = {
+    "choices": SWEEP_CHOICES,
+    "answers": SWEEP_ANSWERS,
+    "generations": SWEEP_GENERATIONS,
+    "graded": SWEEP_GRADED,
+}
+"""part of the sweep -> its table: next tokens of utility rows, their answers in writing, responses; and how
+likely the targets of all rows are"""
+OUTPUTS = {"choices": PREDICTIONS, "answers": TEXTS, "generations": TEXTS, "graded": SWEEP_GRADED.schema}
 """part -> columns of a unit"""
 
 
@@ -36,12 +50,17 @@ def part_units(part: str, layers: int) -> dict[str, Ablation]:
     return {work.unit: work for work in (Ablation(part, layer) for layer in (None, *range(layers)))}
 
 
-def swept_rows(calibration: pd.DataFrame, map_names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The calibration rows of each part that has any; a row that several maps have stands once."""
+def swept_rows(
+    calibration: pd.DataFrame, map_names: Sequence[str], sensitivity: Sensitivity
+) -> dict[str, pd.DataFrame]:
+    """The calibration rows of each part that has any; a row that several maps have stands once. Gradients
+    need no sweep."""
     util = calibration[calibration["split"].isin(map_names)].drop_duplicates("example_id")
     chosen = util["scoring"] == "choice"
     safe = calibration[calibration["split"] == "safe"]
-    parts = {"choices": util[chosen], "answers": util[~chosen], "generations": safe}
+    counted = {"choices": util[chosen], "answers": util[~chosen], "generations": safe}
+    graded = {"graded": pd.concat([util, safe])}
+    parts = {"counted": counted | graded, "graded": graded, "gradient": {}}[sensitivity]
     return {part: own for part, own in parts.items() if len(own)}
 
 
@@ -54,6 +73,8 @@ def sweep(job: Job, part: str, rows: pd.DataFrame, layers: list[int | None]) -> 
         columns = {"layer": head[0], "head": head[1], "example_id": rows["example_id"].to_numpy()}
         if part == "choices":
             return pd.DataFrame(columns | {"prediction": outcome})
+        if part == "graded":
+            return pd.DataFrame(columns | {"loglikelihood": outcome})
         texts = [decode(tuple(tokens.tolist())) for tokens in outcome]
         return pd.DataFrame(columns | {"token_ids": outcome, "text": texts})
 
@@ -82,9 +103,11 @@ def new_tokens(job: Job, part: str) -> int:
 
 
 def answer_clean(job: Job, part: str, examples: list[Example]) -> Sequence:
-    """Predictions, or token ids of responses, of the clean model."""
+    """Predictions, token ids of responses, or log p of targets, of the clean model."""
     if part == "choices":
         return job.backend.choices(examples)[0]
+    if part == "graded":
+        return job.backend.loglikelihoods(examples)
     return job.backend.generate(examples, new_tokens(job, part))
 
 
@@ -95,10 +118,12 @@ def answer_ablated(
     mask = job.settings.map.mask
     if part == "choices":
         return job.backend.sweep_choices(examples, heads, mask)
+    if part == "graded":
+        return job.backend.sweep_loglikelihoods(examples, heads, mask)
     return job.backend.sweep_generations(examples, heads, new_tokens(job, part), mask)
 
 
 def relative_cost(part: str, layer: int, layers: int) -> int:
     """What ablating a head of a layer costs, beside other layers: the layers from the ablated one up; for a
     response what departs from the clean one costs all of them besides."""
-    return layers - layer if part == "choices" else 2 * layers - layer
+    return layers - layer if part in ("choices", "graded") else 2 * layers - layer

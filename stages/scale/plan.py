@@ -126,7 +126,8 @@ def attributions(job: Job, backend: Backend, units: Sequence) -> Estimate:
 
 def sweep(job: Job, backend: Backend, units: Sequence) -> Estimate:
     part, shape, mask = units[0].part, job.shape, job.settings.map.mask
-    rows = swept_rows(job.read(CALIBRATION), [spec.name for spec in job.settings.maps])[part]
+    names, sensitivity = [spec.name for spec in job.settings.maps], job.settings.map.sensitivity
+    rows = swept_rows(job.read(CALIBRATION), names, sensitivity)[part]
     rows, middle = rows.to_dict("records"), shape.layers // 2
     heads = [(middle, head) for head in range(shape.heads)]
     some = examples(typical(rows))
@@ -134,6 +135,10 @@ def sweep(job: Job, backend: Backend, units: Sequence) -> Estimate:
         what, disk = f"next tokens of {len(rows)} rows", 8
         took = seconds_of(lambda: list(backend.sweep_choices(some, heads, mask)))
         more = tokens_of(rows) / tokens_of(typical(rows))
+    elif part == "graded":
+        what, disk = f"likelihoods of {len(rows)} targets", 8
+        took = seconds_of(lambda: list(backend.sweep_loglikelihoods(some, heads, mask)))
+        more = tokens_of(rows, target=True) / tokens_of(typical(rows), target=True)
     else:
         new = new_tokens(job, part)
         timed = min(new, TOKENS)

@@ -1,0 +1,143 @@
+"""How likely targets are, of the model and with one head at a time ablated: padded rows, nothing decoded."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from backends.base import Example, Head
+from backends.core import budgets, packing
+from backends.core.kept import Kept
+from backends.flax import adapter as peft_folder
+from backends.flax.decoder import Adapter, Decoder
+from backends.flax.loss import Rows, make_rows, row_losses, target_logits
+from backends.flax.model import Model, embed
+from backends.flax.sweep import keep_mask
+
+TOKENS_CPU, TOKENS_DEVICE = 2048, 16384
+"""padded tokens of a pass, for each device of the data axis"""
+
+
+class Batch(NamedTuple):
+    """Rows of one pass; some only fill the shape."""
+
+    rows: Rows
+    rivals: jax.Array
+    """tokens that compete for a row's next token, the answer first, int32 [R, n], then -1; all -1: none do,
+    the whole target is predicted from the whole vocabulary"""
+
+
+def make_batch(model: Model, examples: Sequence[Example]) -> Batch:
+    filled = model.rows(len(examples))
+    rivals = np.full((filled, max([1, *(len(example.choice_ids) for example in examples)])), -1, np.int32)
+    for row, example in enumerate(examples):
+        if count := len(example.choice_ids):
+            rivals[row, :count] = np.roll(example.choice_ids, -example.answer)
+    return Batch(make_rows(model, examples, filled, 1), model.put(rivals, 0))
+
+
+def log_likelihood(logits: jax.Array, batch: Batch) -> jax.Array:
+    """[R] from logits [R, G, V] of the places that predict targets."""
+    among = jnp.take_along_axis(logits[:, 0], jnp.maximum(batch.rivals, 0), axis=-1)
+    among = jax.nn.log_softmax(among, axis=-1, where=batch.rivals >= 0)[:, 0]
+    return jnp.where(batch.rivals[:, 0] >= 0, among, -row_losses(logits, batch.rows))
+
+
+# Programs
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def clean(graph, weights, batch: Batch, adapter: Adapter | None) -> jax.Array:
+    """[R]"""
+    decoder: Decoder = nnx.merge(graph, weights)
+    hidden = decoder.forward(batch.rows.ids, adapter)
+    return log_likelihood(target_logits(decoder, hidden, batch.rows), batch)
+
+
+@partial(jax.jit, static_argnames=("graph",), donate_argnames=("hidden",))
+def advance(graph, weights, hidden, start, stop) -> jax.Array:
+    """The clean residual stream, [R, T, E], moved up from layer `start` to `stop`."""
+    decoder: Decoder = nnx.merge(graph, weights)
+    return decoder.climb(hidden, start, stop, None, "output")
+
+
+@partial(jax.jit, static_argnames=("graph", "mask"))
+def ablated(graph, weights, hidden, batch: Batch, layer, keep, mask: str) -> jax.Array:
+    """[n, R] for n copies of a batch, keep [n, L, H], from its clean stream before `layer`."""
+    decoder: Decoder = nnx.merge(graph, weights)
+
+    def one(own: jax.Array) -> jax.Array:
+        every = jnp.broadcast_to(own, (len(hidden), *own.shape))  # (R, L, H)
+        last = decoder.climb(hidden, layer, decoder.config.shape.layers, every, mask)
+        return log_likelihood(target_logits(decoder, last, batch.rows), batch)
+
+    return jax.lax.map(one, keep)
+
+
+# Verbs
+
+
+def batches(model: Model, examples: Sequence[Example]) -> list[tuple[list[int], Batch]]:
+    """Batches of similar length, with the places of their rows."""
+    groups = packing.by_tokens(examples, model.limit(TOKENS_CPU, TOKENS_DEVICE))
+    return [(members, make_batch(model, [examples[row] for row in members])) for members in groups]
+
+
+def loglikelihoods(model: Model, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
+    """See Backend.loglikelihoods."""
+    adapter, found = peft_folder.load(model, adapter), np.zeros(len(examples))
+    for members, batch in batches(model, examples):
+        found[members] = np.asarray(model.apply(clean, batch, adapter))[: len(members)]
+    return found
+
+
+class Stream:
+    """The clean residual stream of a batch before layer `layer`, [R, T, E], moved up as a sweep goes."""
+
+    def __init__(self, model: Model, members: list[int], batch: Batch):
+        self.model, self.members, self.batch = model, members, batch
+        self.release()
+
+    def release(self) -> None:
+        """Frees the stream; the next move computes it again."""
+        self.layer, self.hidden = 0, None
+
+    def move(self, layer: int) -> None:
+        if layer < self.layer:
+            self.release()
+        if self.hidden is None:
+            self.hidden = self.model.apply(embed, self.batch.rows.ids)[0]
+        if layer > self.layer:
+            bounds = np.int32(self.layer), np.int32(layer)
+            self.hidden, self.layer = self.model.apply(advance, self.hidden, *bounds), layer
+
+
+def sweep_loglikelihoods(
+    model: Model, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
+) -> Iterator[tuple[Head, np.ndarray]]:
+    """See Backend.sweep_loglikelihoods."""
+    targets = tuple(example.target_ids.tobytes() for example in examples)
+
+    def make() -> list[Stream]:
+        return [Stream(model, *of_pass) for of_pass in batches(model, examples)]
+
+    streams = kept.of(examples, ("loglikelihoods", targets), make)
+    tokens = sum(stream.batch.rows.ids.size for stream in streams)
+    keep = budgets.keeps_choices(model.config.shape, model.itemsize, model.room, tokens)
+    for layer, group in packing.by_layer(heads):
+        found = np.zeros((len(group), len(examples)))
+        # As many copies for every layer: one program.
+        gates = model.put(keep_mask(model.config, layer, group, model.config.shape.heads))
+        for stream in streams:
+            stream.move(layer)
+            values = model.apply(ablated, stream.hidden, stream.batch, np.int32(layer), gates, mask)
+            found[:, stream.members] = np.asarray(values)[: len(group), : len(stream.members)]
+            if not keep:
+                stream.release()
+        for index, head in enumerate(group):
+            yield (layer, head), found[index]

@@ -1,0 +1,89 @@
+"""Graded outcomes of both backends: log-likelihoods, their sweep, and gradients in the heads' gates, against
+transformers' own loss with a hook, one row at a time, float32."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests import reference
+from tests.conftest import ALL_HEADS, HEADS, LAYERS, assert_same, make_examples
+
+EXAMPLES = [*make_examples(5, seed=3), *make_examples(4, seed=4, choices=3)]
+"""rows whose whole target counts, and rows whose answer competes with two other tokens"""
+
+
+def plain_loglikelihood(model, example) -> torch.Tensor:
+    """In the model's own precision (transformers' loss rounds to float32)."""
+    start, target = len(example.prompt_ids) - 1, torch.from_numpy(example.target_ids.astype(np.int64))
+    ids = torch.from_numpy(np.concatenate([example.prompt_ids, example.target_ids]).astype(np.int64))[None]
+    logits = model(input_ids=ids).logits[0, start:-1]
+    if len(example.choice_ids):
+        return logits[0, example.choice_ids.astype(np.int64)].log_softmax(dim=-1)[example.answer]
+    return logits.log_softmax(dim=-1)[torch.arange(len(target)), target].mean()
+
+
+@torch.no_grad()
+def plain_loglikelihoods(model, examples) -> np.ndarray:
+    return np.array([float(plain_loglikelihood(model, example)) for example in examples])
+
+
+@pytest.mark.parametrize("mask", ["output", "query"])
+def test_sweep_equals_hook_and_loop(pair, mask):
+    clean = plain_loglikelihoods(pair.plain, EXAMPLES)
+    np.testing.assert_allclose(pair.backend.loglikelihoods(EXAMPLES), clean, atol=1e-5)
+    for (layer, head), found in pair.backend.sweep_loglikelihoods(EXAMPLES, ALL_HEADS, mask):
+        with reference.ablated(pair.plain, layer, head, mask):
+            expected = plain_loglikelihoods(pair.plain, EXAMPLES)
+        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=f"head ({layer}, {head})")
+        assert np.abs(found - clean).max() > 1e-3 or mask == "query"
+
+
+@pytest.mark.parametrize("mask", ["output", "query"])
+def test_gates_equal_a_hooked_gate_and_finite_differences(pair, mask):
+    rows, gate, step = EXAMPLES[:8], torch.ones((), requires_grad=True), 0.01
+    found = pair.backend.head_gradients(rows[:4], rows[4:], 2, mask=mask)
+    gates = np.concatenate([found.gate_safe, found.gate_util], axis=2)  # (L, H, 8)
+    assert np.abs(gates).max() > 0.01
+    with reference.doubled(pair.plain) as model:
+        for layer, head in ALL_HEADS:
+            with reference.ablated(model, layer, head, mask, gate):
+                exact = [torch.autograd.grad(plain_loglikelihood(model, row), gate)[0] for row in rows]
+            np.testing.assert_allclose(gates[layer, head], exact, atol=1e-5 * np.abs(gates).max())
+            sides = []
+            for moved in (1 + step, 1 - step):
+                with reference.ablated(model, layer, head, mask, moved):
+                    sides.append(plain_loglikelihoods(model, rows))
+            near = (sides[0] - sides[1]) / (2 * step)
+            np.testing.assert_allclose(gates[layer, head], near, atol=2e-2 * np.abs(gates).max())
+
+
+def test_gates_of_some_layers_and_the_same_gram(gqa):
+    whole = gqa.backend.head_gradients(EXAMPLES[:4], EXAMPLES[4:8], 2)
+    some = gqa.backend.head_gradients(EXAMPLES[:4], EXAMPLES[4:8], 2, layers=[2, 0])
+    np.testing.assert_allclose(some.gate_util, whole.gate_util[[2, 0]], rtol=1e-9)
+    gram = gqa.backend.gradient_gram(EXAMPLES[:4], EXAMPLES[4:8], 2)
+    np.testing.assert_allclose(gram, whole.gram, rtol=1e-6)
+
+
+def test_an_adapter_changes_them(gqa, scratch):
+    from backends.base import Recipe
+
+    recipe = Recipe(rank=2, lr=0.1, batch=4, accumulation=1, folder=scratch / "adapter")
+    tuning = gqa.backend.tune(EXAMPLES[:4], [(0, 1), (2, 3)], recipe)
+    assert list(tuning)
+    merged = reference.merged(gqa.plain.config._name_or_path, tuning.adapter)
+    found = gqa.backend.loglikelihoods(EXAMPLES, tuning.adapter)
+    np.testing.assert_allclose(found, plain_loglikelihoods(merged, EXAMPLES), atol=1e-5)
+    assert np.abs(found - gqa.backend.loglikelihoods(EXAMPLES)).max() > 1e-3
+
+
+def test_a_row_without_target_is_named(gqa):
+    import dataclasses
+
+    bare = dataclasses.replace(EXAMPLES[0], target_ids=np.zeros(0, np.int32))
+    wrong = dataclasses.replace(EXAMPLES[-1], answer=3)
+    for rows, message in (([bare], "no prompt or no target"), ([wrong], "answer 3 is none")):
+        for call in (gqa.backend.loglikelihoods, lambda own: gqa.backend.sweep_loglikelihoods(own, [(0, 0)])):
+            with pytest.raises(ValueError, match=message):
+                call(rows)
+    assert_same([], []), gqa.backend.loglikelihoods([]).shape == (0,)
