@@ -189,4 +189,4 @@ for _ in range(2):
 def test_programs_are_kept_in_the_users_cache_and_compiling_is_reported(models, scratch):
     first, second, _ = run_apart(KEPT, models["llama-gqa"], CAST_CACHE=str(scratch)).split("again")
     assert list((scratch / "jax").iterdir()), "nothing was kept"
-    assert "[flax] compiled query_gradients in" in first and "compiled query_gradients" not in second
+    assert "[flax] compiled differentiate in" in first and "compiled differentiate" not in second

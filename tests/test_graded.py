@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.conftest import ALL_HEADS, HEADS, LAYERS, assert_same, make_examples
+from tests.conftest import ALL_HEADS, assert_same, make_examples
 
 EXAMPLES = [*make_examples(5, seed=3), *make_examples(4, seed=4, choices=3)]
 """rows whose whole target counts, and rows whose answer competes with two other tokens"""

@@ -286,21 +286,22 @@ def test_correlation_of_a_constant_is_nan_without_warnings():
 # Eq. 3, 4 and the rest
 
 
-def test_accuracy_change_pinned():
-    clean = np.array([True, True, True, False])
-    ablated = np.array(
-        [[[True, True, True, False], [False, False, True, False]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
-    )
-    assert metrics.accuracy_change(clean, ablated.astype(bool)).tolist() == [[0.0, 0.5], [0.25, 0.75]]
+def test_mean_change_pinned():
+    effects = [[[0, 0, 0, 0], [-1, -1, 0, 0]], [[0, 0, 0, 1], [-1, -1, -1, 0]]]
+    assert metrics.mean_change(effects).tolist() == [[0.0, 0.5], [0.25, 0.75]]
 
 
-def test_accuracy_change_keeps_ties_exact():
-    # 3 of 10 right when clean: 2 and 4 right are the same change, though |0.2 - 0.3| and |0.4 - 0.3| differ.
-    clean = np.arange(10) < 3
-    ablated = np.stack([np.arange(10) < 2, np.arange(10) < 4])[None]
-    change = metrics.accuracy_change(clean, ablated)
+def test_mean_change_keeps_ties_exact():
+    # One of ten lost or gained is the same change, though |0.2 - 0.3| and |0.4 - 0.3| differ.
+    lost, gained = -(np.arange(10) == 2).astype(int), (np.arange(10) == 3).astype(int)
+    change = metrics.mean_change([[lost, gained]])
     assert change[0, 0] == change[0, 1] == 0.1
     assert abs(0.2 - 0.3) != abs(0.4 - 0.3)
+
+
+def test_unit_range_keeps_ranks_and_what_is_small():
+    assert metrics.unit_range(np.array([0.0, 2.0, 5.0])).tolist() == [0.0, 0.4, 1.0]
+    assert metrics.unit_range(np.array([0.0, 0.3])).tolist() == [0.0, 0.3]
 
 
 def test_wilson_interval_pinned():
@@ -369,11 +370,10 @@ ERRORS = [
     ("correlation", ([1.0, 2.0], [1.0, 2.0, 3.0]), "y"),
     ("correlation", (np.ones((2, 3)), np.ones((3, 3))), "y"),
     ("correlation", (np.ones((1, 2, 3)), np.ones(3)), "x"),
-    ("accuracy_change", (ONE, ONE[None]), "clean"),
-    ("accuracy_change", ([0.5, 1.0], np.ones((1, 1, 2))), "clean"),
-    ("accuracy_change", ([0, 1], np.full((1, 1, 2), 0.5)), "ablated"),
-    ("accuracy_change", ([0, 1], np.ones((1, 1, 3))), "ablated"),
-    ("accuracy_change", ([], np.ones((1, 1, 0))), "clean"),
+    ("mean_change", (ONE,), "effects"),
+    ("mean_change", (NAN[None],), "effects"),
+    ("mean_change", (np.ones((1, 1, 0)),), "effects"),
+    ("unit_range", (NAN,), "change"),
     ("wilson_interval", (0, 0), "n"),
     ("wilson_interval", (6, 5), "successes"),
     ("wilson_interval", (-1, 5), "successes"),

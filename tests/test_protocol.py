@@ -73,8 +73,8 @@ def test_a_map_from_fewer_rows_of_the_same_draw_sweeps_nothing_again(finished):
     assert ids["few"] == ids["util"][:8]
     sweep = RunFolder(finished).read(schemas.SWEEP_CHOICES)
     assert len(sweep) == 13 * len(ids["util"])
-    correct = sweep["correct"].to_numpy(bool).reshape(13, -1)[:, :8]
-    h_gen = metrics.accuracy_change(correct[0], correct[1:].reshape(3, 4, 8))
+    correct = sweep["correct"].to_numpy(float).reshape(13, -1)[:, :8]
+    h_gen = metrics.mean_change((correct[1:] - correct[0]).reshape(3, 4, 8))
     found = RunFolder(finished).read(schemas.HEADS, "few")["h_gen"]
     np.testing.assert_array_equal(found.to_numpy(float).reshape(3, 4), h_gen)
 

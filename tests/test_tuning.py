@@ -17,7 +17,7 @@ from backends.core import checkpoint
 from backends.core.errors import InputError
 from backends.core.schedules import learning_rate
 from backends.core.seeds import batch_order
-from backends.torch import loss as torch_loss
+from backends.torch import gradients as torch_gradients
 from backends.torch import tune as torch_tune
 from tests import reference
 from tests.conftest import BACKENDS, HEAD_DIM, HEADS, LAYERS, assert_same, change_tensors, make_examples
@@ -183,7 +183,8 @@ def test_gradients_that_are_not_finite_end_with_a_line(torch_own, monkeypatch):
     def infinite(model, examples, *_):
         return sum(weight.sum() for weight in model.parameters() if weight.requires_grad) * float("inf")
 
-    monkeypatch.setattr(torch_loss, "example_losses", infinite)
+    losses = "target_losses"
+    monkeypatch.setattr(torch_gradients, losses, lambda logits, rows: logits[: len(rows), 0] * np.inf)
     with pytest.raises(InputError, match=r"the gradient of head \(0, 0\) is not finite"):
         torch_own.gradient_gram(make_examples(2), make_examples(2), folds=1)
     monkeypatch.setattr(torch_tune, "example_losses", infinite)

@@ -239,10 +239,17 @@ def mean_change(effects: ArrayLike) -> FloatArray:
     return np.abs(effects.sum(axis=-1)) / effects.shape[-1]
 
 
-def unit_range(change: FloatArray) -> FloatArray:
+def unit_range(change: ArrayLike) -> FloatArray:
     """Changes in any unit as values in [0, 1] with the same ranks: divided by the largest where that is over
-    1, as log p may be."""
-    return change / max(float(np.max(change)), 1.0)
+    1, as changes of log p may be.
+
+    Raises ValueError on NaN or a negative change.
+
+    >>> unit_range([[0.0, 1.0, 4.0]]).tolist()
+    [[0.0, 0.25, 1.0]]
+    """
+    change = array("change", change, low=0.0)
+    return change / max(change.max(), 1.0)
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
