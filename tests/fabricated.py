@@ -14,7 +14,7 @@ from stages.method.arms import ARM_FIELDS, BASE_RUN, ArmRun, select_heads
 from stages.method.conflict_map import head_columns
 from stages.method.heads import HeadMap
 from stages.report import correlations, costs, figures
-from stages.report.failures import MEASURES
+from stages.report.examples import MEASURES
 from stages.report.results import Results
 from stages.run.judging import score_rows
 from stages.run.schemas import ARMS, BENCHMARKS, HEADS, OWN_MAP, RESPONSES, SCORES
@@ -72,10 +72,10 @@ def report_of(folder: Path, like: Fabricated, formats: tuple[str, ...] = ("svg",
 def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **more) -> Results:
     """Results of costs by seed; without resamples the means stand for them."""
     means = costs.mean_over_seeds(by_seed, losses)
-    draws = draws or {name: means[[name]].T for name in ("utility", "safety", *losses)}
+    draws = draws or {name: means[[name]].T for name in (*sides, "utility", "safety", *losses)}
     means = costs.with_intervals(means, draws)
     values = {"m": 4, "paper": None, "maps": (), "heads": {}, "source": None, "sides": sides}
-    values |= {"costs": by_seed, "means": means, "draws": draws, "losses": losses}
+    values |= {"costs": by_seed, "means": means, "draws": draws}
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)
