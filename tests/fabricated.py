@@ -137,15 +137,14 @@ def _prompt(name: str, side: str, number: int) -> str:
 
 
 def _examples(like: Fabricated) -> pd.DataFrame:
-    fixed = {"choices": [], "answer": 0, "prompt_ids": [1], "target_ids": [2]}
-    fixed |= {"choice_ids": [], "rendered": ""}
-    rows = []
-    for name, side in like.sides.items():
-        for at in range(like.rows):
-            row = {"example_id": f"{name}/{at}", "source": name, "entry": f"{name}/{at}", "split": name}
-            row |= {"scoring": "refusal", "prompt": _prompt(name, side, at), "target": f"answer {at}"}
-            rows.append(row | fixed)
-    return pd.DataFrame(rows)
+    rows = [(name, at) for name in like.sides for at in range(like.rows)]
+    frame = pd.DataFrame(rows, columns=["split", "answer"])
+    frame["example_id"] = frame["entry"] = [f"{name}/{at}" for name, at in rows]
+    frame["prompt"] = [_prompt(name, like.sides[name], at) for name, at in rows]
+    frame["target"] = [f"answer {at}" for _, at in rows]
+    frame = frame.assign(source=frame["split"], scoring="refusal", rendered="")
+    frame["choices"] = [[]] * len(rows)
+    return frame.assign(**{name: [[1]] * len(rows) for name in ("prompt_ids", "target_ids", "choice_ids")})
 
 
 def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:

@@ -160,18 +160,13 @@ def test_same_inputs_same_bytes(scratch):
     assert digests[0] == digests[1] and "figures/ratio_trajectories.png" in digests[0]
 
 
-def test_finished_stage_is_skipped_and_an_edited_one_is_refused(scratch):
+def test_where_a_run_is_and_what_judges_it_are_no_part_of_the_report(scratch):
     settings = fabricate(scratch, Fabricated())
     correlate.main(settings)
     report = scratch / correlate.STAGE.name / "report.html"
     before = report.stat().st_mtime_ns
-    correlate.main(settings)
-    # Where a run is and what judges it are no part of the report.
     correlate.main(settings.replace(device="cuda", judge="wildguard"))
     assert report.stat().st_mtime_ns == before
-    report.write_text("edited")
-    with pytest.raises(ValueError, match="sha256"):
-        correlate.main(settings)
 
 
 NO_GAIN = ["No arm gained safety", "6 of 6 tuned models gained no safety"]
