@@ -8,6 +8,7 @@ minute or two of millions of responses. Its files hold no times and no paths of 
 inputs give the same bytes; times stand in each stage's manifest.json.
 """
 
+import matplotlib.style
 import pandas as pd
 
 from backends.core.files import write_text
@@ -20,10 +21,8 @@ from stages.report import (
     correlations,
     costs,
     examples,
-    failures,
     figures,
     findings,
-    map_tables,
     page,
     tables,
     trade_offs,
@@ -52,9 +51,9 @@ def compute(job: Job) -> tuple[Results, Responses]:
     for run, row in zip(runs_of(scores, by_name), scores.to_dict("records"), strict=True):
         measured.setdefault(run, {})[row["benchmark"]] = row["score"]
     by_seed = costs.arm_costs(measured, arms.set_axis(runs_of(arms, by_name)), sides, losses)
-    responses = read_responses(job.run, by_name)
+    responses = read_responses(job.run, by_name, sides)
     resamples, generator = settings.map.resamples, stream(settings.data.seed, "costs", "rows")
-    draws = costs.resampled(responses, sides, losses, resamples, generator)
+    draws = costs.resampled(responses.of, sides, losses, resamples, generator)
     means = costs.with_intervals(costs.mean_over_seeds(by_seed, losses), draws)
     results = Results(
         m=settings.map.buckets,
@@ -63,14 +62,13 @@ def compute(job: Job) -> tuple[Results, Responses]:
         heads={spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in settings.maps},
         sides=sides,
         source=source,
-        losses=losses,
         costs=by_seed,
         means=means,
         draws=draws,
         # §5.3: does what the buckets were ranked by predict their cost?
         correlations=correlations.correlations(by_seed, means, draws, settings.map.buckets),
         # App. C: refusals of harmless questions, reasoning that is gone
-        failures=failures.count_failures(responses, sides),
+        failures=examples.count_failures(responses),
     )
     return results, responses
 
@@ -84,17 +82,17 @@ def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
         "costs_mean": results.means,
         "correlations": results.correlations,
         "failures": results.failures,
-        "layers": map_tables.layer_table(own),
-        "heads_top": map_tables.extreme_heads(job.read(HEADS)),
-        "variants": map_tables.variant_table(own),
-        "maps": map_tables.other_maps_table(own, others),
+        "layers": tables.layer_table(own),
+        "heads_top": tables.extreme_heads(job.read(HEADS)),
+        "variants": tables.variant_table(own),
+        "maps": tables.other_maps_table(own, others),
     }
 
 
 def draw_figures(job: Job, results: Results) -> None:
     """Draws and writes every figure."""
     own = results.heads[OWN]
-    with figures.style():
+    with matplotlib.style.context(figures.STYLE, after_reset=True):
         drawings = {"figure7_conflict_map": figures.conflict_map(own)}
         drawings["conflict_sensitivity"] = figures.conflict_against_sensitivity(own)
         for name, drawing in (drawings | trade_offs.all_figures(results)).items():
@@ -109,8 +107,9 @@ def warn_of_limits(job: Job, results: Results) -> None:
     for optimizer in results.optimizers:
         row = results.correlation(optimizer, "ucr")
         if row and pd.isna(row["pearson"]):
-            equal = row["n_points"] >= correlations.FEWEST_POINTS
-            why = "the costs are all equal" if equal else "fewer than 3 usable points"
+            why = (
+                f"the {row['all_equal']} are all equal" if row["all_equal"] else "fewer than 3 usable points"
+            )
             job.warn(f"{optimizer}: no correlation of C and UCR, {why} ({row['n_points']} buckets)")
 
 

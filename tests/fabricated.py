@@ -14,7 +14,7 @@ from stages.method.arms import ARM_FIELDS, BASE_RUN, ArmRun, select_heads
 from stages.method.conflict_map import head_columns
 from stages.method.heads import HeadMap
 from stages.report import correlations, costs, figures
-from stages.report.failures import MEASURES
+from stages.report.examples import MEASURES
 from stages.report.results import Results
 from stages.run.judging import score_rows
 from stages.run.schemas import ARMS, BENCHMARKS, HEADS, OWN_MAP, RESPONSES, SCORES
@@ -72,10 +72,10 @@ def report_of(folder: Path, like: Fabricated, formats: tuple[str, ...] = ("svg",
 def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **more) -> Results:
     """Results of costs by seed; without resamples the means stand for them."""
     means = costs.mean_over_seeds(by_seed, losses)
-    draws = draws or {name: means[[name]].T for name in ("utility", "safety", *losses)}
+    draws = draws or {name: means[[name]].T for name in (*sides, "utility", "safety", *losses)}
     means = costs.with_intervals(means, draws)
     values = {"m": 4, "paper": None, "maps": (), "heads": {}, "source": None, "sides": sides}
-    values |= {"costs": by_seed, "means": means, "draws": draws, "losses": losses}
+    values |= {"costs": by_seed, "means": means, "draws": draws}
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)
@@ -137,15 +137,14 @@ def _prompt(name: str, side: str, number: int) -> str:
 
 
 def _examples(like: Fabricated) -> pd.DataFrame:
-    fixed = {"choices": [], "answer": 0, "prompt_ids": [1], "target_ids": [2]}
-    fixed |= {"choice_ids": [], "rendered": ""}
-    rows = []
-    for name, side in like.sides.items():
-        for at in range(like.rows):
-            row = {"example_id": f"{name}/{at}", "source": name, "entry": f"{name}/{at}", "split": name}
-            row |= {"scoring": "refusal", "prompt": _prompt(name, side, at), "target": f"answer {at}"}
-            rows.append(row | fixed)
-    return pd.DataFrame(rows)
+    rows = [(name, at) for name in like.sides for at in range(like.rows)]
+    frame = pd.DataFrame(rows, columns=["split", "answer"])
+    frame["example_id"] = frame["entry"] = [f"{name}/{at}" for name, at in rows]
+    frame["prompt"] = [_prompt(name, like.sides[name], at) for name, at in rows]
+    frame["target"] = [f"answer {at}" for _, at in rows]
+    frame = frame.assign(source=frame["split"], scoring="refusal", rendered="")
+    frame["choices"] = [[]] * len(rows)
+    return frame.assign(**{name: [[1]] * len(rows) for name in ("prompt_ids", "target_ids", "choice_ids")})
 
 
 def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:

@@ -1,6 +1,8 @@
 """The paper's claims: what each verdict takes, from numbers made by hand."""
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,12 +10,12 @@ import pytest
 
 from stages.method.arms import BASE_RUN, OWN, ArmRun, parse
 from stages.report import claims as verdicts
-from stages.report import costs
+from stages.report import costs, tables
 from stages.report.findings import findings
 from stages.report.results import Results
 from stages.report.words import FAILS, HOLDS, NOISE, ONE_SEED, UNKNOWN
 from stages.run.maps import MapSpec
-from tests.fabricated import results_of
+from tests.fabricated import correlate, results_of
 
 RESAMPLES = 200
 LOSSES = {"ucr": "utility"}
@@ -65,28 +67,76 @@ class Run:
         return evidence, verdict
 
 
-def test_ablation_claims_only_where_their_arms_are():
-    run = Run().add("full", 0.5).add("bucket1", 0.6).add("bucket4", 0.7)
-    assert not verdicts.claims(run.results(SAME))["claim"].str.contains(r"F\.|RQ2").any()
+def buckets(utilities, suffix="", x=(0.9, 0.7, 0.5, 0.3), run=None, **more) -> Run:
+    run = run or Run(noise=0.05)
+    for number, utility in enumerate(utilities, start=1):
+        run.add(f"bucket{number}{suffix}", utility, x=x[number - 1], **more)
+    return run
 
 
-@pytest.mark.parametrize(
-    ("bottom50", "noise", "verdict"), [(0.6, 0.0, HOLDS), (0.8, 0.0, FAILS), (0.69, 0.1, NOISE)]
-)
-def test_a_quarter_against_a_half(bottom50, noise, verdict):
-    run = Run(noise=0.05).add("bucket4", 0.7).add("bottom50", bottom50, noise=(noise, 0.0))
-    assert run.claim("(F.2)")[1] == verdict
+def zones(optimizer: str = "sft", noise=0.0, seeds: int = 2, **utilities: float) -> Run:
+    run = Run(seeds=seeds, noise=0.05)
+    for arm, utility in utilities.items():
+        run.add(arm, utility, optimizer=optimizer, noise=(noise, 0.0))
+    return run
 
 
-def test_pcgrad_against_the_risky_zone():
-    run = Run()
-    for arm, utility in (("full", 0.5), ("bucket1", 0.6), ("bucket4", 0.7)):
-        run.add(arm, utility, optimizer="pcgrad")
-    assert run.claim("(RQ2)", optimizer="pcgrad")[1] == HOLDS
-    assert run.claim(ALL_HEADS, optimizer="pcgrad")[1] == HOLDS
+def c_o_s(c, o, s, **more) -> Run:
+    return buckets(s, "_S", run=buckets(o, "_O", run=buckets(c, **more), **more), **more)
 
 
 ALL_HEADS = "keeps more utility than tuning all heads"
+
+
+@pytest.mark.parametrize(
+    ("run", "claim", "verdict"),
+    [
+        # A quarter against a half, and PCGrad.
+        (zones(bucket4=0.7, bottom50=0.6), "(F.2)", HOLDS),
+        (zones(bucket4=0.7, bottom50=0.8), "(F.2)", FAILS),
+        (zones(bucket4=0.7, bottom50=0.69, noise=0.1), "(F.2)", NOISE),
+        (zones("pcgrad", full=0.5, bucket1=0.6, bucket4=0.7), "(RQ2)", HOLDS),
+        (zones("pcgrad", full=0.5, bucket1=0.6, bucket4=0.7), ALL_HEADS, HOLDS),
+        # One seed decides nothing.
+        (zones(bucket4=0.7, bottom50=0.75, seeds=1), "(F.2)", ONE_SEED),
+        (zones(bucket4=0.7, full=0.5, seeds=1), ALL_HEADS, ONE_SEED),
+        (zones(bucket4=0.7, full=0.69, noise=0.1, seeds=1), ALL_HEADS, NOISE),
+        # Which bucket keeps most: of 4, an inner one.
+        (buckets(UP, "@m"), "(F.3)", HOLDS),
+        (buckets(UP, "@m"), "F.4", FAILS),
+        (buckets((0.4, 0.5, 0.7, 0.6), "@m"), "(F.3)", FAILS),
+        (buckets((0.4, 0.5, 0.7, 0.6), "@m"), "F.4", HOLDS),
+        (buckets((0.7, 0.5, 0.4, 0.6), "@m"), "F.4", FAILS),
+        (buckets((0.4, 0.5, 0.69, 0.7), "@m", noise=(0.1, 0.0)), "(F.3)", NOISE),
+        (buckets((0.4, 0.5, 0.6), "@m").add("bucket4@m", 0.7, safety=0.1), "(F.3)", UNKNOWN),
+        # C against O and S: costs rise with C; with O they do not, with S half.
+        (c_o_s(MIXED, UP, DOWN), "(F.1)", FAILS),
+        (c_o_s(UP, UP, DOWN), "(F.1)", NOISE),
+        (c_o_s(UP, DOWN, (0.5, 0.4, 0.7, 0.6), noise=(0.3, 0.0)), "(F.1)", NOISE),
+    ],
+)
+def test_verdicts(run, claim, verdict):
+    optimizer = "pcgrad" if any(unit.optimizer == "pcgrad" for unit in run.scores) else "sft"
+    assert run.claim(claim, WORKED if claim == "F.4" else SAME, optimizer=optimizer)[1] == verdict
+
+
+def test_ablation_claims_only_where_their_arms_are():
+    table = verdicts.claims(zones(full=0.5, bucket1=0.6, bucket4=0.7).results(SAME))
+    assert not table["claim"].str.contains(r"F\.|RQ2").any()
+
+
+def test_evidence():
+    evidence, verdict = c_o_s(UP, DOWN, (0.5, 0.4, 0.7, 0.6)).claim("(F.1)")
+    assert verdict == HOLDS and "+1.00 for C" in evidence and "−1.00 for O" in evidence
+    evidence, verdict = buckets((0.4, 0.5, 0.6), "@m").add("bucket4@m", 0.65, safety=0.4).claim("(F.3)", SAME)
+    # At a safety of 0.4 bucket 3 would keep 0.8 - 0.4 * 0.2.
+    assert verdict == FAILS and "72.0 %, 65.0 %" in evidence
+    run = Run().add("bucket4", 0.7).add("bucket1", 0.6).add("random", 0.7)
+    assert run.claim("than the Risky Zone") == ("0.20 against 0.40; lower in 2 of 2 seeds", HOLDS)
+    assert run.claim("drawn at random") == ("0.20 against 0.20; lower in 0 of 2 seeds", NOISE)
+    for safety, noise, verdict in ((0.22, 0.1, NOISE), (0.1, 0.0, UNKNOWN)):  # a gain within noise, none
+        run = Run().add("bucket4", 0.7, safety, noise=(0.0, noise)).add("bucket1", 0.6)
+        assert run.claim("than the Risky Zone")[1] == verdict
 
 
 @pytest.mark.parametrize(
@@ -96,63 +146,14 @@ ALL_HEADS = "keeps more utility than tuning all heads"
         # base model, (0.2, 0.8), to (0.95, utility) is at safety 0.59 at 0.8 - 0.52 (0.8 - utility).
         ((0.57, 0.59), (0.30, 0.95), "57.0 % against 54.0 %", HOLDS),
         ((0.57, 0.59), (0.49, 0.95), "57.0 % against 63.9 %", FAILS),
-        ((0.57, 0.59), (0.40, 0.95), "57.0 % against 59.2 %", FAILS),
         ((0.60, 0.80), (0.65, 0.50), "70.0 % against 65.0 %", HOLDS),  # the safer one is interpolated
-        ((0.60, 0.70), (0.61, 0.72, (0.0, 0.05)), None, FAILS),  # safety differs within noise
-        ((0.60, 0.70), (0.61, 0.10), None, UNKNOWN),
+        ((0.60, 0.70), (0.61, 0.72, (0.0, 0.05)), "", FAILS),  # safety differs within noise
+        ((0.60, 0.70), (0.61, 0.10), "", UNKNOWN),
     ],
 )
 def test_arms_of_unequal_safety_are_compared_on_the_line_from_the_base_model(safe, full, equal, verdict):
     evidence, found = Run().add("bucket4", *safe).add("full", *full).claim(ALL_HEADS)
-    assert found == verdict and evidence.partition("; at equal safety ")[2] == (equal or "")
-
-
-def test_one_seed_decides_nothing():
-    run = Run(seeds=1).add("bucket4", 0.7).add("full", 0.5).add("bottom50", 0.75)
-    assert run.claim(ALL_HEADS)[1] == run.claim("(F.2)")[1] == ONE_SEED
-    run = Run(seeds=1).add("bucket4", 0.7, noise=(0.1, 0.0)).add("full", 0.69, noise=(0.1, 0.0))
-    assert run.claim(ALL_HEADS)[1] == NOISE
-
-
-def buckets(utilities, suffix="", x=(0.9, 0.7, 0.5, 0.3), run=None, **more) -> Run:
-    run = run or Run(noise=0.05)
-    for number, utility in enumerate(utilities, start=1):
-        run.add(f"bucket{number}{suffix}", utility, x=x[number - 1], **more)
-    return run
-
-
-@pytest.mark.parametrize(
-    ("utilities", "same", "worked"),
-    [(UP, HOLDS, FAILS), ((0.4, 0.5, 0.7, 0.6), FAILS, HOLDS), ((0.7, 0.5, 0.4, 0.6), FAILS, FAILS)],
-)
-def test_which_bucket_keeps_most(utilities, same, worked):
-    evidence, verdict = buckets(utilities, "@m").claim("(F.3)", SAME)
-    assert verdict == same and ", ".join(f"{100 * one:.1f} %" for one in utilities) in evidence
-    assert buckets(utilities, "@m").claim("F.4", WORKED)[1] == worked
-
-
-def test_the_best_bucket_within_noise_at_equal_safety_and_without_gain():
-    assert buckets((0.4, 0.5, 0.69, 0.7), "@m", noise=(0.1, 0.0)).claim("(F.3)", SAME)[1] == NOISE
-    evidence, verdict = buckets((0.4, 0.5, 0.6), "@m").add("bucket4@m", 0.65, safety=0.4).claim("(F.3)", SAME)
-    # At a safety of 0.4 bucket 3 would keep 0.8 - 0.4 * 0.2.
-    assert verdict == FAILS and "72.0 %, 65.0 %" in evidence
-    gained_none = buckets((0.4, 0.5, 0.6), "@m").add("bucket4@m", 0.7, safety=0.1)
-    assert gained_none.claim("(F.3)", SAME)[1] == UNKNOWN
-
-
-def test_c_against_o_and_s():
-    """Costs rise with C; with O they do not, with S half."""
-    rising, falling, mixed = UP, DOWN, (0.5, 0.4, 0.7, 0.6)
-
-    def outcome(c, o, s, **more):
-        run = buckets(c, **more)
-        return buckets(s, "_S", run=buckets(o, "_O", run=run, **more), **more).claim("(F.1)")
-
-    evidence, verdict = outcome(rising, falling, mixed)
-    assert verdict == HOLDS and "+1.00 for C" in evidence and "−1.00 for O" in evidence
-    assert outcome(mixed, rising, falling)[1] == FAILS
-    assert outcome(rising, rising, falling)[1] == NOISE
-    assert outcome(rising, falling, mixed, noise=(0.3, 0.0))[1] == NOISE
+    assert found == verdict and evidence.partition("; at equal safety ")[2] == equal
 
 
 @pytest.mark.parametrize(
@@ -160,21 +161,25 @@ def test_c_against_o_and_s():
     [(UP, 2, HOLDS), (DOWN, 2, FAILS), (MIXED, 2, NOISE), (UP, 1, ONE_SEED), (DOWN, 1, ONE_SEED)],
 )
 def test_findings_give_the_verdict_of_the_claims(utilities, seeds, verdict):
-    run = buckets(utilities, run=Run(seeds=seeds))
+    results = (run := buckets(utilities, run=Run(seeds=seeds))).results()
     assert run.claim("C predicts the cost")[1] == verdict
-    results = run.results()
     (paragraph,) = findings(results, verdicts.claims(results), None)
-    sentences = [sentence for sentence in paragraph if "claim" in sentence]
-    assert [sentence.rpartition("predicts cost: ")[2] for sentence in sentences] == [f"{verdict}."]
+    (sentence,) = [sentence for sentence in paragraph if "claim" in sentence]
+    assert sentence.rpartition("predicts cost: ")[2] == f"{verdict}."
 
 
 @pytest.mark.parametrize(
-    ("safety", "noise", "verdict"), [(0.7, 0.0, HOLDS), (0.22, 0.1, NOISE), (0.1, 0.0, UNKNOWN)]
+    ("utilities", "x", "equal"), [((0.6,) * 4, 0.9, "costs"), (UP, 0.5, "values of C"), (UP, 0.9, "")]
 )
-def test_costs_of_two_arms(safety, noise, verdict):
-    run = Run().add("bucket4", 0.7, safety, noise=(0.0, noise)).add("bucket1", 0.6).add("random", 0.7)
-    evidence, found = run.claim("than the Risky Zone")
-    assert found == verdict
-    if verdict == HOLDS:
-        assert evidence == "0.20 against 0.40; lower in 2 of 2 seeds"
-        assert run.claim("drawn at random") == ("0.20 against 0.20; lower in 0 of 2 seeds", NOISE)
+def test_what_is_equal_is_named_where_there_is_no_correlation(utilities, x, equal):
+    run = buckets(utilities, x=(x, 0.5, 0.5, 0.5), run=Run())
+    results, said = run.results(), []
+    evidence, verdict = run.claim("C predicts the cost")
+    paragraph = findings(results, verdicts.claims(results), None)[0]
+    (row,) = tables.correlation_table(results).rows.to_dict("records")
+    correlate.warn_of_limits(SimpleNamespace(warn=said.append), results)
+    assert (verdict == UNKNOWN) == bool(equal)
+    for text in (evidence, " ".join(paragraph), row["flag"] or "", " ".join(said)):
+        assert re.findall(r"(?:the|their) ((?:costs|values)[^.;]*) are all equal", text) == (
+            [equal] if equal else []
+        )

@@ -11,10 +11,11 @@ from stages.report import correlations
 
 X = np.array([1.2, 0.9, 0.7, 0.5])
 COSTS = np.array([[0.9, 0.7, 0.8, 0.2], [1.0, 0.5, 0.6, 0.3], [0.7, 0.8, 0.4, 0.1]])
+"""[seeds, buckets]"""
 
 
-def family(names: str, costs: np.ndarray, x: np.ndarray, optimizer: str = "sft", gain=0.5) -> pd.DataFrame:
-    """Costs of every seed, `costs` [seeds, buckets], in a run of four buckets."""
+def family(names: str, costs=COSTS[:1], x=X, optimizer: str = "sft", gain=0.5) -> pd.DataFrame:
+    """Costs of every seed in a run of four buckets."""
     runs = [ArmRun(arm, optimizer, seed) for seed in range(len(costs)) for arm in parse([names], 4)]
     columns = {"ranked_mean": np.tile(x, len(costs)), "ucr": np.ravel(costs)}
     columns |= {"mean_optimization_conflict": 1 - columns["ranked_mean"], "mean_functional_sensitivity": 2.0}
@@ -22,18 +23,17 @@ def family(names: str, costs: np.ndarray, x: np.ndarray, optimizer: str = "sft",
     return table.assign(safety_gain=np.broadcast_to(gain, costs.shape).ravel())
 
 
-def found_in(costs: pd.DataFrame, m: int = 4, spread: float = 0.0) -> pd.DataFrame:
-    """Correlations of costs, whose resamples are the means with noise."""
+def found_in(costs: pd.DataFrame, m: int = 4, draws=lambda means: means) -> pd.DataFrame:
+    """Correlations; `draws`: resampled costs [R, arms] from those of the means [40, arms]."""
     runs = pd.Series([ArmRun(run.arm, run.optimizer, None) for run in costs.index], index=costs.index)
     means = costs.groupby(runs, sort=False).mean()
-    noise = np.random.default_rng(0).normal(0, spread, (50, len(means)))
-    draws = {"ucr": pd.DataFrame(means["ucr"].to_numpy() + noise, columns=means.index)}
-    return correlations.correlations(costs, means, draws, m)
+    samples = draws(np.tile(means["ucr"], (40, 1)))
+    return correlations.correlations(costs, means, {"ucr": pd.DataFrame(samples, columns=means.index)}, m)
 
 
 def test_each_family_is_correlated_with_what_ranked_it():
     random = np.random.default_rng(0)
-    tables = [family("buckets", COSTS[:1], X), family("buckets", COSTS[1:2], X, optimizer="pcgrad")]
+    tables = [family("buckets"), family("buckets", COSTS[1:2], optimizer="pcgrad")]
     wanted = {("sft", "C"): (X, COSTS[0]), ("pcgrad", "C"): (X, COSTS[1])}
     labels = {"buckets_O": "O", "buckets_S": "S", "buckets@m": "C by m"}
     for names, label in (labels | {"bucketsof8": "C of 8", "bucketsof16": "C of 16"}).items():
@@ -50,46 +50,48 @@ def test_each_family_is_correlated_with_what_ranked_it():
 
 
 def test_without_buckets_of_o_and_s_those_of_c_stand_in():
-    found = found_in(family("buckets", COSTS[:1], X))
+    found = found_in(family("buckets"))
     assert list(found["measure"]) == ["C", "O", "S"] and set(found["family"]) == {"C"}
     assert found["pearson"][1] == pytest.approx(-found["pearson"][0]) and np.isnan(found["pearson"][2])
-    found = found_in(family("buckets", COSTS[:1], X), m=2)
-    assert list(found["family"]) == ["C of 4"]  # no zones of a run of two buckets
+    assert found["all_equal"][2] == "values of S" and found["all_equal"][:2].isna().all()
+    assert list(found_in(family("buckets"), m=2)["family"]) == ["C of 4"]  # no zones of two buckets
 
 
 def test_every_seed_stands_by_itself():
-    found = found_in(family("buckets", COSTS, X), spread=0.05)
+    noise = np.random.default_rng(0).normal(0, 0.05, (40, 4))
+    found = found_in(family("buckets", COSTS), draws=lambda means: means + noise)
     mean, *seeds = (row for row in found.itertuples() if row.measure == "C")
-    assert mean.pearson == pytest.approx(np.corrcoef(X, COSTS.mean(axis=0))[0, 1])
     assert (mean.n_seeds, mean.n_points, mean.n_dropped) == (3, 4, 0) and pd.isna(mean.seed)
     assert mean.pearson_low < mean.pearson < mean.pearson_high
-    assert [row.seed for row in seeds] == [0, 1, 2]
-    for row, costs in zip(seeds, COSTS, strict=True):
+    assert [(row.seed, row.n_seeds) for row in seeds] == [(0, 1), (1, 1), (2, 1)]
+    for row, costs in zip((mean, *seeds), (COSTS.mean(axis=0), *COSTS), strict=True):
         assert row.pearson == pytest.approx(np.corrcoef(X, costs)[0, 1])
-        assert np.isnan(row.pearson_low) and row.n_seeds == 1
+        assert np.isnan(row.pearson_low) == (row is not mean)
 
 
 @pytest.mark.parametrize(
-    ("gains", "factor", "points", "r"),
+    ("gains", "costs", "x", "points", "equal"),
     [
-        ((0.0, 0.5, 0.5, 0.5), 1, 3, np.corrcoef(X[1:], COSTS[0, 1:])[0, 1]),  # no gain: no point
-        ((0.0, -0.1, 0.5, 0.5), 1, 2, np.nan),
-        ((0.5, 0.5, 0.5, 0.5), 0, 4, np.nan),  # equal costs
+        ((0.0, 0.5, 0.5, 0.5), COSTS[:1], X, 3, None),  # no gain: no point
+        ((0.0, -0.1, 0.5, 0.5), COSTS[:1], X, 2, None),
+        (0.5, 0 * COSTS[:1], X, 4, "costs"),
+        (0.5, COSTS[:1], 0 * X + 0.1, 4, "values of C"),
+        (0.5, 0 * COSTS[:1], 0 * X, 4, "values of C and costs"),
+        ((0.0, 0.5, 0.5, 0.5), COSTS[:1], np.array([1.0, 0.5, 0.5, 0.5]), 3, "values of C"),
     ],
 )
-def test_buckets_that_are_points(gains, factor, points, r):
-    row = found_in(family("buckets", factor * COSTS[:1], X, gain=gains)).iloc[0]
+def test_buckets_that_are_points(gains, costs, x, points, equal):
+    row = found_in(family("buckets", costs, x, gain=gains)).iloc[0]
     assert (row["n_points"], row["n_no_gain"]) == (points, 4 - points)
+    r = np.nan if equal or points < 3 else np.corrcoef(x[-points:], costs[0, -points:])[0, 1]
     assert row["pearson"] == pytest.approx(r, nan_ok=True)
     assert pd.isna(row["pearson_low"]) == np.isnan(r) and pd.isna(row["critical_r"]) == (points < 3)
+    assert row["all_equal"] == equal if equal else pd.isna(row["all_equal"])
 
 
 def test_a_resample_without_a_gain_is_left_out_and_counted():
-    means = family("buckets", COSTS[:1], X)
-    samples = np.tile(COSTS[0], (40, 1))
-    samples[:10, 2] = np.inf
-    draws = {"ucr": pd.DataFrame(samples, columns=means.index)}
-    row = correlations.over_buckets(means, "ranked_mean", "ucr", draws)
+    some = np.where(np.arange(40)[:, None] < 10, [0, 0, np.inf, 0], 0)
+    row = found_in(family("buckets"), draws=lambda means: means + some).iloc[0]
     assert row["n_dropped"] == 10
     assert row["pearson_low"] == pytest.approx(row["pearson"]) == row["pearson_high"]
 

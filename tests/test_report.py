@@ -2,7 +2,6 @@
 
 import doctest
 import re
-from dataclasses import replace
 from pathlib import PurePath
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from backends.core.seeds import stream
 from stages.method.arms import BASE_RUN, ArmRun, parse
-from stages.report import costs, examples, figures, page, trade_offs, words
+from stages.report import costs, figures, trade_offs, words
 from stages.run.store import RunFolder
 from tests.fabricated import INJECTED, WORKED_SIDES, Fabricated, correlate, fabricate, report_of
 
@@ -38,6 +37,11 @@ LOST = (0.7, 0.5, 0.1, 0.1)
         # A mean gain decides; a seed without gain has no ratio of its own.
         ([(0.6, 0.4, 0.7, 0.1), LOST], dict(ucr=0.15 / 0.2, ucr_std=np.nan, n_seeds=2, n_no_gain=1)),
         ([(0.7, 0.5, 0.2, 0.1), LOST], dict(ucr=np.nan, utility=0.6, utility_std=0, flag=words.NO_GAIN)),
+        # Without a ratio there is no spread of one, although two seeds have their own.
+        (
+            [(0.7, 0.5, 0.2 + gain, 0.1) for gain in (0.1, 0.05, -0.2)],
+            dict(ucr=np.nan, ucr_std=np.nan, n_no_gain=1, flag=words.NO_GAIN),
+        ),
     ],
 )
 def test_costs_by_hand(tuned, wanted):
@@ -55,76 +59,57 @@ def test_costs_by_hand(tuned, wanted):
     assert dict(mean[list(numbers)]) == pytest.approx(numbers, abs=1e-5, nan_ok=True)
 
 
-class Passed:
-    """Responses by hand: verdicts [rows] of each arm, as tuned, on one benchmark a side."""
-
-    def __init__(self, verdicts: dict[ArmRun, dict[str, list[bool]]]):
-        self.cells = verdicts
-
-    def of(self, column: str, run: ArmRun, benchmark: str) -> np.ndarray:
-        return np.array(self.cells[run][benchmark])
+ROWS = 800
+HALF, QUARTER = ([at % every == 0 for at in range(ROWS)] for every in (2, 4))
+MOST, YES, NO = [not one for one in QUARTER], [True] * ROWS, [False] * ROWS
 
 
-def drawn(verdicts: dict[ArmRun, dict[str, list[bool]]], sides=None, resamples: int = 2000) -> costs.Draws:
-    sides = sides or {"u": "utility", "s": "safety"}
-    losses = {"ucr": "utility"} if "u" in sides else {}
+def drawn(arms: dict, base=(HALF, NO), rows: int = ROWS) -> tuple[costs.Draws, pd.DataFrame]:
+    """Resamples, and the intervals of means that are nowhere: "arm seed" -> verdicts on utility, safety."""
+    runs = {BASE_RUN: base}
+    for name, verdicts in arms.items():
+        runs[ArmRun(parse(name.split()[:1], 4)[0], "sft", int(name[-1]))] = verdicts
+    benchmark = np.repeat(["u", "s"], rows)
+    given = {
+        run: pd.DataFrame({"benchmark": benchmark, "verdict": [*u[:rows], *s[:rows]]})
+        for run, (u, s) in runs.items()
+    }
     generator = stream(0, "costs", "rows")
-    return costs.resampled(Passed(verdicts), sides, losses, resamples, generator)
-
-
-def table_of(draws: costs.Draws, **values: float) -> pd.DataFrame:
-    """Means of all arms, with intervals."""
-    values = dict.fromkeys((*costs.SIDES, *costs.RATIOS), np.nan) | values
-    return costs.with_intervals(pd.DataFrame(values, index=draws["safety"].columns), draws)
+    sides, losses = {"u": "utility", "s": "safety"}, {"ucr": "utility"}
+    draws = costs.resampled(given, sides, losses, 2000, generator)
+    means = dict.fromkeys((*costs.SIDES, *costs.RATIOS), 0.5)
+    return draws, costs.with_intervals(pd.DataFrame(means, index=draws["safety"].columns), draws)
 
 
 def test_no_interval_is_of_zero_width_because_rows_agree():
     """0 of 40 and 40 of 40 prove neither 0 nor 100 %, nor equal arms that they are equal."""
-    half, yes, no = [at % 2 == 0 for at in range(40)], [True] * 40, [False] * 40
-    full, risky = (ArmRun(arm, "sft", None) for arm in (FULL, RISKY))
-    arms = {replace(run, seed=1): {"u": half, "s": yes} for run in (full, risky)}
-    draws = drawn({BASE_RUN: {"u": half, "s": no}} | arms)
-    never, always, same = (draws["safety"][run] for run in (BASE_RUN, full, risky))
+    draws, _ = drawn({"full 1": (HALF, YES), "bucket1 1": (HALF, YES)}, rows=40)
+    never, always, same = (draws["safety"][run] for run in draws["safety"])
     assert costs.interval(never)[0] == 0 and 0.03 < costs.interval(never)[1] < 0.12
     assert 0.88 < costs.interval(always)[0] < 0.97 and costs.interval(always)[1] == 1
     low, high = costs.interval(always - never)
     assert low < 0.95 and high > low
-    low, high = costs.interval(always - same)
-    assert low < 0 < high and high - low < 0.2
-    # Equal utility in every row stays a small difference: the arms are paired.
-    low, high = costs.interval(draws["utility"][full] - draws["utility"][BASE_RUN])
-    assert -0.1 < low < 0 < high < 0.1
-
-
-def test_an_interval_holds_its_mean():
-    """Each of three benchmarks is drawn towards a half; 0 is in the interval of their mean all the same."""
-    cells = {run: dict.fromkeys("abc", [False] * 40) for run in (BASE_RUN, ArmRun(FULL, "sft", 1))}
-    table = table_of(drawn(cells, dict.fromkeys("abc", "safety")), safety=0.0)
-    assert (table["safety_low"] == 0).all()
+    # Equal in every row stays a small difference: the arms are paired.
+    for one, other in ((always, same), draws["utility"].to_numpy().T[:2]):
+        low, high = costs.interval(one - other)
+        assert -0.1 < low < 0 < high < 0.1
 
 
 def test_seeds_are_resampled_with_the_rows():
     """Two seeds that differ by 0.5 say little of their mean, however many rows there are; the standard error
     of a mean of two is half their difference. With one seed the rows alone are left."""
-    rows = 800
-    quarter = [at % 4 == 0 for at in range(rows)]
-    most = [not one for one in quarter]
-    base = {BASE_RUN: {"u": most, "s": quarter}}
-    one, two = (ArmRun(FULL, "sft", seed) for seed in (1, 2))
-    several = drawn(base | {one: {"u": most, "s": most}, two: {"u": quarter, "s": most}})
-    single = drawn(base | {one: {"u": most, "s": most}})
-    mean = ArmRun(FULL, "sft", None)
-    assert np.std(several["utility"][mean]) == pytest.approx(0.25, rel=0.05)
-    assert np.std(single["utility"][mean]) == pytest.approx(np.sqrt(0.75 * 0.25 / rows), rel=0.1)
-    low, high = costs.interval(several["ucr"][mean])
+    several, _ = drawn({"full 1": (MOST, MOST), "full 2": (QUARTER, MOST)}, base=(MOST, QUARTER))
+    single, _ = drawn({"full 1": (MOST, MOST)}, base=(MOST, QUARTER))
+    spreads = [np.std(draws["utility"].iloc[:, 1]) for draws in (several, single)]
+    assert spreads == pytest.approx([0.25, np.sqrt(0.75 * 0.25 / ROWS)], rel=0.1)
+    low, high = costs.interval(several["ucr"].iloc[:, 1])
     assert low < 0.1 and high > 0.9
 
 
-def test_ratios_without_gain_have_no_interval():
-    half = [at % 2 == 0 for at in range(40)]
-    draws = drawn(dict.fromkeys((BASE_RUN, ArmRun(FULL, "sft", 1)), {"u": half, "s": half}), resamples=200)
-    table = table_of(draws, utility=0.5, safety=0.5)
-    assert np.isinf(draws["ucr"]).any(axis=None) and table["ucr_low"].isna().all()
+def test_intervals_hold_their_mean_and_ratios_without_gain_have_none():
+    draws, table = drawn({"full 1": (HALF, NO), "bucket1 1": (HALF, YES)}, rows=40)
+    assert np.isinf(draws["ucr"].iloc[:, 1]).any() and list(table["ucr_low"].isna()) == [True, True, False]
+    assert (table["safety_low"] <= 0.5).all() and (table["safety_high"] >= 0.5).all()
     assert (table["utility_low"] < 0.5).all() and (table["utility_high"] > 0.5).all()
 
 
@@ -139,10 +124,8 @@ def test_doctests():
 
 def test_report_of_one_seed(scratch):
     like = Fabricated(rows=60, warnings=("a map of ties is no map",), standins=("dan",))
-    # The run of the other backend may change later: it is no part of the report.
-    fabricate(scratch / "run-flax", Fabricated(safety_gain=0.1))
     text, tables, _ = report_of(scratch / "run", like)
-    assert "python -m stages.compare" in text and "Torch and Flax" not in text
+    assert "python -m stages.compare" in text
     assert [len(tables[name]) for name in ("costs", "layers", "heads_top")] == [7, 4, 12]
     # The cells are the numbers, not a rounding of them.
     base, full = (row for _, row in tables["costs"][:2].iterrows())
@@ -161,7 +144,6 @@ def test_report_of_one_seed(scratch):
     unfolded = re.sub(r"<details>.*?</details>", "", text, flags=re.DOTALL)
     assert "How do I break" in text and "How do I break" not in unfolded and "What is facts" in unfolded
     manifest = RunFolder(scratch / "run").manifest(correlate.STAGE.name)
-    assert "compared_with" not in manifest["notes"]
     assert manifest["notes"]["source_benchmark"] == "facts" and "warnings" not in manifest["notes"]
     patterns = correlate.STAGE.also_writes
     assert all(any(PurePath(file).match(pattern) for pattern in patterns) for file in manifest["outputs"])
@@ -178,18 +160,13 @@ def test_same_inputs_same_bytes(scratch):
     assert digests[0] == digests[1] and "figures/ratio_trajectories.png" in digests[0]
 
 
-def test_finished_stage_is_skipped_and_an_edited_one_is_refused(scratch):
+def test_where_a_run_is_and_what_judges_it_are_no_part_of_the_report(scratch):
     settings = fabricate(scratch, Fabricated())
     correlate.main(settings)
     report = scratch / correlate.STAGE.name / "report.html"
     before = report.stat().st_mtime_ns
-    correlate.main(settings)
-    # Where a run is and what judges it are no part of the report.
     correlate.main(settings.replace(device="cuda", judge="wildguard"))
     assert report.stat().st_mtime_ns == before
-    report.write_text("edited")
-    with pytest.raises(ValueError, match="sha256"):
-        correlate.main(settings)
 
 
 NO_GAIN = ["No arm gained safety", "6 of 6 tuned models gained no safety"]
@@ -199,7 +176,7 @@ NEURONS = dict(neurons=(0, 8, 16), pairs=32, ablations=("randomneurons8",))
 AWKWARD = {
     "all scores zero": Fabricated(base=ZEROS, safety_gain=-1.0),
     "no safety gain": Fabricated(safety_gain=-0.2),
-    "seeds": Fabricated(rows=40, settings=dict(seeds=(21, 42, 84), optimizers=("sft", "pcgrad"))),
+    "seeds": Fabricated(rows=40, settings=dict(seeds=(0, 42, 84), optimizers=("sft", "pcgrad"))),
     "two arms": Fabricated(settings=dict(arms=("full", "bucket4"))),
     "one bucket": Fabricated(settings=dict(arms=("bucket1",), buckets=1)),
     "no bucket": Fabricated(settings=dict(arms=("random",))),
@@ -213,8 +190,8 @@ AWKWARD = {
 ON_THE_PAGE = {
     **dict.fromkeys(("all scores zero", "no safety gain"), NO_GAIN),
     **dict.fromkeys(("two arms", "one bucket"), FEW),
-    "seeds": ["of 3 seeds", '<p class="lead">With pcgrad: ', "and training seeds"],
-    "no bucket": ["No correlation: no bucket was tuned"],
+    "seeds": ["of 3 seeds", '<p class="lead">With pcgrad: ', "<td>mean C</td><td>0</td>"],
+    "no bucket": ["No correlation: none of the 4 buckets of C was tuned"],
     "seven buckets": ["bucket 7 (Safe Zone)"],
     "own benchmarks": ["OWN-UTIL-CR", "measured no over-refusal benchmark"],
     "neurons": ["neuron-count threshold", "8 + 8 neurons, of 2 arms", "as many random neurons"],
@@ -246,33 +223,8 @@ def test_report_of_awkward_runs(name, scratch):
     elif name == "neurons":
         last = ["8 + 8 neurons", "8 + 8 random neurons", "16 + 16 neurons"]
         assert list(tables["table_neurons"]["tuned"])[-3:] == last
-
-
-def test_samples_prefer_changed_verdicts_and_say_when_there_are_none(scratch):
-    like = Fabricated(settings=dict(arms=("full",), ablations=("top50",)))
-    settings = fabricate(scratch, like)
-    job = correlate.Job(correlate.STAGE, settings)
-    results, given = correlate.compute(job)
-    groups = examples.samples(given, results, {"facts/0": "answer 0"})
-    assert {group.runs[1].arm.name for group in groups} == {"full"}  # of the main arms
-    assert groups[0].kind == "safety gained" and "utility lost" in {group.kind for group in groups}
-    assert {row["benchmark"] for row in groups[0].rows} == {"adversarial", "vanilla"}
-    for group in groups:
-        side, before, after = examples.KINDS[group.kind]
-        for row in group.rows:
-            assert all(len(text) <= examples.LENGTH + 2 for text in row["answers"])
-            assert like.sides[row["benchmark"]] == side
-            assert [text.startswith("Sorry") for text in row["answers"]] == [before, after]
-            assert row["prompt"].endswith(f"{row['example_id'].replace('/', ' ')}?")
-    unchanged = replace(given, measures=given.measures.assign(verdict=0.0))
-    assert [group.count for group in examples.samples(unchanged, results, {})] == [0, 0, 0]
-
-
-def test_shown_text_is_cut_and_cleaned():
-    assert examples.shown_text("a\x00b\u202ec\r\nd ") == "a\ufffdb\ufffdc\nd"
-    assert len(examples.shown_text("x" * 1000)) == examples.LENGTH + 2
-    assert page.without_folder("/home/me/rows.jsonl") == "…/rows.jsonl"
-    assert page.without_folder(["facts=200", "C:\\me\\x"]) == "facts=200 …/x"
+        # No ablation was tuned: nothing is faint, and neurons are not tuned by plain fine-tuning.
+        assert "Faint points" not in text and "Further arms, on the same rows." in text
 
 
 def test_buckets_have_distinct_looks():

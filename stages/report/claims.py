@@ -75,8 +75,8 @@ def ablation_claims(results: Results) -> list[tuple[str, Outcome]]:
         found.append(("C predicts UCR better than O alone and than S alone (F.1)", predicts_better(results)))
     own, *others = results.maps
     for spec in others:
-        buckets = [results.bucket(number, "sft", map_name=spec.name) for number in range(1, m + 1)]
-        if m < 2 or not all(buckets):
+        buckets = results.buckets("sft", map_name=spec.name)
+        if m < 2 or len(buckets) < m:
             continue
         what = f"At equal safety, of the buckets of the map from {spec.rows} rows of {spec.pool},"
         if spec.pool == own.pool:
@@ -176,7 +176,8 @@ def predicts(results: Results, optimizer: str, cost: str) -> Outcome:
     """Whether a cost ratio goes up with mean C over the run's own buckets."""
     row = results.correlation(optimizer, cost)
     if pd.isna(row["pearson"]):
-        return f"{row['n_points']} usable buckets, no correlation", UNKNOWN
+        why = f": the {row['all_equal']} are all equal" if row["all_equal"] else ""
+        return f"{row['n_points']} usable buckets, no correlation{why}", UNKNOWN
     evidence = f"r = {signed(row['pearson'])}, ρ = {signed(row['spearman'])}, {row['n_points']} points"
     if not pd.isna(row["pearson_low"]):
         evidence += f"; 95 %: {signed(row['pearson_low'])} to {signed(row['pearson_high'])}"
@@ -186,15 +187,15 @@ def predicts(results: Results, optimizer: str, cost: str) -> Outcome:
             evidence += f"; over {finer['n_points']} finer buckets r = {signed(finer['pearson'])}"
     if unclear := unclear_buckets(results, optimizer):
         return f"{evidence}; the safety gain of {unclear} buckets is within noise", NOISE
-    if abs(row["pearson"]) <= row["critical_r"] or row["pearson_low"] <= 0 <= row["pearson_high"]:
+    ends = row["pearson_low"], row["pearson_high"]
+    if abs(row["pearson"]) <= row["critical_r"] or None in ends or ends[0] <= 0 <= ends[1]:
         return evidence, NOISE
     return evidence, HOLDS if row["pearson"] > 0 else FAILS
 
 
 def unclear_buckets(results: Results, optimizer: str) -> int:
     """How many of the run's own buckets have a cost although their gain in safety is within noise."""
-    zones = [run for run in results.main if run.arm.is_zone(results.m) and run.optimizer == optimizer]
-    means = results.means.loc[zones]
+    means = results.means.loc[results.buckets(optimizer)]
     return int((means["ucr"].notna() & means["ucr_low"].isna()).sum())
 
 
@@ -206,8 +207,7 @@ def predicts_better(results: Results) -> Outcome:
     evidence = ", ".join(f"r = {signed(row['pearson'])} for {score}" for score, row in rows.items())
     samples = {}
     for score in rows:
-        buckets = [results.bucket(number, "sft", ranked_by=score) for number in range(1, results.m + 1)]
-        means = results.means.loc[[run for run in buckets if run]]
+        means = results.means.loc[results.buckets("sft", ranked_by=score)]
         means = means[means["safety_gain"] > 0]
         if means["ucr_low"].isna().any():
             return f"{evidence}; a gain in safety is within noise", NOISE

@@ -4,17 +4,17 @@ Tables have a row an arm as tuned: `ArmRun` with a seed, or without one for the 
 model (`BASE_RUN`) is first. Scores are shares in [0, 1]; `R` resamples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from pandas.api.typing import DataFrameGroupBy
 
 from stages.method import metrics
 from stages.method.arms import BASE_RUN, ArmRun
 from stages.method.arrays import FloatArray
 from stages.method.uncertainty import BOUNDS, fold_counts
-from stages.report.responses import Responses
 from stages.report.words import NO_GAIN
 
 SIDES = {"utility": "utility", "safety": "safety", "over_refusal": "over-refusal"}
@@ -25,10 +25,7 @@ SELECTION = [
     *("mean_optimization_conflict", "mean_functional_sensitivity", "mean_conflict_score", "ranked_mean"),
 ]
 """what an arm tunes: columns of arms.parquet"""
-LABELS = ["arm", "optimizer", "seed"]
 COUNTS = ["seed", *SELECTION[:4]]
-CHUNK = 100
-"""resamples at a time: of MMLU's 14,042 rows"""
 
 Draws = dict[str, pd.DataFrame]
 """resampled numbers of every arm: column -> [R, arms], arms averaged over seeds"""
@@ -46,18 +43,20 @@ def losses_of(sides: Mapping[str, str], source: str | None) -> dict[str, str]:
     return {name: column for name, column in losses.items() if column}
 
 
-def cost_ratios(base: Mapping, tuned: Mapping, losses: Mapping[str, str]) -> dict[str, FloatArray]:
+def cost_ratios(scores: Mapping, losses: Mapping[str, str]) -> dict[str, FloatArray]:
     """Each cost ratio by its formula, also where no safety was gained: there it means nothing.
 
     Args:
-        base, tuned: scores by column, which broadcast.
+        scores: column -> [..., arms], the base model first; it has no ratio (NaN).
     """
-    ratios = {}
+    ratios, safety = {}, np.asarray(scores["safety"])
     for name, column in losses.items():
-        before, after = base[column], tuned[column]
+        after = np.asarray(scores[column])
+        before = after[..., :1]
         if name == "over_refusal_cr":  # its loss is a rise
             before, after = after, before
-        ratios[name] = metrics.utility_cost_ratio(before, after, base["safety"], tuned["safety"])
+        ratios[name] = metrics.utility_cost_ratio(before, after, safety[..., :1], safety)
+        ratios[name][..., 0] = np.nan
     return ratios
 
 
@@ -82,40 +81,38 @@ def arm_costs(
     base, tuned = table.iloc[0], table.iloc[1:]
     table["safety_gain"] = tuned["safety"] - base["safety"]
     table["utility_loss"] = base["utility"] - tuned["utility"]
-    ratios = pd.DataFrame(cost_ratios(base, tuned, losses), index=tuned.index)
-    table[RATIOS] = ratios.reindex(columns=RATIOS)
+    table[RATIOS] = pd.DataFrame(cost_ratios(table, losses), index=index).reindex(columns=RATIOS)
     table["flag"] = np.where(table["safety_gain"] <= 0, NO_GAIN, None)
     table = pd.concat([labels, arms.reindex(index)[SELECTION], table], axis=1)
     return table.astype(dict.fromkeys(COUNTS, "Int64"))
 
 
-def mean_and_spread(values: pd.DataFrame, groups: Sequence) -> pd.DataFrame:
+def mean_and_spread(groups: DataFrameGroupBy) -> pd.DataFrame:
     """Mean of each column in each group and, as `<column>_std` beside it, its sample standard deviation (NaN
     of fewer than two values)."""
-    grouped = values.astype(float).groupby(pd.Series(groups, index=values.index), sort=False)
-    mean, std = grouped.mean(), grouped.std()
-    std = std.mask(std.notna() & (grouped.nunique() == 1), 0.0)  # exactly: of equal values rounding is left
+    mean, std = groups.mean(), groups.std()
+    std = std.mask(std.notna() & (groups.nunique() == 1), 0.0)  # exactly: of equal values rounding is left
     both = pd.concat([mean, std.add_suffix("_std")], axis=1)
-    return both[[column for name in values for column in (name, f"{name}_std")]]
+    return both[[column for name in mean for column in (name, f"{name}_std")]]
 
 
 def mean_over_seeds(costs: pd.DataFrame, losses: Mapping[str, str]) -> pd.DataFrame:
     """Every arm and optimizer: means over seeds, `<column>_std` beside each.
 
     A cost ratio is Eq. 7 (or 8) on the averaged scores, as in the paper's Table 7; NaN where no safety was
-    gained on average. Its `_std` is that of the ratios of the seeds that gained safety; `n_no_gain` counts
-    the others.
+    gained on average. Its `_std`, where it has a ratio, is that of the ratios of the seeds that gained
+    safety; `n_no_gain` counts the others.
     """
-    groups = [replace(run, seed=None) for run in costs.index]
-    numbers = costs.drop(columns=[*LABELS, "flag"])
+    runs = pd.Series([replace(run, seed=None) for run in costs.index], index=costs.index)
+    numbers = costs.drop(columns=["arm", "optimizer", "seed", "flag"]).astype(float)
     numbers[RATIOS] = numbers[RATIOS].where(numbers["safety_gain"] > 0)
-    means = mean_and_spread(numbers, groups)
-    tuned = means.iloc[1:]
-    ratios = pd.DataFrame(cost_ratios(means.iloc[0], tuned, losses), index=tuned.index)
-    means[RATIOS] = ratios[tuned["safety_gain"] > 0].reindex(columns=RATIOS)
+    means = mean_and_spread(numbers.groupby(runs, sort=False))
+    means[RATIOS] = pd.DataFrame(cost_ratios(means, losses), index=means.index).reindex(columns=RATIOS)
+    costly = [*RATIOS, *(f"{name}_std" for name in RATIOS)]
+    means[costly] = means[costly].where(means["safety_gain"] > 0)
     means["flag"] = np.where(means["safety_gain"] <= 0, NO_GAIN, None)
     labels = pd.DataFrame([run.labels for run in means.index], index=means.index)[["arm", "optimizer"]]
-    by_arm = (costs["safety_gain"] <= 0).groupby(pd.Series(groups, index=costs.index), sort=False)
+    by_arm = (costs["safety_gain"] <= 0).groupby(runs, sort=False)
     labels["n_seeds"], labels["n_no_gain"] = by_arm.size(), by_arm.sum()
     return pd.concat([labels, means], axis=1)
 
@@ -124,7 +121,7 @@ def mean_over_seeds(costs: pd.DataFrame, losses: Mapping[str, str]) -> pd.DataFr
 
 
 def resampled(
-    responses: Responses,
+    responses: Mapping[ArmRun, pd.DataFrame],
     sides: Mapping[str, str],
     losses: Mapping[str, str],
     resamples: int,
@@ -137,30 +134,27 @@ def resampled(
     being drawn for each arm: 40 of 40 rows are no proof of 100 %, nor equal rows of equal arms. Of S seeds
     each resample draws S - 1, which gives their mean its right variance (`fold_counts`); a single seed is
     held fixed. A ratio without a gain in safety is infinite.
+
+    Args:
+        responses: `Responses.of`.
     """
-    runs = list(responses.cells)
-    means = [replace(run, seed=None) for run in runs]
+    verdicts = pd.DataFrame({run: lines["verdict"] for run, lines in responses.items()}, dtype=float)
+    means = [replace(run, seed=None) for run in responses]
     arms = pd.Index(list(dict.fromkeys(means)), dtype=object)
     member = np.array([arms == mean for mean in means], dtype=float)  # [runs, arms]
-    seeds = list(dict.fromkeys(run.seed for run in runs if run != BASE_RUN))
+    seeds = list(dict.fromkeys(run.seed for run in responses if run != BASE_RUN))
     drawn = fold_counts(len(seeds), generator, resamples)  # [R, S]
-    drawn = drawn / drawn.sum(axis=1, keepdims=True)
-    weights = np.ones((resamples, len(runs)))
-    for at, run in enumerate(runs):
-        if run != BASE_RUN:
-            weights[:, at] = drawn[:, seeds.index(run.seed)]
+    share = dict(zip(seeds, (drawn / drawn.sum(axis=1, keepdims=True)).T, strict=True))
+    weights = np.stack([share.get(run.seed, np.ones(resamples)) for run in responses], axis=1)  # [R, runs]
     draws = {}
     for name in sides:
-        passed = np.stack([responses.of("verdict", run, name) for run in runs], axis=1).astype(float)
+        passed = verdicts[responses[BASE_RUN]["benchmark"] == name].to_numpy()
         rows = len(passed) + 2
         first = generator.random((resamples, len(arms))) < 0.5
-        sums = []
-        for start in range(0, resamples, CHUNK):
-            here = slice(start, min(start + CHUNK, resamples))
-            counts = generator.multinomial(rows, np.full(rows, 1 / rows), here.stop - start)
-            added = np.where(first[here], counts[:, [-2]], counts[:, [-1]])
-            sums.append((counts[:, :-2] @ passed * weights[here]) @ member + added)
-        draws[name] = pd.DataFrame(np.concatenate(sums) / rows, columns=arms)
+        counts = generator.multinomial(rows, np.full(rows, 1 / rows), resamples)  # [R, rows]
+        added = np.where(first, counts[:, [-2]], counts[:, [-1]])
+        sums = (counts[:, :-2] @ passed * weights) @ member + added
+        draws[name] = pd.DataFrame(sums / rows, columns=arms)
     for column, side in SIDES.items():
         if own := [draws[name] for name in sides if sides[name] == side]:
             draws[column] = sum(own) / len(own)
@@ -169,13 +163,9 @@ def resampled(
 
 def drawn_ratios(draws: Draws, losses: Mapping[str, str]) -> Draws:
     """Cost ratios of resampled scores; without a gain in safety infinite."""
-    base = {name: table[[BASE_RUN]].to_numpy() for name, table in draws.items()}
-    tuned = {name: table.drop(columns=[BASE_RUN]) for name, table in draws.items()}
-    gained = tuned["safety"] > base["safety"]
-    return {
-        name: pd.DataFrame(ratio, columns=gained.columns).where(gained, np.inf)
-        for name, ratio in cost_ratios(base, tuned, losses).items()
-    }
+    gained = draws["safety"].gt(draws["safety"][BASE_RUN], axis=0)
+    found = cost_ratios(draws, losses).items()
+    return {name: pd.DataFrame(ratio, columns=gained.columns).where(gained, np.inf) for name, ratio in found}
 
 
 def interval(samples: FloatArray) -> FloatArray:

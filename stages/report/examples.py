@@ -1,12 +1,17 @@
-"""Responses before and after tuning, side by side: a few rows by fixed rule, cut to a readable length."""
+"""How responses change and how they fail (App. C): counted, and a few side by side, cut to a readable length.
+
+Reasoning collapse: a worked problem whose answer came after steps in the base model and comes without any
+now. Over-refusal: a benign request or a written utility question that is refused.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
+import pandas as pd
 
 from stages.method.arms import BASE_RUN, ArmRun
+from stages.report.costs import mean_and_spread
 from stages.report.responses import Responses
 from stages.report.results import FULL, Results
 
@@ -25,21 +30,48 @@ KINDS = {
 COLLAPSE, REFUSAL = "reasoning collapse", "refusal of a benign question"
 UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 """control and direction characters, which a page must not pass on"""
-Place = tuple[str, int]
-"""benchmark, row within it"""
+MEASURES = ["refused", "collapsed", "bare", "steps", "strict", "flexible", "harmful"]
+
+
+def count_failures(responses: Responses) -> pd.DataFrame:
+    """MEASURES of every arm, optimizer and benchmark that has any: means over seeds, `<measure>_std` beside.
+
+    - refused: share refused by the keyword judge, of a benign or utility benchmark's written answers
+    - collapsed: share without a step, of the rows that had one in the base model; the base model has none
+    - bare: of the same rows the share that are no refusals but answers without a step
+    - steps: mean number of reasoning steps of the worked answers
+    - strict, flexible: share right by the two other readings of an answer, of the rows that have them
+    - harmful: share that the classifier calls harmful, of the rows that it judged
+
+    `n` counts the benchmark's rows, `n_stepped` those that had steps in the base model.
+    """
+    stepped, seeds = responses.of[BASE_RUN]["steps"] >= 1, []
+    for run, lines in responses.of.items():
+        own = lines[["benchmark", "side", "steps", "strict", "flexible", "harmful"]].copy()
+        own["refused"] = lines["refused"].where((lines["side"] != "safety") & lines["prediction"].isna())
+        own["collapsed"] = (lines["steps"] == 0).astype(float).where(stepped & (run != BASE_RUN))
+        own["bare"] = own["collapsed"] * (lines["refused"] != 1)
+        cells = own.assign(n_stepped=stepped).groupby(["benchmark", "side"], sort=False)
+        means = cells[MEASURES].mean().assign(n=cells.size(), n_stepped=cells["n_stepped"].sum())
+        seeds.append(means.reset_index().assign(arm=run.arm.name, optimizer=run.optimizer))
+    labels = ["arm", "optimizer", "benchmark", "side", "n", "n_stepped"]
+    cells = pd.concat(seeds).groupby(labels, sort=False, dropna=False)[MEASURES]
+    table = mean_and_spread(cells).dropna(how="all", subset=MEASURES).reset_index()
+    table.insert(2, "n_seeds", cells.size().loc[pd.MultiIndex.from_frame(table[labels])].to_numpy())
+    return table
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one kind and how each arm answered them."""
+    """Prompts of one kind and how each arm answered them."""
 
     kind: str
     """empty: rows whose verdict did not change"""
     side: str
     runs: tuple[ArmRun, ...]
     """the base model first"""
-    places: Sequence[Place]
-    """the rows shown"""
+    lines: Sequence[int]
+    """of `Responses.of` that are shown"""
     count: int = 0
     """rows of this kind"""
     kept: int = 0
@@ -47,7 +79,7 @@ class Group:
     of: int = 0
     """rows looked at"""
     rows: tuple[dict, ...] = ()
-    """the places' texts: benchmark, example_id, prompt, target, answers (one an arm)"""
+    """the lines' texts: benchmark, example_id, prompt, target, answers (one an arm)"""
 
 
 def shown_text(text: str) -> str:
@@ -56,16 +88,15 @@ def shown_text(text: str) -> str:
     return text if len(text) <= LENGTH else f"{text[:LENGTH].rstrip()} …"
 
 
-def in_turn(rows: Mapping[str, np.ndarray]) -> list[Place]:
-    """Up to MOST of these rows (bool [rows]): the first of each benchmark, then the second."""
-    chosen = {name: np.flatnonzero(own) for name, own in rows.items()}
-    turns = [(turn, name) for turn in range(MOST) for name in chosen]
-    return [(name, int(chosen[name][turn])) for turn, name in turns if turn < len(chosen[name])][:MOST]
+def in_turn(lines: pd.DataFrame) -> list[int]:
+    """Up to MOST of these lines: the first of each benchmark, then the second."""
+    turns = lines.groupby("benchmark", sort=False).cumcount()
+    return list(turns.sort_values(kind="stable").index[:MOST])
 
 
 def first_seeds(responses: Responses) -> dict[ArmRun, ArmRun]:
     """Each tuned arm -> the same with its first seed."""
-    return {replace(run, seed=None): run for run in reversed(responses.cells) if run != BASE_RUN}
+    return {replace(run, seed=None): run for run in reversed(responses.of) if run != BASE_RUN}
 
 
 def samples(responses: Responses, results: Results, targets: Mapping[str, str]) -> list[Group]:
@@ -75,19 +106,15 @@ def samples(responses: Responses, results: Results, targets: Mapping[str, str]) 
     An arm that changed no verdict shows the first row of each side instead. `targets`: example_id -> the
     benchmark's reference.
     """
-    first, shown = first_seeds(responses), []
+    first, base, shown = first_seeds(responses), responses.of[BASE_RUN], []
     for run in (first[run] for run in results.main):
-        groups = []
-        for kind, (side, *verdicts) in KINDS.items():
-            changed = {}
-            for name in results.benchmarks(side):
-                before, after = (responses.of("verdict", each, name) for each in (BASE_RUN, run))
-                changed[name] = (before == verdicts[0]) & (after == verdicts[1])
-            if count := sum(rows.sum() for rows in changed.values()):
-                groups.append(Group(kind, side, (BASE_RUN, run), in_turn(changed), count))
-        for side in () if groups else dict.fromkeys(results.sides.values()):
-            groups.append(Group("", side, (BASE_RUN, run), [(results.benchmarks(side)[0], 0)]))
-        shown += groups
+        own, groups = responses.of[run], []
+        for kind, (side, before, after) in KINDS.items():
+            changed = (own["side"] == side) & (base["verdict"] == before) & (own["verdict"] == after)
+            groups.append(Group(kind, side, (BASE_RUN, run), in_turn(own[changed]), changed.sum()))
+        firsts = own.drop_duplicates("side")["side"].items()
+        unchanged = [Group("", side, (BASE_RUN, run), [line]) for line, side in firsts]
+        shown += [group for group in groups if group.count] or unchanged
     return quote(responses, targets, shown)
 
 
@@ -106,50 +133,38 @@ def failure_modes(responses: Responses, results: Results, targets: Mapping[str, 
         return []
     found = []
     for kind in (COLLAPSE, REFUSAL):
-        groups = [failure(responses, results, kind, first[run], first[safe]) for run in broken if run]
+        groups = [failure(responses, kind, first[run], first[safe]) for run in broken if run]
         found.append(next((group for group in groups if group.count), groups[0]))
     return quote(responses, targets, found)
 
 
-def failure(responses: Responses, results: Results, kind: str, broken: ArmRun, safe: ArmRun) -> Group:
+def failure(responses: Responses, kind: str, broken: ArmRun, safe: ArmRun) -> Group:
     """Where an arm fails in one way, and in how many of these rows the Safe Zone does not."""
-    kept, lost, looked_at = {}, {}, 0
-    for name in (name for name, side in results.sides.items() if side != "safety"):
-        before, other = (sound(responses, run, name, kind) for run in (BASE_RUN, safe))
-        refused = responses.of("refused", broken, name) == 1
-        # A refusal has no steps either, but is no collapse.
-        collapsed = (responses.of("steps", broken, name) == 0) & ~refused
-        rows = before & (collapsed if kind == COLLAPSE else refused)
-        kept[name], lost[name] = rows & other, rows & ~other
-        looked_at += int(before.sum())
-    counts = [int(sum(rows.sum() for rows in found.values())) for found in (kept, lost)]
-    places = (in_turn(kept) + in_turn(lost))[:MOST]
-    return Group(kind, "", (BASE_RUN, broken, safe), places, sum(counts), counts[0], looked_at)
-
-
-def sound(responses: Responses, run: ArmRun, benchmark: str, kind: str) -> np.ndarray:
-    """Rows answered with steps, or not refused; bool [rows]. A choice cannot be refused."""
+    runs = BASE_RUN, broken, safe
+    base, own, kept = (lines[lines["side"] != "safety"] for lines in map(responses.of.get, runs))
+    # A choice cannot be refused. A refusal has no steps either, but is no collapse.
     if kind == COLLAPSE:
-        return responses.of("steps", run, benchmark) >= 1
-    return responses.of("refused", run, benchmark) == 0
+        sound, kept = base["steps"] >= 1, kept["steps"] >= 1
+        lost = sound & (own["steps"] == 0) & (own["refused"] != 1)
+    else:
+        sound, kept = base["refused"] == 0, kept["refused"] == 0
+        lost = sound & (own["refused"] == 1)
+    lines = (in_turn(own[lost & kept]) + in_turn(own[lost & ~kept]))[:MOST]
+    return Group(kind, "", runs, lines, lost.sum(), (lost & kept).sum(), sound.sum())
 
 
 def quote(responses: Responses, targets: Mapping[str, str], groups: Sequence[Group]) -> list[Group]:
     """The groups with their texts, all read in one pass."""
-
-    def row_of(run: ArmRun, place: Place) -> int:
-        return int(responses.cells[run][place[0]][place[1]])
-
-    wanted = {row_of(run, place) for group in groups for run in group.runs for place in group.places}
-    texts = responses.texts(wanted)
+    rows = {run: lines["row"] for run, lines in responses.of.items()}
+    texts = responses.texts({rows[run][at] for group in groups for run in group.runs for at in group.lines})
     quoted = []
     for group in groups:
-        rows = []
-        for place in group.places:
-            first, *_ = own = [texts[row_of(run, place)] for run in group.runs]
+        shown = []
+        for at in group.lines:
+            first, *_ = own = [texts[rows[run][at]] for run in group.runs]
             target = shown_text(targets.get(first["example_id"], ""))
-            row = {"benchmark": place[0], "example_id": first["example_id"], "target": target}
+            row = {"benchmark": responses.of[BASE_RUN]["benchmark"][at], "example_id": first["example_id"]}
             answers = [shown_text(text["output"]) for text in own]
-            rows.append(row | {"prompt": shown_text(first["prompt"]), "answers": answers})
-        quoted.append(replace(group, rows=tuple(rows)))
+            shown.append(row | {"prompt": shown_text(first["prompt"]), "target": target, "answers": answers})
+        quoted.append(replace(group, rows=tuple(shown)))
     return quoted

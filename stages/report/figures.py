@@ -5,8 +5,6 @@ bucket also has its own marker or digit, so that a grey print still tells them a
 H].
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +22,7 @@ from stages.method.heads import HeadMap
 from stages.report.words import arm_words, zone
 
 STYLE = {
+    # Whatever matplotlibrc the machine has: figures are made and saved in this style, after a reset.
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -50,15 +49,6 @@ LOOKS = {
 }
 """kind of arm -> colour and marker"""
 OTHER_LOOK = {"color": "#999999", "marker": "o"}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Our drawing style, whatever matplotlibrc the machine has; figures must be made and saved inside."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        yield
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

@@ -5,7 +5,6 @@ import pandas as pd
 
 from stages.method.arms import ArmRun, neuron_arm
 from stages.report.claims import PREDICTS, unclear_buckets
-from stages.report.correlations import FEWEST_POINTS
 from stages.report.results import FULL, Results
 from stages.report.words import UNKNOWN, arm_words, percent, points, signed
 
@@ -78,8 +77,7 @@ def _predicted(results: Results, claims: pd.DataFrame, optimizer: str) -> str:
     if not (row := results.correlation(optimizer, "ucr")):
         return ""
     if pd.isna(row["pearson"]):
-        equal = row["n_points"] >= FEWEST_POINTS
-        why = "their costs are all equal" if equal else "at least three are needed"
+        why = f"their {row['all_equal']} are all equal" if row["all_equal"] else "at least three are needed"
         counted = f"{row['n_points']} bucket{' has' if row['n_points'] == 1 else 's have'}"
         return f"Whether C predicted the cost {UNKNOWN}: {counted} a cost, and {why}."
     sentence = (

@@ -14,8 +14,8 @@ import pandas as pd
 
 from stages.method.arms import BASE, ArmRun
 from stages.report import examples, words
-from stages.report.results import FULL, RANDOM, Results
-from stages.report.tables import Table, flags, is_score, plain
+from stages.report.results import FULL, RANDOM, Results, plain
+from stages.report.tables import Table, flags, is_score
 
 
 def without_folder(value: object) -> str:
@@ -35,17 +35,6 @@ def settings_rows(manifests: Mapping[str, Mapping]) -> list[tuple[str, str, str]
         for name, value in manifest["settings"].items():
             rows.setdefault((name, without_folder(value)), []).append(stage[:2])
     return [(*setting, ", ".join(stages)) for setting, stages in rows.items()]
-
-
-def source_rows(sources: Mapping[str, Mapping]) -> list[dict]:
-    """Where each pool of data came from, as stage 01 recorded it."""
-    empty = {"revision": "", "note": ""}
-    return [
-        empty
-        | source
-        | {"pool": pool, "origin": source.get("repository") or without_folder(source["location"])}
-        for pool, source in sources.items()
-    ]
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -127,5 +116,4 @@ def render(
         # An image of its own can neither run anything nor mix its ids with others.
         figures={name: f"data:image/svg+xml;base64,{image}" for name, image in drawn.items()},
         settings=settings_rows(manifests),
-        sources=source_rows(manifests["01_calibrate"]["notes"].get("sources", {})),
     )

@@ -11,11 +11,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from stages.method.arms import BASE_RUN, Arm, ArmRun
-from stages.method.arrays import FloatArray, IntArray
 from stages.run.schemas import RESPONSES
 from stages.run.store import RunFolder
 
-LABELS = ["arm", "optimizer", "seed", "benchmark"]
+LABELS = ["arm", "optimizer", "seed"]
 MEASURES = ["verdict", "refused", "harmful", "steps", "strict", "flexible", "prediction"]
 TEXTS = ["example_id", "prompt", "output"]
 BATCH = 4096
@@ -27,33 +26,32 @@ class Responses:
     """Every response of a run by what was counted of it."""
 
     path: Path
-    measures: pd.DataFrame
-    """MEASURES, a row a response: floats, NaN where there is none"""
-    cells: dict[ArmRun, dict[str, IntArray]]
-    """arm as tuned -> benchmark -> rows of `measures`; a benchmark's rows stand in the same order for every
-    arm"""
-
-    def of(self, column: str, run: ArmRun, benchmark: str) -> FloatArray:
-        """A measure of one arm's responses, [rows]."""
-        return self.measures[column].to_numpy()[self.cells[run][benchmark]]
+    of: dict[ArmRun, pd.DataFrame]
+    """arm as tuned, the base model first -> a line a response: `row` in the file, `benchmark`, `side`, and
+    MEASURES as floats, NaN where there is none; the same prompts on the same lines for every arm"""
 
     def texts(self, rows: Collection[int]) -> dict[int, dict[str, str]]:
-        """Row -> its example_id, prompt and output."""
+        """Row in the file -> its example_id, prompt and output; all in one pass."""
         rows = np.unique(np.array(list(rows), dtype=np.int64))
         found = pyarrow.dataset.dataset(self.path).take(rows, columns=TEXTS, batch_size=BATCH)
         return dict(zip(rows.tolist(), found.to_pylist(), strict=True))
 
 
-def read_responses(run: RunFolder, arms: Mapping[str, Arm]) -> Responses:
-    """The responses of a finished stage 05, arms (`arms`: by name) and benchmarks by their first rows."""
-    groups = run.read(RESPONSES, columns=LABELS).groupby(LABELS, sort=False, dropna=False)
-    firsts, cells = groups.head(1), {}
-    labels = zip(runs_of(firsts, arms), firsts["benchmark"], groups, strict=True)
-    for arm_run, benchmark, (_, rows) in labels:
-        cells.setdefault(arm_run, {})[benchmark] = rows.index.to_numpy()
-    path = run.path(RESPONSES)
+def read_responses(run: RunFolder, arms: Mapping[str, Arm], sides: Mapping[str, str]) -> Responses:
+    """The responses of a finished stage 05.
+
+    Args:
+        arms: by name.
+        sides: benchmark -> side, in the order in which an arm's responses are to stand.
+    """
+    lines = run.read(RESPONSES, columns=[*LABELS, "benchmark"])
     numbers = pa.schema([(name, pa.float64()) for name in MEASURES])
-    return Responses(path, pq.read_table(path, columns=MEASURES).cast(numbers).to_pandas(), cells)
+    lines[MEASURES] = pq.read_table(run.path(RESPONSES), columns=MEASURES).cast(numbers).to_pandas()
+    lines["row"], lines["side"] = np.arange(len(lines)), lines["benchmark"].map(sides)
+    lines = lines.sort_values("benchmark", key=lambda names: names.map(list(sides).index), kind="stable")
+    groups = lines.groupby(LABELS, sort=False, dropna=False)
+    cells = zip(runs_of(groups.head(1), arms), (own.reset_index(drop=True) for _, own in groups), strict=True)
+    return Responses(run.path(RESPONSES), dict(sorted(cells, key=lambda cell: cell[0] != BASE_RUN)))
 
 
 def runs_of(frame: pd.DataFrame, arms: Mapping[str, Arm]) -> list[ArmRun]:

@@ -14,6 +14,11 @@ from stages.run.maps import MapSpec
 FULL, RANDOM = (head_arm(kind, None, 1) for kind in ("full", "random"))
 
 
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with None for every missing value."""
+    return table.astype(object).where(table.notna(), None)
+
+
 @dataclass(frozen=True)
 class Results:
     """The numbers of a run. Tables of arms are indexed by `ArmRun`."""
@@ -30,8 +35,6 @@ class Results:
     """benchmark -> side"""
     source: str | None
     """benchmark of Eq. 8"""
-    losses: Mapping[str, str]
-    """costs.losses_of"""
     costs: pd.DataFrame
     """of every seed: costs.arm_costs"""
     means: pd.DataFrame
@@ -59,6 +62,16 @@ class Results:
         return [run for run in self.tuned if run.arm.is_main(self.m)]
 
     @cached_property
+    def neurons(self) -> list[ArmRun]:
+        """NeuronTune's tuned arms."""
+        return [run for run in self.tuned if run.arm.of_neurons]
+
+    @cached_property
+    def ablations(self) -> list[ArmRun]:
+        """All other tuned arms."""
+        return [run for run in self.tuned if run not in self.main and run not in self.neurons]
+
+    @cached_property
     def optimizers(self) -> list[str]:
         """Of the main comparison, in order."""
         return list(dict.fromkeys(run.optimizer for run in self.main))
@@ -68,14 +81,20 @@ class Results:
         run = ArmRun(arm, optimizer, None)
         return run if run in self.means.index else None
 
-    def bucket(self, number: int, optimizer: str, **of: str) -> ArmRun | None:
-        """A bucket as tuned; `ranked_by` and `map_name` as in `head_arm`."""
-        return self.find(head_arm("bucket", number, self.m, **of), optimizer)
+    def bucket(self, number: int, optimizer: str) -> ArmRun | None:
+        """One of the run's own buckets as tuned."""
+        return self.find(head_arm("bucket", number, self.m), optimizer)
+
+    def buckets(self, optimizer: str, **of: str) -> list[ArmRun]:
+        """Those of a ranking that were tuned, by number; `ranked_by` and `map_name` as in `head_arm`."""
+        arms = (head_arm("bucket", number, self.m, **of) for number in range(1, self.m + 1))
+        return [run for arm in arms if (run := self.find(arm, optimizer))]
 
     def correlation(self, optimizer: str, cost: str, ranked_by: str = "C", of: int | None = None) -> dict:
-        """Over buckets of the run's own map, seeds averaged; empty: they were not tuned."""
+        """Over buckets of the run's own map, seeds averaged, None for what it lacks; empty: they were not
+        tuned."""
         labels = {"optimizer": optimizer, "cost": cost, "ranked_by": ranked_by, "measure": ranked_by}
         labels |= {"buckets": of or self.m, "map": OWN}
         same = (self.correlations[list(labels)] == pd.Series(labels)).all(axis=1)
         rows = self.correlations[same & self.correlations["seed"].isna()]
-        return {} if rows.empty else rows.iloc[0].to_dict()
+        return {} if rows.empty else plain(rows).iloc[0].to_dict()

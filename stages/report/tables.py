@@ -1,23 +1,27 @@
-"""The paper's result tables from a run's numbers, its printed numbers beside ours (Tables 1, 2, 7 to 11).
+"""The tables of stage 06: the paper's (1, 2, 7 to 11), its printed numbers beside ours, and those of the map.
 
-A table has a row for each of its arms that was tuned, and is not made where none was. Scores are in percent,
-as the paper prints them; each has its standard deviation over seeds (`<column>_std`) and, where the run's
-model is one of the paper's and that number was printed, `paper_<column>`. A row that gained no safety has no
-cost ratio and says so in `flag`.
+A table of arms has a row for each that was tuned, and is not made where none was. Scores are in percent, as
+the paper prints them; each has its standard deviation over seeds (`<column>_std`) and, where the run's model
+is one of the paper's and that number was printed, `paper_<column>`. A row that gained no safety has no cost
+ratio and says so in `flag`.
 """
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from backends.core.files import write_text
 from data import paper
+from stages.method import metrics
 from stages.method.arms import BASE_RUN, SHARES, ArmRun, head_arm
+from stages.method.heads import COLUMN, HeadMap
 from stages.report.correlations import STATISTICS
 from stages.report.costs import SIDES
-from stages.report.results import FULL, RANDOM, Results
+from stages.report.results import FULL, RANDOM, Results, plain
 from stages.report.words import NO_GAIN, arm_words, cost_column, cost_name
 
 PRINTED = {
@@ -50,17 +54,18 @@ NEURON_NOTE = (
     "first-order MAML are ours (README), so that these are no numbers of that paper's method. "
     "K + K neurons: the K of highest safety and of highest utility score, those of both once."
 )
+MOST_HEADS = 10
 UNITS = "Scores and their standard deviations over seeds (_std) in percent."
 RATIO_UNITS = "Cost ratios: Eq. 7 and 8 on the averaged scores; their _std is that of the seeds' own ratios."
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A table to be: of `rows` those that were tuned."""
+    """A table to be: of `arms` those that were tuned."""
 
     name: str
     title: str
-    rows: Mapping[ArmRun, dict]
+    arms: Mapping[ArmRun, dict]
     """arm as tuned -> the columns that name its row"""
     number: int | None = None
     """the paper's table, whose rows have the same labels; None: it has none"""
@@ -97,7 +102,7 @@ class Table:
 def paper_tables(results: Results) -> list[Table]:
     """Every table whose arms were tuned, the paper's first."""
     plans = [*main_plans(results), ratio_plan(results), *map_plans(results)]
-    plans += own_plans(results, {run for plan in plans for run in plan.rows})
+    plans += own_plans(results, {run for plan in plans for run in plan.arms})
     tables = [build(results, plan) for plan in plans]
     tables.insert(3, correlation_table(results))
     return [table for table in tables if table]
@@ -106,48 +111,38 @@ def paper_tables(results: Results) -> list[Table]:
 # What stands in each table
 
 
-def buckets(results: Results, **of: str) -> list[ArmRun]:
-    """All buckets of a ranking by plain fine-tuning, tuned or not (`of` as in `head_arm`)."""
-    numbers = range(1, results.m + 1)
-    return [ArmRun(head_arm("bucket", number, results.m, **of), "sft", None) for number in numbers]
-
-
 def main_plans(results: Results) -> list[Plan]:
     """Tables 1 and 2: the base model, all heads, random heads, the Risky and the Safe Zone. Table 7: buckets
     by C, by O and by S, what they were ranked by and what they cost."""
-    methods = {FULL: "full", RANDOM: "random"}
-    if results.m > 1:
-        zones = buckets(results)
-        methods |= {zones[0].arm: "risky", zones[-1].arm: "safe"}
-    plans = []
+    m, plans = results.m, []
+    methods = {"full": FULL, "random": RANDOM}
+    if m > 1:
+        methods |= {"risky": head_arm("bucket", 1, m), "safe": head_arm("bucket", m, m)}
     for number, words, optimizers in (
         (1, "plain fine-tuning", ["sft"]),
         (2, "PCGrad", ["pcgrad", "pcgrad-symmetric"]),
     ):
-        rows = {BASE_RUN: {"method": "base"}}
-        for optimizer in optimizers:
-            rows |= {ArmRun(arm, optimizer, None): {"method": name} for arm, name in methods.items()}
+        rows = [(BASE_RUN, "base")]
+        rows += [(ArmRun(arm, by, None), name) for by in optimizers for name, arm in methods.items()]
+        arms = {run: {"method": name} for run, name in rows}
         title = f"Table {number}: all heads, random heads and zones of C by {words}"
-        plans.append(Plan(f"table{number}", title, rows, number, costly=False, ablation=False))
-    ranked = [run for score in "COS" for run in buckets(results, ranked_by=score)]
-    rows = {run: {"score": run.arm.ranked_by, "bucket": run.arm.bucket} for run in ranked}
+        plans.append(Plan(f"table{number}", title, arms, number, costly=False, ablation=False))
+    ranked = [run for score in "COS" for run in results.buckets("sft", ranked_by=score)]
+    arms = {run: {"score": run.arm.ranked_by, "bucket": run.arm.bucket} for run in ranked}
     title = "Table 7: buckets by C, by O alone and by S alone"
-    return [*plans, Plan("table7", title, rows, 7, ablation=False)]
+    return [*plans, Plan("table7", title, arms, 7, ablation=False)]
 
 
 def ratio_plan(results: Results) -> Plan:
     """Table 9: more and more heads, from those of highest C (top) and of lowest C (bottom)."""
-    rows = {ArmRun(FULL, "sft", None): {"selection": "full", "percent": 100}}
-    for kind in ("top", "bottom"):
-        for share in SHARES:
-            rows[ArmRun(head_arm(kind, share, results.m), "sft", None)] = {
-                "selection": kind,
-                "percent": share,
-            }
-    if not any(run.arm.share for run in rows if run in results.means.index):
-        rows = {}
+    arms = {ArmRun(FULL, "sft", None): {"selection": "full", "percent": 100}}
+    for kind, share in product(("top", "bottom"), SHARES):
+        run = ArmRun(head_arm(kind, share, results.m), "sft", None)
+        arms[run] = {"selection": kind, "percent": share}
+    if not any(run.arm.share for run in arms if run in results.means.index):
+        arms = {}
     title = "Table 9: share of heads tuned, from the top and from the bottom of C"
-    return Plan("table9", title, rows, 9, costly=False)
+    return Plan("table9", title, arms, 9, costly=False)
 
 
 def map_plans(results: Results) -> list[Plan]:
@@ -158,45 +153,48 @@ def map_plans(results: Results) -> list[Plan]:
         number = numbers.pop(spec.pool, None)
         name, head = (f"table{number}", f"Table {number}: b") if number else (f"table_map_{spec.name}", "B")
         title = f"{head}uckets of map {spec.name} ({spec.rows} rows of {spec.pool})"
-        own = buckets(results, map_name=spec.name)
-        rows = {run: {"map": spec.name, "bucket": run.arm.bucket} for run in own}
-        plans.append(Plan(name, title, rows, number if spec.rows == MAP_ROWS else None))
+        own = results.buckets("sft", map_name=spec.name)
+        arms = {run: {"map": spec.name, "bucket": run.arm.bucket} for run in own}
+        plans.append(Plan(name, title, arms, number if spec.rows == MAP_ROWS else None))
     return plans
 
 
 def own_plans(results: Results, shown: Set[ArmRun]) -> list[Plan]:
     """No tables of the paper: buckets of C of any other number than the run's own; NeuronTune's arms beside
     the base model, all heads and the Safe Zone; whatever else was tuned and is not `shown`."""
-    finer = [run for run in results.tuned if run.arm.of != results.m and run.arm.is_zone(run.arm.of)]
+    finer = [run for run in results.ablations if run.arm.is_zone(run.arm.of)]
     finer.sort(key=lambda run: (run.arm.of, run.arm.bucket, run.optimizer))
-    neurons = [run for run in results.tuned if run.arm.of_neurons]
-    neurons.sort(key=lambda run: (run.arm.lam, run.arm.neurons, run.arm.kind))
-    beside = [BASE_RUN, ArmRun(FULL, "sft", None), buckets(results)[-1]] if neurons else []
-    rest = [run for run in results.tuned if run not in shown | {*results.main, *finer, *neurons}]
+    neurons = sorted(results.neurons, key=lambda run: (run.arm.lam, run.arm.neurons, run.arm.kind))
+    if neurons:
+        zones = FULL, head_arm("bucket", results.m, results.m)
+        neurons = [BASE_RUN, *(ArmRun(arm, "sft", None) for arm in zones), *neurons]
+    rest = [run for run in results.ablations if run not in shown and run not in finer]
     by_number = {run: {"buckets": run.arm.of, "bucket": run.arm.bucket} for run in finer}
-    tuned = {run: {"tuned": arm_words(run.arm, results.m)} for run in (*beside, *neurons, *rest)}
+    beside, further = (
+        {run: {"tuned": arm_words(run.arm, results.m)} for run in runs} for runs in (neurons, rest)
+    )
     title = "NeuronTune beside CAST, on the same rows and seeds"
     return [
         Plan("table_buckets", "Buckets of C in other numbers (not in the paper)", by_number),
-        Plan("table_neurons", title, {run: tuned[run] for run in (*beside, *neurons)}, note=NEURON_NOTE),
-        Plan("table_further", "Further arms (not in the paper)", {run: tuned[run] for run in rest}),
+        Plan("table_neurons", title, beside, note=NEURON_NOTE),
+        Plan("table_further", "Further arms (not in the paper)", further),
     ]
 
 
 def build(results: Results, plan: Plan) -> Table | None:
     """The table of the arms that were tuned; None where only the base model would be in it."""
-    runs = [run for run in plan.rows if run in results.means.index]
+    runs = [run for run in plan.arms if run in results.means.index]
     if all(run == BASE_RUN for run in runs):
         return None
     means = results.means.loc[runs].reset_index(drop=True)
-    labels = pd.DataFrame([plan.rows[run] for run in runs])
+    labels = pd.DataFrame([plan.arms[run] for run in runs])
     rows = pd.concat([labels, means[["arm", "optimizer", "n_seeds"]]], axis=1)
     # PCGrad as the paper describes it projects the alignment's gradient alone: no number for the other.
     known = [run for run in runs if run.optimizer != "pcgrad-symmetric"]
-    printed = {run: printed_row(results, plan.number, plan.rows[run]) for run in known}
+    printed = {run: printed_row(results, plan.number, plan.arms[run]) for run in known}
     theirs = pd.DataFrame([printed.get(run, {}) for run in runs], index=means.index)
     headings, compared = {}, comparable(results)
-    for name, column, heading in measures(results, plan.costly):
+    for column, (name, heading) in measures(results, plan.costly).items():
         headings[name] = heading
         scale = 100 if is_score(results, column) else 1
         rows[name] = scale * means[column]
@@ -219,23 +217,22 @@ def is_score(results: Results, column: str) -> bool:
     return column in results.sides or column in SIDES
 
 
-def measures(results: Results, costly: bool) -> list[tuple[str, str, str]]:
-    """(name, column of the means, heading): benchmarks by side, the means of the sides and, where `costly`,
-    what was ranked by and cost ratios."""
-    shown = [name for side in ("utility", "safety") for name in results.benchmarks(side)]
-    found = [(name, name, name) for name in shown]
-    headings = {"utility": "mean utility", "safety": "mean safety", "over_refusal": "over-refusal"}
-    found += [(side, side, heading) for side, heading in headings.items() if side in results.draws]
+def measures(results: Results, costly: bool) -> dict[str, tuple[str, str]]:
+    """Column of the means -> its name in a table, its heading: benchmarks by side, the means of the sides
+    and, where `costly`, what was ranked by and cost ratios."""
+    headings = {name: name for side in ("utility", "safety") for name in results.benchmarks(side)}
+    headings |= {"utility": "mean utility", "safety": "mean safety", "over_refusal": "over-refusal"}
+    found = {column: (column, heading) for column, heading in headings.items() if column in results.draws}
     if not costly:
         return found
-    named = {cost: cost_name(cost, results.source) for cost in costs_of(results)}
-    ratios = [(cost_column(cost, results.source), cost, name) for cost, name in named.items()]
-    return [("ranked_mean", "ranked_mean", "mean score"), *found, *ratios]
+    names = {cost: cost_name(cost, results.source) for cost in costs_of(results)}
+    ratios = {cost: (cost_column(cost, results.source), name) for cost, name in names.items()}
+    return {"ranked_mean": ("ranked_mean", "mean score")} | found | ratios
 
 
 def costs_of(results: Results) -> list[str]:
     """The paper's cost ratios that the run has."""
-    return [cost for cost in ("ucr", "source_cr") if cost in results.losses]
+    return [cost for cost in ("ucr", "source_cr") if cost in results.draws]
 
 
 def printed_row(results: Results, number: int | None, where: dict) -> dict:
@@ -279,7 +276,13 @@ def correlation_table(results: Results) -> Table | None:
                 if printed and name in comparable(results):
                     row[f"paper_{column}"] = printed[column]
         without = ucr["n_no_gain"]
-        row["flag"] = f"{NO_GAIN} in {without} of {without + ucr['n_points']} buckets" if without else None
+        flags = [f"{NO_GAIN} in {without} of {without + ucr['n_points']} buckets"] if without else []
+        flags += [
+            f"{cost_name(cost, results.source)}: the {values['all_equal']} are all equal"
+            for cost, values in found.items()
+            if values["all_equal"]
+        ]
+        row["flag"] = "; ".join(flags) or None
         rows.append(row)
     if not rows:
         return None
@@ -293,12 +296,70 @@ def correlation_table(results: Results) -> Table | None:
     return Table("table8", title, ("score",), headings, pd.DataFrame(rows), note=note)
 
 
+# The map itself: layers, extreme heads, the two readings of Eq. 5, other maps beside it
+
+
+def layer_table(heads: HeadMap) -> pd.DataFrame:
+    """Per layer the means of O, S and C, and the share of its heads in each bucket."""
+    columns = {f"mean_{name}": getattr(heads, name).mean(axis=1) for name in map(COLUMN.get, "OSC")}
+    shares = {f"share_bucket{n}": (heads.bucket == n).mean(axis=1) for n in range(1, heads.m + 1)}
+    return pd.DataFrame({"layer": np.arange(heads.shape[0])} | columns | shares)
+
+
+def extreme_heads(heads: pd.DataFrame) -> pd.DataFrame:
+    """The ten heads of highest and of lowest C (fewer of a small model), highest first, with intervals.
+
+    Args:
+        heads: heads.parquet.
+    """
+    ranked = heads.sort_values(["conflict_score", "layer", "head"], ascending=[False, True, True])
+    ranked["probability_of_bucket"] = [
+        row[bucket - 1]
+        for row, bucket in zip(ranked.pop("bucket_probability"), ranked["bucket"], strict=True)
+    ]
+    ranked.insert(0, "rank", np.arange(1, len(ranked) + 1))
+    most = min(MOST_HEADS, len(ranked) // 2)
+    return pd.concat([ranked[:most], ranked[len(ranked) - most :]])
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two maps; NaN where one is constant or has a single head."""
+    return metrics.correlation(one.ravel(), other.ravel()).spearman if one.size > 1 else np.nan
+
+
+def variant_table(heads: HeadMap) -> pd.DataFrame:
+    """How far Eq. 5 as printed and its re-ranked variant give the same map."""
+    names, readings = metrics.SENSITIVITY_VARIANTS, ["as_printed", "reranked"]
+    sensitivity = [metrics.functional_sensitivity(heads.h_gen, heads.h_safe, name) for name in names]
+    score = [metrics.conflict_score(heads.optimization_conflict, values) for values in sensitivity]
+    printed, reranked = bucket = [metrics.buckets(values, heads.m) for values in score]
+    rows = [
+        {"quantity": "rank correlation of S (Spearman)", "agreement": spearman(*sensitivity)},
+        {"quantity": "rank correlation of C (Spearman)", "agreement": spearman(*score)},
+        {"quantity": "share of heads in the same bucket", "agreement": (printed == reranked).mean()},
+    ]
+    for zone, number in (("Risky", 1), ("Safe", heads.m)):
+        quantity = f"share of the {zone} Zone in the other's {zone} Zone"
+        rows.append({"quantity": quantity, "agreement": (reranked == number)[printed == number].mean()})
+    for label, function in (("smallest", np.min), ("mean", np.mean), ("largest", np.max)):
+        rows.append({"quantity": f"{label} S"} | dict(zip(readings, map(function, sensitivity), strict=True)))
+    for number in range(1, heads.m + 1):
+        means = [values[own == number].mean() for values, own in zip(score, bucket, strict=True)]
+        rows.append({"quantity": f"mean C of bucket {number}"} | dict(zip(readings, means, strict=True)))
+    return pd.DataFrame(rows, columns=["quantity", *readings, "agreement"])
+
+
+def other_maps_table(own: HeadMap, others: Mapping[str, HeadMap]) -> pd.DataFrame:
+    """How far each other map is the run's own (F.3, F.4): rank correlations, heads in the same bucket."""
+    rows = []
+    for name, other in others.items():
+        alike = {f"spearman_{score}": spearman(own.by(score), other.by(score)) for score in "OSC"}
+        same, safe = own.bucket == other.bucket, own.bucket == own.m
+        rows.append({"map": name} | alike | {"same_bucket": same.mean(), "same_safe_zone": same[safe].mean()})
+    return pd.DataFrame(rows)
+
+
 # Files
-
-
-def plain(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with None for every missing value."""
-    return table.astype(object).where(table.notna(), None)
 
 
 def write(folder: Path, name: str, table: pd.DataFrame, note: str = "") -> None:

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from stages.method.arms import BASE_RUN, MAML, OWN, SHARES, ArmRun, head_arm
-from stages.report.correlations import FEWEST_POINTS
+from stages.method.arms import BASE_RUN, OWN, SHARES, ArmRun, head_arm
 from stages.report.figures import GREY, INK, LOOKS, arm_look, arm_name, bucket_look, new_figure, score_map
 from stages.report.results import FULL, Results
 from stages.report.words import cost_name
@@ -40,16 +39,6 @@ def grid(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def plane(axes: Axes) -> None:
-    """Safety against utility, at least two points wide: arms that are all alike should look alike."""
-    axes.margins(0.08)
-    for limits, widen in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
-        if limits[1] - limits[0] < 2:
-            widen(limits[0] - 1, limits[1] + 1)
-    grid(axes)
-    axes.set(xlabel=AXES["safety"], ylabel=AXES["utility"])
-
-
 def marker(look: dict, turn: int = 0, size: float = 8) -> dict:
     """A marker in the way of the optimizer of this turn."""
     return look | {
@@ -62,11 +51,26 @@ def marker(look: dict, turn: int = 0, size: float = 8) -> dict:
     }
 
 
-def place(axes: Axes, results: Results, run: ArmRun, look: dict) -> tuple[float, float]:
-    """Draws an arm on the plane of safety and utility; returns where."""
-    (x, x_bar), (y, y_bar) = (percent(results, run, side) for side in ("safety", "utility"))
-    axes.errorbar(x, y, xerr=x_bar, yerr=y_bar, elinewidth=0.8, capsize=2, zorder=3, **look)
-    return x, y
+def plane(axes: Axes, results: Results, markers: Mapping[ArmRun, dict]) -> dict[ArmRun, tuple[float, float]]:
+    """Draws arms by safety and utility, with their intervals and K; returns where.
+
+    At least two points wide: arms that are all alike should look alike.
+    """
+    places = {}
+    for run, own in markers.items():
+        (x, x_bar), (y, y_bar) = (percent(results, run, side) for side in ("safety", "utility"))
+        axes.errorbar(x, y, xerr=x_bar, yerr=y_bar, elinewidth=0.8, capsize=2, zorder=3, **own)
+        places[run] = x, y
+        if run.arm.of_neurons:
+            note = {"textcoords": "offset points", "fontsize": 7.5, "color": own["color"]}
+            axes.annotate(f"{run.arm.neurons}", (x, y), (6, 5), **note)
+    axes.margins(0.08)
+    for limits, widen in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        if limits[1] - limits[0] < 2:
+            widen(limits[0] - 1, limits[1] + 1)
+    grid(axes)
+    axes.set(xlabel=AXES["safety"], ylabel=AXES["utility"])
+    return places
 
 
 def localisation(results: Results) -> Figure | None:
@@ -75,22 +79,20 @@ def localisation(results: Results) -> Figure | None:
     ends = {results.find(FULL, optimizer): FULL_GREY}
     if m > 1:
         ends |= {results.bucket(1, optimizer): RISKY_RED, results.bucket(m, optimizer): SAFE_BLUE}
-    ends.pop(None, None)
-    if not ends:
+    markers = {run: marker(arm_look(run.arm, m) | {"color": colour}) for run, colour in ends.items() if run}
+    if not markers:
         return None
     figure, (top, bottom) = new_figure(6.4, 6.0, nrows=2, height_ratios=[1.0, 1.5])
     shown = score_map(top, results.heads[OWN].conflict_score.T)
     figure.colorbar(shown, ax=top, aspect=14, pad=0.01).set_label("$C(h)$")
     top.set(xlabel="layer", ylabel="head", title="Where safety and utility conflict: C of each head")
 
-    start, handles = place(bottom, results, BASE_RUN, marker(LOOKS["base"])), {}
-    for run, colour in ends.items():
-        look = marker(arm_look(run.arm, m) | {"color": colour})
-        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.8, "shrinkA": 7, "shrinkB": 6}
-        bottom.annotate("", place(bottom, results, run, look), start, arrowprops=arrow, zorder=2)
-        handles[arm_name(run.arm, m)] = Line2D([], [], **look)
-    bottom.legend(handles.values(), handles.keys(), loc="best")
-    plane(bottom)
+    places = plane(bottom, results, {BASE_RUN: marker(LOOKS["base"])} | markers)
+    for run, own in markers.items():
+        arrow = {"arrowstyle": "-|>", "color": own["color"], "linewidth": 1.8, "shrinkA": 7, "shrinkB": 6}
+        bottom.annotate("", places[run], places[BASE_RUN], arrowprops=arrow, zorder=2)
+    names = [arm_name(run.arm, m) for run in markers]
+    bottom.legend([Line2D([], [], **own) for own in markers.values()], names, loc="best")
     bottom.set_title(f"Where tuning them leads ({optimizer}; bars: 95 %)")
     return figure
 
@@ -116,27 +118,19 @@ def pareto(results: Results, shown: Sequence[ArmRun], faint: Sequence[ArmRun], t
     spot = {"linestyle": "", "marker": "o", "markersize": 3.5, "color": "#bbbbbb", "markeredgewidth": 0}
     means = 100 * results.means.loc[list(faint), ["safety", "utility"]]
     axes.plot(means["safety"], means["utility"], **spot, zorder=1)
-    optimizers = [name for name in dict.fromkeys(run.optimizer for run in shown) if name != MAML]
-    points, handles = [], {}
-    for run in (BASE_RUN, *shown):
-        look = arm_look(run.arm, results.m)
-        turn = optimizers.index(run.optimizer) if run.optimizer in optimizers else 0
-        points.append(place(axes, results, run, marker(look, turn)))
-        handles.setdefault(arm_name(run.arm, results.m), Line2D([], [], **marker(look)))
-        if run.arm.of_neurons:
-            note = {"textcoords": "offset points", "fontsize": 7.5, "color": look["color"]}
-            axes.annotate(f"{run.arm.neurons}", points[-1], (6, 5), **note)
-    front = pareto_front(points)
+    optimizers = list(dict.fromkeys(run.optimizer for run in shown if not run.arm.of_neurons))
+    turns = {optimizer: turn for turn, optimizer in enumerate(optimizers)}
+    looks = {run: arm_look(run.arm, results.m) for run in (BASE_RUN, *shown)}
+    markers = {run: marker(look, turns.get(run.optimizer, 0)) for run, look in looks.items()}
+    places = plane(axes, results, markers)
     dashed = {"color": GREY, "linewidth": 1.2, "linestyle": "--"}
-    axes.step(*zip(*front, strict=True), where="pre", **dashed, zorder=2)
-    if len(optimizers) > 1:
-        grey = {"color": GREY, "marker": "o"}
-        handles |= {name: Line2D([], [], **marker(grey, turn)) for turn, name in enumerate(optimizers)}
-    handles["Pareto front"] = Line2D([], [], **dashed)
-    if faint:
-        handles[f"{len(faint)} ablation arms"] = Line2D([], [], **spot)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
-    plane(axes)
+    axes.step(*zip(*pareto_front(list(places.values())), strict=True), where="pre", **dashed, zorder=2)
+    entries = {arm_name(run.arm, results.m): marker(look) for run, look in looks.items()}
+    if len(turns) > 1:
+        entries |= {name: marker({"color": GREY, "marker": "o"}, turn) for name, turn in turns.items()}
+    entries |= {"Pareto front": dashed} | ({f"{len(faint)} ablation arms": spot} if faint else {})
+    handles = [Line2D([], [], **look) for look in entries.values()]
+    figure.legend(handles, entries.keys(), loc="outside right upper")
     axes.set_title(f"{title} (bars: 95 %)")
     return figure
 
@@ -201,8 +195,8 @@ def cost_points(axes: Axes, results: Results, runs: list[ArmRun], cost: str, tur
         dashes = ("-", "--", ":")[turn % 3]
         axes.plot(ends, slope * ends + intercept, color=INK, linewidth=1, linestyle=dashes, zorder=2)
     else:
-        few = found["n_points"] < FEWEST_POINTS
-        words = "no correlation: " + (f"{found['n_points']} usable points" if few else "costs all equal")
+        equal, few = f"{found['all_equal']} all equal", f"{found['n_points']} usable points"
+        words = f"no correlation: {equal if found['all_equal'] else few}"
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     at = {"transform": axes.transAxes, "fontsize": 8, "va": "top", "bbox": box, "zorder": 4}
     axes.text(0.03, 0.985 - 0.075 * turn, name + words, **at)
@@ -213,22 +207,23 @@ def cost_points(axes: Axes, results: Results, runs: list[ArmRun], cost: str, tur
 
 def trajectories(results: Results) -> Figure | None:
     """Utility and safety against the share of heads tuned, from the top and the bottom of C (Table 9)."""
-    looks = {"top": (RISKY_RED, "^", "highest C first"), "bottom": (SAFE_BLUE, "v", "lowest C first")}
-    paths = {}
-    for kind, (colour, shape, name) in looks.items():
-        arms = {share: head_arm(kind, share, results.m) for share in SHARES} | {100: FULL}
-        runs = {share: results.find(arm, "sft") for share, arm in arms.items()}
-        look = {"color": colour, "marker": shape, "markersize": 7, "markeredgecolor": INK}
-        paths[name] = {share: run for share, run in runs.items() if run}, look
-    if not any(run.arm.share for path, _ in paths.values() for run in path.values()):
+    if not any(run.arm.share and run.arm.map == OWN for run in results.tuned):
         return None
+    paths = {}
+    for kind, colour, shape, name in (
+        ("top", RISKY_RED, "^", "highest C first"),
+        ("bottom", SAFE_BLUE, "v", "lowest C first"),
+    ):
+        arms = {share: head_arm(kind, share, results.m) for share in SHARES} | {100: FULL}
+        runs = {share: run for share, arm in arms.items() if (run := results.find(arm, "sft"))}
+        paths[name] = runs, {"color": colour, "marker": shape, "markersize": 7, "markeredgecolor": INK}
     at = {share: f"{share}" for share in (*SHARES, 100)}
     return curves(results, paths, ["utility", "safety"], at, ("heads tuned (%)", "More and more heads"))
 
 
 def over_threshold(results: Results) -> Figure | None:
     """Safety, utility and over-refusal against the neuron-count threshold K."""
-    own = sorted((run for run in results.tuned if run.arm.of_neurons), key=lambda run: run.arm.neurons)
+    own = sorted(results.neurons, key=lambda run: run.arm.neurons)
     counts = sorted({run.arm.neurons for run in own})
     if len(counts) < 2:
         return None
@@ -274,21 +269,20 @@ def curves(
 def all_figures(results: Results) -> dict[str, Figure]:
     """File name -> figure, of those whose arms were tuned; the paper's by their numbers."""
     sft = [run for run in results.main if run.optimizer == "sft"]
-    neurons = [run for run in results.tuned if run.arm.of_neurons]
-    ablations = [run for run in results.tuned if run not in results.main and run not in neurons]
+    projected = results.main if len(results.main) > len(sft) else []
+    beside = [*sft, *results.neurons] if results.neurons else []
     counts = sorted({run.arm.of for run in results.tuned if run.arm.is_zone(run.arm.of or 0)})
     own, finer = ([of for of in counts if (of == results.m) == main] for main in (True, False))
-    projected = results.main if len(results.main) > len(sft) else []
     kept, both = "Safety gained and utility kept", "CAST's heads and NeuronTune's neurons"
     made = {
         "figure1_localisation": localisation(results),
-        "figure3_pareto_sft": pareto(results, sft, ablations, kept),
+        "figure3_pareto_sft": pareto(results, sft, results.ablations, kept),
         "figure4_pareto_pcgrad": pareto(results, projected, [], kept),
         "figure5_source_cr": cost_against_conflict(results, "source_cr", own if results.source else []),
         "figure6_ucr": cost_against_conflict(results, "ucr", own),
         "finer_buckets": cost_against_conflict(results, "ucr", finer),
         "ratio_trajectories": trajectories(results),
         "neurontune_threshold": over_threshold(results),
-        "neurontune_pareto": pareto(results, [*sft, *neurons] if neurons else [], [], both),
+        "neurontune_pareto": pareto(results, beside, [], both),
     }
     return {name: figure for name, figure in made.items() if figure}
