@@ -31,7 +31,7 @@ from stages.report.responses import Responses, read_responses, runs_of
 from stages.report.results import Results
 from stages.run import cli
 from stages.run.runner import Job, Stage, run_stage
-from stages.run.schemas import ARMS, BENCHMARKS, HEADS, RESPONSES, SCORES
+from stages.run.schemas import ARMS, BENCHMARKS, HEADS, RELIABILITY, RESPONSES, SCORES
 from stages.run.settings import Settings
 
 EARLIER = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
@@ -60,6 +60,8 @@ def compute(job: Job) -> tuple[Results, Responses]:
         paper=settings.model.paper or None,
         maps=settings.maps,
         heads={spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in settings.maps},
+        sensitivity=settings.map.sensitivity,
+        reliability=job.read(RELIABILITY),
         sides=sides,
         source=source,
         costs=by_seed,
@@ -153,7 +155,7 @@ def join(job: Job) -> dict:
 STAGE = Stage(
     name="06_correlate",
     rests_on=("model", "data", "map", "tuning"),
-    reads=(BENCHMARKS, HEADS, ARMS, SCORES, RESPONSES),
+    reads=(BENCHMARKS, HEADS, RELIABILITY, ARMS, SCORES, RESPONSES),
     writes=(),
     join=join,
     also_writes=("tables/*", "figures/*", "report.html"),

@@ -13,11 +13,12 @@ from stages.method import metrics
 from stages.method.arms import ARM_FIELDS, BASE_RUN, ArmRun, select_heads
 from stages.method.conflict_map import head_columns
 from stages.method.heads import HeadMap
+from stages.method.reliability import QUANTITIES, Reliability, rows_wanted
 from stages.report import correlations, costs, figures
 from stages.report.examples import MEASURES
 from stages.report.results import Results
 from stages.run.judging import score_rows
-from stages.run.schemas import ARMS, BENCHMARKS, HEADS, OWN_MAP, RESPONSES, SCORES
+from stages.run.schemas import ARMS, BENCHMARKS, HEADS, OWN_MAP, RELIABILITY, RESPONSES, SCORES
 from stages.run.settings import Settings
 from stages.run.store import MANIFEST, write_table
 
@@ -52,6 +53,8 @@ class Fabricated:
     standins: tuple[str, ...] = ()
     classifier: str | None = None
     """what judged the requests; None: the keyword judge alone"""
+    reliability: float | None = 0.7
+    """of every quantity of a map"""
     settings: dict = field(default_factory=dict)
     """other than those of `fabricate`"""
 
@@ -75,7 +78,8 @@ def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **m
     draws = draws or {name: means[[name]].T for name in (*sides, "utility", "safety", *losses)}
     means = costs.with_intervals(means, draws)
     values = {"m": 4, "paper": None, "maps": (), "heads": {}, "source": None, "sides": sides}
-    values |= {"costs": by_seed, "means": means, "draws": draws}
+    values |= {"costs": by_seed, "means": means, "draws": draws, "sensitivity": "counted"}
+    values["reliability"] = _reliability({OWN_MAP: None}, 0.7)
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)
@@ -105,9 +109,11 @@ def fabricate(run: Path, like: Fabricated) -> Settings:
     finish("02_conflict", {})
 
     maps = {spec.name: _map(like, settings.map.buckets, random) for spec in settings.maps}
+    tables = {HEADS.file(name): (frame, HEADS.schema) for name, frame in maps.items()}
+    tables[RELIABILITY.file()] = (_reliability(maps, like.reliability), RELIABILITY.schema)
     finish(
         HEADS.stage,
-        {HEADS.file(name): (frame, HEADS.schema) for name, frame in maps.items()},
+        tables,
         base={"accuracy": 0.75, "refusal_rate": 0.5},
         ranks_rest_on={"distinct_gen": 9, "distinct_safe": 6, "tied_gen": 0.95, "tied_safe": 0.99},
         mean_probability_of_own_bucket=0.6,
@@ -164,7 +170,14 @@ def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
     own = random.uniform(0.3, 0.9, len(frame))
     own = np.where(np.arange(1, m + 1) == frame[["bucket"]].to_numpy(), own[:, None], 0.1)
     frame["bucket_probability"] = own.tolist()
-    return frame
+    return frame.reindex(columns=HEADS.schema.names)
+
+
+def _reliability(maps: dict, value: float | None) -> pd.DataFrame:
+    labels = {"sensitivity": "counted", "rows_util": 32, "rows_safe": 12}
+    found = [Reliability(name, value, value, value and rows_wanted(value)) for name in QUANTITIES]
+    found.append(Reliability("bucket", 0.3, None, None))
+    return pd.DataFrame([{"map": name} | labels | each._asdict() for name in maps for each in found])
 
 
 def _arm(unit: ArmRun, maps: dict[str, HeadMap], m: int) -> dict:
@@ -208,7 +221,13 @@ def _answers(like: Fabricated, unit: ArmRun, name: str, side: str, strong: float
             steps = 0 if refused or (broken and at % 4 == 0) else 1 + at % 3
         row = {"benchmark": name, "example_id": f"{name}/{at}", "prompt": _prompt(name, side, at)}
         row |= {"output": f"{'Sorry, no.' if right else 'Sure.'} {INJECTED} \x07 {'long ' * 120}"}
-        row |= {"token_ids": [], "prediction": 0 if choice else None, "probability": None, "verdict": right}
+        row |= {
+            "token_ids": [],
+            "prediction": 0 if choice else None,
+            "probability": None,
+            "loglikelihood": None,
+            "verdict": right,
+        }
         row |= {"refused": None if choice else refused, "steps": steps}
         row |= {"harmful": not right if like.classifier and side == "safety" else None}
         row |= {"strict": right and at % 2 == 0 if numeric else None, "flexible": True if numeric else None}

@@ -231,3 +231,18 @@ def test_buckets_have_distinct_looks():
     for m in range(1, 10):
         looks = [tuple(figures.arm_look(arm, m).items()) for arm in parse(["buckets"], m)]
         assert len(set(looks)) == m
+
+
+@pytest.mark.parametrize(
+    ("reliability", "sentence"),
+    [
+        (0.85, "This map repeats itself: 0.85 (C of one half of its 32 + 12 rows"),
+        (0.3, "No conclusion can rest on this map, which repeats itself with 0.30 only"),
+        (0.0, "More rows would not help."),
+        (None, "whether it repeats itself is unknown"),
+    ],
+)
+def test_the_page_begins_with_whether_the_map_repeats_itself(scratch, reliability, sentence):
+    page, _, _ = report_of(scratch / "run", Fabricated(reliability=reliability))
+    assert sentence in page.split('<p class="lead">')[1].split("</p>")[0]
+    assert "nan" not in page.split("Does the map repeat itself?")[1].split("</table>")[0].lower()

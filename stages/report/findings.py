@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from stages.method.arms import ArmRun, neuron_arm
+from stages.method.reliability import ENOUGH, WANTED
 from stages.report.claims import PREDICTS, unclear_buckets
 from stages.report.results import FULL, Results
 from stages.report.words import UNKNOWN, arm_words, percent, points, signed
@@ -20,7 +21,7 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
         f"Before tuning, the model refused {percent(base['safety'])} of harmful prompts and answered "
         f"{percent(base['utility'])} of utility questions rightly."
     )
-    paragraphs = [[first]]
+    paragraphs = [[_reliability(results), first]]
     for optimizer in results.optimizers:
         runs = [run for run in results.main if run.optimizer == optimizer]
         parts = [_full(results, optimizer), _best(results, runs), _predicted(results, claims, optimizer)]
@@ -37,6 +38,30 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
         )
     paragraphs[-1] += [sentence for sentence in rest if sentence]
     return paragraphs
+
+
+def _reliability(results: Results) -> str:
+    """Whether the map is one that conclusions can rest on."""
+    score, buckets = (results.map_reliability(name) for name in ("conflict_score", "bucket"))
+    value = score["reliability"]
+    if value is None:
+        return (
+            "No conclusion can rest on this map: whether it repeats itself is unknown, because half of its "
+            "rows gives a constant, or there is one fold."
+        )
+    sentence = (
+        f"This map repeats itself: {value:.2f}"
+        if value >= ENOUGH
+        else f"No conclusion can rest on this map, which repeats itself with {value:.2f} only"
+    )
+    sentence += (
+        f" (C of one half of its {score['rows_util']} + {score['rows_safe']} rows against the other half, "
+        f"stepped up to all of them; 1 is perfect). "
+    )
+    more = "More rows would not help."
+    if score["more_rows"] is not None:
+        more = f"{WANTED} would take {score['more_rows']:.1f} times as many rows."
+    return f"{sentence}{more} The buckets of two halves agree with a kappa of {buckets['halves']:.2f}."
 
 
 def _change(results: Results, run: ArmRun) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 import pandas as pd
 
 from stages.method.arms import OWN, Arm, ArmRun, head_arm
-from stages.method.heads import HeadMap
+from stages.method.heads import HeadMap, Sensitivity
 from stages.report.costs import Draws
 from stages.run.maps import MapSpec
 
@@ -31,6 +31,10 @@ class Results:
     """the run's own, then the others"""
     heads: Mapping[str, HeadMap]
     """by name of the map"""
+    sensitivity: Sensitivity
+    """which outcomes S is made of"""
+    reliability: pd.DataFrame
+    """of every map, by every kind of outcome that was computed: the columns of RELIABILITY"""
     sides: Mapping[str, str]
     """benchmark -> side"""
     source: str | None
@@ -75,6 +79,12 @@ class Results:
     def optimizers(self) -> list[str]:
         """Of the main comparison, in order."""
         return list(dict.fromkeys(run.optimizer for run in self.main))
+
+    def map_reliability(self, quantity: str) -> dict:
+        """A quantity's row of the run's own map as it is used, None for what is unknown."""
+        rows = self.reliability
+        own = rows[(rows["map"] == OWN) & (rows["sensitivity"] == self.sensitivity)]
+        return plain(own[own["quantity"] == quantity]).iloc[0].to_dict()
 
     def find(self, arm: Arm, optimizer: str) -> ArmRun | None:
         """An arm as tuned; None: it was not."""

@@ -7,6 +7,16 @@ HOLDS, FAILS = "holds", "does not hold"
 NOISE, ONE_SEED, UNKNOWN = "within noise", "one seed", "cannot be told"
 """verdicts on a claim"""
 
+QUANTITIES = {
+    "optimization_conflict": "O",
+    "h_gen": "H gen",
+    "h_safe": "H safe",
+    "functional_sensitivity": "S",
+    "conflict_score": "C",
+    "bucket": "buckets (kappa)",
+}
+"""columns of heads.parquet"""
+
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
