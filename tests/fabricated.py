@@ -175,7 +175,9 @@ def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
 
 def _reliability(maps: dict, value: float | None) -> pd.DataFrame:
     labels = {"sensitivity": "counted", "rows_util": 32, "rows_safe": 12}
-    found = [Reliability(name, value, value, value and rows_wanted(value)) for name in QUANTITIES]
+    found = [
+        Reliability(name, value, value, None if value is None else rows_wanted(value)) for name in QUANTITIES
+    ]
     found.append(Reliability("bucket", 0.3, None, None))
     return pd.DataFrame([{"map": name} | labels | each._asdict() for name in maps for each in found])
 
