@@ -31,7 +31,7 @@ def test_the_hub_gives_the_same_records_as_a_folder(folder, hub, pool, monkeypat
     tsv = {"delimiter": "\t", "keep_default_na": False}
     options = tsv if spec.repository == "allenai/wildjailbreak" else {}
     assert re.fullmatch("[0-9a-f]{40}", spec.revision)
-    assert hub == [(spec.repository, spec.config, split, spec.revision, options) for split, _ in spec.parts]
+    assert hub == [(spec.repository, spec.config, split, spec.revision, options) for split in spec.parts]
     provenance = loaded.provenance
     assert (provenance.location, provenance.revision) == ("hub", spec.revision)
     assert (len(provenance.sha256), provenance.rows, provenance.standin) == (64, len(loaded.records), False)
