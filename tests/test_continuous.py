@@ -15,10 +15,10 @@ from backends.core.errors import InputError
 from backends.flax import adapter as peft_folder
 from backends.torch import continuous
 from tests import reference
-from tests.conftest import HEADS, LAYERS, VOCABULARY, assert_same, load_pair, make_examples, of_kinds
+from tests.conftest import HEADS, KINDS, LAYERS, VOCABULARY, assert_same, load_pair, make_examples
 
 
-@pytest.fixture(scope="module", params=of_kinds())
+@pytest.fixture(scope="module", params=KINDS)
 def torch_pair(request, models):
     return load_pair("torch", models[request.param])
 
