@@ -13,9 +13,7 @@ import data.embedded
 from data.embedded.generate import GROUPS, SPLITS, records
 from data.records import SCORINGS, Record
 from data.refusal_judge import keyword_refusal
-from data.scoring import last_number
 
-KNOWLEDGE = ("util", "facts", "words")
 HARMFUL = ("safe", "vanilla_harmful", "adversarial_harmful", "vanilla", "adversarial", "plain", "attacked")
 BENIGN = ("vanilla_benign", "adversarial_benign", "benign")
 
@@ -70,18 +68,6 @@ def test_benchmark_attacks_are_held_out(rows):
         assert not attacks & set(training if GROUPS[split] == "benchmarks" else held_out)
         assert GROUPS[split] == "benchmarks" or not [row for row in own if row.prompt.startswith(openings)]
     assert {row.source.removeprefix("embedded/") for row in rows["adversarial"]} == set(held_out)
-
-
-def test_knowledge_rows_are_next_token_rows_and_problems_have_a_number(rows):
-    for row in itertools.chain.from_iterable(rows[split] for split in KNOWLEDGE):
-        assert row.scoring == "choice" and row.choices == () and row.answer is None
-        assert row.prefix and not row.prefix.endswith(" ")
-        assert re.fullmatch(r" \S.*", row.target)
-    assert not {row.source for row in rows["words"]} & {row.source for row in rows["facts"]}
-    assert {row.source for row in rows["util"]} == {row.source for row in rows["facts"]}
-    for row in rows["problems"]:
-        assert row.scoring == "number" and row.prefix == ""
-        assert last_number(row.target) == int(row.target) > 0
 
 
 def test_targets_refuse_harmful_and_answer_benign_requests(rows):

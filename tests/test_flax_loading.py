@@ -132,10 +132,9 @@ np.testing.assert_allclose(*logits, atol=1e-4)
     ("kind", "parts", "whole"),
     [
         ("qwen2-mha", 2, False),
-        *(
-            pytest.param(*each, True, marks=pytest.mark.long)
-            for each in (("qwen2-mha", 2), ("llama-gqa", 1), ("mistral-mqa", 4))
-        ),
+        pytest.param("llama-gqa", 1, True, marks=pytest.mark.long),
+        pytest.param("qwen2-mha", 2, True, marks=pytest.mark.long),
+        pytest.param("mistral-mqa", 4, True, marks=pytest.mark.long),
     ],
 )
 def test_four_devices_answer_as_one(models, kind, parts, whole):
