@@ -8,11 +8,16 @@ import pytest
 from stages.method import gradients, metrics
 
 
-def random_gram(rng, layers=2, heads=3, folds=4, size=16):
+def random_gram(rng, layers=2, heads=3, folds=4, size=16, noise=1.0):
     """The Gram matrix of random fold gradients that share a direction, and the gradients [L, H, 2F, size]."""
     shared = np.repeat(rng.normal(size=(layers, heads, 2, 1, size)), folds, axis=3)
-    vectors = (shared + rng.normal(size=shared.shape)).reshape(layers, heads, 2 * folds, size)
+    vectors = (shared + noise * rng.normal(size=shared.shape)).reshape(layers, heads, 2 * folds, size)
     return np.einsum("lhis,lhjs->lhij", vectors, vectors), vectors
+
+
+def direct_conflict(g_safe, g_util):
+    """Eq. 2 from two vectors."""
+    return (1 - g_safe @ g_util / (np.linalg.norm(g_safe) * np.linalg.norm(g_util))) / 2
 
 
 @pytest.mark.parametrize("folds", range(1, 6))
@@ -23,6 +28,8 @@ def test_conflict_from_gram_equals_the_mean_gradients(folds):
     np.testing.assert_allclose(dot, (g_safe * g_util).sum(-1), rtol=0, atol=1e-12)
     np.testing.assert_allclose(norm_safe, np.linalg.norm(g_safe, axis=-1), rtol=1e-12)
     np.testing.assert_allclose(norm_util, np.linalg.norm(g_util, axis=-1), rtol=1e-12)
+    conflict = metrics.optimization_conflict(dot, norm_safe, norm_util)
+    assert conflict[1, 0] == pytest.approx(direct_conflict(g_safe[1, 0], g_util[1, 0]), abs=1e-12)
 
 
 def test_conflict_from_gram_with_zero_and_cancelling_folds():
