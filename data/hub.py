@@ -20,17 +20,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from backends.core.errors import InputError
-from data.pools import POOLS, TRAIN, EmptyTextError, Pool, Row
+from data.pools import POOLS, TRAIN_FILE, Pool
 from data.records import Record
+
+_STANDIN = "_schema_standin"
 
 
 @dataclass(frozen=True)
@@ -69,40 +71,38 @@ class _Part:
     table: pa.Table
     revision: str | None = None
     sha256: str | None = None
-    standin: bool = False
 
 
 def load(pool: str) -> Loaded:
     """Every row of a pool, in its source's order. InputError where it cannot be read."""
     spec, folder = _spec(pool), _folder()
-    parts = _hub_parts(spec) if folder is None else _local_parts(pool, spec, folder)
+    parts = _file_parts(pool, spec, folder) if folder else _hub_parts(spec)
     labels = " + ".join(part.label for part in parts)
-    standin = any(part.standin for part in parts)
+    standin = _STANDIN in labels
+    source = f"{spec.repository} (stand-in)" if standin else spec.repository
     conditions = [spec.keep] if spec.keep else []
     notes = [f"only {labels} is there"] if len(parts) < len(spec.parts) else []
-    if pool == "dan" and folder and _local_file(folder, TRAIN[0][1])[1]:
+    if pool == "dan" and folder and _STANDIN in str(_file(folder, TRAIN_FILE)):
         conditions.append(("standin_half", "heldout"))
         notes.append("held-out half only: the training stand-in is built from the other half")
 
-    records: list[Record] = []
-    seen: set[str] = set()
+    records: dict[str, Record] = {}
     digest, empty = hashlib.sha256(), 0
     for part in parts:
-        for index, values in _rows(part, spec.columns, conditions):
-            digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+        for index, row in _rows(part, (*spec.texts, *spec.others), conditions):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             try:
-                fields = spec.fields(Row(values, f"{part.label}: row {index}"))
-            except EmptyTextError:
-                if not spec.skip_empty:
-                    raise
-                empty += 1
-                continue
-            if spec.distinct and fields["prompt"] in seen:
-                continue
-            seen.add(fields["prompt"])
+                if (column := _empty(row, spec.texts)) and not spec.skip_empty:
+                    raise ValueError(f"column '{column}' is empty")
+                if column:
+                    empty += 1
+                    continue
+                fields = spec.fields(row)
+            except ValueError as error:
+                raise InputError(f"{part.label}: row {index}: {error}") from None
             example_id = f"{pool}/{part.stem}-{index:06d}"
-            source = spec.repository + (" (stand-in)" if standin else "")
-            records.append(Record(example_id=example_id, source=source, split=pool, **fields))
+            key = fields["prompt"] if spec.distinct else example_id
+            records.setdefault(key, Record(example_id, source, split=pool, **fields))
     if not records:
         wanted = " and ".join(f"{column} = {value}" for column, value in conditions) or "a text"
         raise InputError(f"{labels}: no row with {wanted}")
@@ -118,7 +118,7 @@ def load(pool: str) -> Loaded:
         revision=parts[0].revision,
         note="; ".join(notes) or None,
     )
-    return Loaded(records, origin)
+    return Loaded(list(records.values()), origin)
 
 
 def _spec(pool: str) -> Pool:
@@ -127,7 +127,7 @@ def _spec(pool: str) -> Pool:
     return POOLS[pool]
 
 
-def _rows(part: _Part, columns: Iterable[str], conditions: list[tuple]) -> Iterable[tuple[int, dict]]:
+def _rows(part: _Part, columns: Sequence[str], conditions: list[tuple]) -> Iterable[tuple[int, dict]]:
     """(index in the source, row) of the rows that meet all conditions."""
     wanted = list(dict.fromkeys([*columns, *(column for column, _ in conditions)]))
     for column in wanted:
@@ -141,6 +141,17 @@ def _rows(part: _Part, columns: Iterable[str], conditions: list[tuple]) -> Itera
     return zip(indices, table.take(pa.array(indices, pa.int64())).to_pylist(), strict=True)
 
 
+def _empty(row: Mapping[str, Any], columns: Iterable[str]) -> str | None:
+    """The first of the columns that is empty. ValueError on one that holds no text."""
+    for column in columns:
+        value = row[column]
+        if not isinstance(value, str | None):
+            raise ValueError(f"column '{column}' is not text")
+        if not value or not value.strip():
+            return column
+    return None
+
+
 def _folder() -> Path | None:
     """The folder that CAST_DATA names; None: the hub."""
     name = os.environ.get("CAST_DATA", "").strip()
@@ -152,26 +163,26 @@ def _folder() -> Path | None:
     return folder
 
 
-def _local_file(folder: Path, stem: str) -> tuple[Path | None, bool]:
-    """(file, stand-in?); (None, False) where neither file is there."""
-    real, standin = folder / f"{stem}.parquet", folder / f"{stem}_schema_standin.parquet"
-    if real.is_file():
-        return real, False
-    return (standin, True) if standin.is_file() else (None, False)
+def _file(folder: Path, stem: str) -> Path | None:
+    """The file of a part, or its stand-in; None where neither is there."""
+    paths = [folder / f"{stem}.parquet", folder / f"{stem}{_STANDIN}.parquet"]
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _local_parts(pool: str, spec: Pool, folder: Path) -> list[_Part]:
+def _files(spec: Pool, folder: Path) -> dict[str, Path]:
+    """The files that are there, by the name of their part."""
+    found = {stem: _file(folder, stem) for stem in spec.parts.values()}
+    return {stem: path for stem, path in found.items() if path}
+
+
+def _file_parts(pool: str, spec: Pool, folder: Path) -> list[_Part]:
     parts = []
-    for _, stem in spec.parts:
-        path, standin = _local_file(folder, stem)
-        if path is None:
-            continue
+    for stem, path in _files(spec, folder).items():
         try:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            table = pq.read_table(path)
+            parts.append(_Part(stem, path.name, pq.read_table(path), sha256=sha256))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path.name}: not a readable parquet file ({type(error).__name__})") from error
-        parts.append(_Part(stem, path.name, table, sha256=sha256, standin=standin))
     if not parts:
         raise InputError(f"{pool}: {_missing_file(spec, folder)}")
     return parts
@@ -181,7 +192,7 @@ def _hub_parts(spec: Pool) -> list[_Part]:
     import datasets
 
     parts = []
-    for split, stem in spec.parts:
+    for split, stem in spec.parts.items():
         label = f"{spec.repository} ({spec.config or 'default'}, {split})"
         source = {"split": split, "revision": spec.revision, **spec.options}
         try:
@@ -212,40 +223,32 @@ class Reach:
 
 
 def survey(pools: Iterable[str]) -> list[Reach]:
-    """Where each pool would come from. Downloads nothing."""
-    specs = {pool: _spec(pool) for pool in pools}
-    try:
-        folder = _folder()
-    except InputError as error:
-        return [Reach(pool, "missing", spec.repository, str(error)) for pool, spec in specs.items()]
+    """Where each pool would come from. Downloads nothing. InputError where CAST_DATA names no folder."""
+    specs, folder = {pool: _spec(pool) for pool in pools}, _folder()
     if folder:
         return [_reach_file(pool, spec, folder) for pool, spec in specs.items()]
     repositories = {spec.repository: spec for spec in specs.values()}
     reasons = {repository: _hub_reason(spec) for repository, spec in repositories.items()}
-    found = []
-    for pool, spec in specs.items():
-        where, reason = f"{spec.url} at {spec.revision[:10]}", reasons[spec.repository]
-        if not reason:
-            found.append(Reach(pool, "there", where))
-        elif _cached(spec):
-            found.append(Reach(pool, "there", f"the cache of datasets, {spec.revision[:10]}"))
-        else:
-            how = f"{reason}, or set CAST_DATA to a folder with {spec.files}"
-            found.append(Reach(pool, "missing", where, how))
-    return found
+    return [_reach_hub(pool, spec, reasons[spec.repository]) for pool, spec in specs.items()]
+
+
+def _reach_hub(pool: str, spec: Pool, reason: str | None) -> Reach:
+    where = f"{spec.url} at {spec.revision[:10]}"
+    if not reason:
+        return Reach(pool, "there", where)
+    if _cached(spec):
+        return Reach(pool, "there", f"the cache of datasets, {spec.revision[:10]}")
+    return Reach(pool, "missing", where, f"{reason}, or set CAST_DATA to a folder with {spec.files}")
 
 
 def _reach_file(pool: str, spec: Pool, folder: Path) -> Reach:
-    found = [_local_file(folder, stem) for _, stem in spec.parts]
-    there = [(path.name, standin) for path, standin in found if path is not None]
-    if not there:
+    found = _files(spec, folder)
+    if not found:
         return Reach(pool, "missing", spec.files, _missing_file(spec, folder))
-    state = "stand-in" if any(standin for _, standin in there) else "there"
-    names = " + ".join(name for name, _ in there)
-    lacking = [
-        f"{stem}.parquet" for (_, stem), (path, _) in zip(spec.parts, found, strict=True) if path is None
-    ]
-    return Reach(pool, state, f"{names} (without {', '.join(lacking)})" if lacking else names)
+    names = " + ".join(path.name for path in found.values())
+    lacking = ", ".join(f"{stem}.parquet" for stem in spec.parts.values() if stem not in found)
+    state = "stand-in" if _STANDIN in names else "there"
+    return Reach(pool, state, f"{names} (without {lacking})" if lacking else names)
 
 
 def _missing_file(spec: Pool, folder: Path) -> str:
@@ -258,7 +261,7 @@ def _cached(spec: Pool) -> bool:
 
     name, cache = spec.repository.replace("/", "___").casefold(), Path(datasets.config.HF_DATASETS_CACHE)
     folders = [path for path in cache.glob("*") if path.name.casefold() == name]
-    patterns = [f"{spec.config or 'default'}*/*/{spec.revision}/*{split}*.arrow" for split, _ in spec.parts]
+    patterns = [f"{spec.config or 'default'}*/*/{spec.revision}/*{split}*.arrow" for split in spec.parts]
     return all(any(any(path.glob(pattern)) for path in folders) for pattern in patterns)
 
 

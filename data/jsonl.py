@@ -50,64 +50,40 @@ def read(path: str | Path, role: str) -> list[Record]:
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path.name}, line {number}"
-        row = _object(line, where)
-        example_id = _text(row, "id", where) if "id" in row else f"{path.stem}/{number}"
-        if example_id in lines:
-            raise InputError(f"{where}: its id is that of line {lines[example_id]}")
-        lines[example_id] = number
-        if _one_of(row, "role", ROLES, where, default=role) == role:
-            records.append(Record(example_id=example_id, source=path.name, **_fields(row, role, where)))
+        try:
+            row = _columns(line)
+            example_id = _text(row, "id", f"{path.stem}/{number}")
+            if example_id in lines:
+                raise InputError(f"its id is that of line {lines[example_id]}")
+            lines[example_id] = number
+            if _one_of(row, "role", ROLES, role) == role:
+                records.append(Record(example_id, path.name, **_fields(row, role)))
+        except InputError as error:
+            raise InputError(f"{path.name}, line {number}: {error}") from None
     if not records:
         raise InputError(f"{path.name}: no rows for role '{role}'")
     return records
 
 
-def _fields(row: dict[str, Any], role: str, where: str) -> dict[str, Any]:
-    prompt, target = _text(row, "prompt", where), _text(row, "target", where)
-    choices, answer = _choices(row, target, where)
-    split = _one_of(row, "data_type", DATA_TYPES, where) if role == "align" else role
-    if role == "util":
-        scoring = _one_of(row, "scoring", USER_SCORINGS, where, default="choice")
-    elif "scoring" in row:
-        raise InputError(f"{where}: 'scoring' is for util rows; {role} rows are judged as refusals")
-    else:
-        scoring = "over_refusal" if split.endswith("benign") else "refusal"
-    if scoring == "number":
-        if choices:
-            raise InputError(f"{where}: 'choices' and scoring \"number\" exclude each other")
-        if not re.fullmatch(r"-?\d+(\.\d+)?", target.strip().replace(",", "")):
-            raise InputError(f"{where}: 'target' is no number, as scoring \"number\" needs")
-    return {
-        "entry": _text(row, "entry", where) if "entry" in row else entry_of(prompt),
-        "split": split,
-        "prompt": prompt,
-        "prefix": _text(row, "prefix", where, may_be_empty=True) if "prefix" in row else "",
-        "target": target,
-        "choices": choices,
-        "answer": answer,
-        "scoring": scoring,
-    }
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _columns(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        columns = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise InputError(f"{where}: not UTF-8") from None
+        raise InputError("not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+        raise InputError(f"not JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError):  # a number of thousands of digits; brackets too deep
-        raise InputError(f"{where}: not JSON that can be read") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object")
-    return {column: value for column, value in row.items() if value is not None}
+        raise InputError("not JSON that can be read") from None
+    if not isinstance(columns, dict):
+        raise InputError("not a JSON object")
+    return {column: value for column, value in columns.items() if value is not None}
 
 
-def _text(row: dict[str, Any], column: str, where: str, may_be_empty: bool = False) -> str:
-    if column not in row:
-        raise InputError(f"{where}: column '{column}' is missing")
-    return _valid(row[column], f"{where}: column '{column}'", may_be_empty)
+def _text(row: dict[str, Any], column: str, default: str | None = None) -> str:
+    """A column's text; without a default it is required. Only a prefix may be empty."""
+    if column not in row and default is None:
+        raise InputError(f"column '{column}' is missing")
+    return _valid(row[column], f"column '{column}'", column == "prefix") if column in row else default
 
 
 def _valid(value: Any, what: str, may_be_empty: bool = False) -> str:
@@ -122,28 +98,54 @@ def _valid(value: Any, what: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def _one_of(row: dict[str, Any], column: str, values: tuple[str, ...], where: str, default: str = "") -> str:
-    value = _text(row, column, where) if column in row or not default else default
+def _one_of(row: dict[str, Any], column: str, values: tuple[str, ...], default: str | None = None) -> str:
+    value = _text(row, column, default)
     if value not in values:
-        raise InputError(f"{where}: unknown {column}; there are {', '.join(values)}")
+        raise InputError(f"unknown {column}; there are {', '.join(values)}")
     return value
 
 
-def _choices(row: dict[str, Any], target: str, where: str) -> tuple[tuple[str, ...], int | None]:
-    if "choices" not in row and "answer" not in row:
+def _fields(row: dict[str, Any], role: str) -> dict[str, Any]:
+    prompt, target = _text(row, "prompt"), _text(row, "target")
+    choices, answer = _choices(row, target)
+    split = _one_of(row, "data_type", DATA_TYPES) if role == "align" else role
+    if role == "util":
+        scoring = _one_of(row, "scoring", USER_SCORINGS, "choice")
+    elif "scoring" in row:
+        raise InputError(f"'scoring' is for util rows; {role} rows are judged as refusals")
+    else:
+        scoring = "over_refusal" if split.endswith("benign") else "refusal"
+    if scoring == "number" and choices:
+        raise InputError("'choices' and scoring \"number\" exclude each other")
+    if scoring == "number" and not re.fullmatch(r"-?\d+(\.\d+)?", target.strip().replace(",", "")):
+        raise InputError("'target' is no number, as scoring \"number\" needs")
+    return {
+        "entry": _text(row, "entry", entry_of(prompt)),
+        "split": split,
+        "prompt": prompt,
+        "prefix": _text(row, "prefix", ""),
+        "target": target,
+        "choices": choices,
+        "answer": answer,
+        "scoring": scoring,
+    }
+
+
+def _choices(row: dict[str, Any], target: str) -> tuple[tuple[str, ...], int | None]:
+    lacking = [column for column in ("choices", "answer") if column not in row]
+    if len(lacking) == 2:
         return (), None
-    for column in ("choices", "answer"):
-        if column not in row:
-            raise InputError(f"{where}: column '{column}' is missing ('choices' and 'answer' go together)")
+    if lacking:
+        raise InputError(f"column '{lacking[0]}' is missing ('choices' and 'answer' go together)")
     choices, answer = row["choices"], row["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
-        raise InputError(f"{where}: column 'choices' is not a list of two or more texts")
+        raise InputError("column 'choices' is not a list of two or more texts")
     for choice in choices:
-        _valid(choice, f"{where}: a choice")
+        _valid(choice, "a choice")
     if len(set(choices)) < len(choices):
-        raise InputError(f"{where}: column 'choices' holds one text twice")
+        raise InputError("column 'choices' holds one text twice")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(f"{where}: 'answer' is no index into 'choices' (0 to {len(choices) - 1})")
+        raise InputError(f"'answer' is no index into 'choices' (0 to {len(choices) - 1})")
     if not target.strip().startswith(choices[answer].strip()):
-        raise InputError(f"{where}: 'target' does not begin with the choice that 'answer' names")
+        raise InputError("'target' does not begin with the choice that 'answer' names")
     return tuple(choices), answer

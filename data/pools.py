@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from backends.core.errors import InputError
 from data.records import DATA_TYPES, entry_of
 
 # Table 4. The paper "appends" the input to the instruction and does not say by what: a blank line here.
@@ -23,33 +22,17 @@ KNOWLEDGE_TEMPLATE = (
 LETTERS = ("A", "B", "C", "D", "E")
 
 
-class EmptyTextError(InputError):
-    pass
+# What a row becomes: its columns in, fields of a Record out. ValueError names the column that is wrong.
 
 
-@dataclass(frozen=True)
-class Row:
-    values: Mapping[str, Any]
-    where: str
-
-    def text(self, column: str) -> str:
-        value = self.values[column]
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise EmptyTextError(f"{self.where}: column '{column}' is empty")
-        if not isinstance(value, str):
-            raise InputError(f"{self.where}: column '{column}' is not text")
-        return value
-
-
-def _letters(row: Row, texts: Any, answer: Any) -> dict[str, Any]:
+def _letters(question: str, texts: Any, answer: Any) -> dict[str, Any]:
     """The paper is silent on the layout: the question, then one line a choice, "A. ..."."""
-    question = row.text("question")
     if not isinstance(texts, list) or not 2 <= len(texts) <= len(LETTERS):
-        raise InputError(f"{row.where}: column 'choices' is not a list of 2 to {len(LETTERS)} texts")
+        raise ValueError(f"column 'choices' is not a list of 2 to {len(LETTERS)} texts")
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise InputError(f"{row.where}: column 'choices' holds an empty choice")
+        raise ValueError("column 'choices' holds an empty choice")
     if not isinstance(answer, int) or not 0 <= answer < len(texts):
-        raise InputError(f"{row.where}: the answer names none of the {len(texts)} choices")
+        raise ValueError(f"the answer names none of the {len(texts)} choices")
     letters = LETTERS[: len(texts)]
     lines = [question, *(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))]
     prompt = KNOWLEDGE_TEMPLATE.replace("{question}", "\n".join(lines))
@@ -57,16 +40,16 @@ def _letters(row: Row, texts: Any, answer: Any) -> dict[str, Any]:
     return {"entry": entry_of(question), "scoring": "choice", **fields}
 
 
-def _mmlu(row: Row) -> dict[str, Any]:
-    return _letters(row, row.values["choices"], row.values["answer"])
+def _mmlu(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _letters(row["question"], row["choices"], row["answer"])
 
 
-def _csqa(row: Row) -> dict[str, Any]:
-    choices, key = row.values["choices"], row.text("answerKey")
+def _csqa(row: Mapping[str, Any]) -> dict[str, Any]:
+    choices, key = row["choices"], row["answerKey"]
     labels = choices.get("label") if isinstance(choices, dict) else None
     if not labels or tuple(labels) != LETTERS[: len(labels)]:
-        raise InputError(f"{row.where}: column 'choices' does not label its texts A, B, C, ...")
-    return _letters(row, choices.get("text"), labels.index(key) if key in labels else -1)
+        raise ValueError("column 'choices' does not label its texts A, B, C, ...")
+    return _letters(row["question"], choices.get("text"), labels.index(key) if key in labels else -1)
 
 
 def _reasoning(question: str, gold: str) -> dict[str, Any]:
@@ -74,37 +57,36 @@ def _reasoning(question: str, gold: str) -> dict[str, Any]:
     return {"entry": entry_of(question), "prompt": prompt, "target": gold, "scoring": "boxed"}
 
 
-def _gsm8k(row: Row) -> dict[str, Any]:
-    _, mark, gold = row.text("answer").rpartition("####")
+def _gsm8k(row: Mapping[str, Any]) -> dict[str, Any]:
+    _, mark, gold = row["answer"].rpartition("####")
     gold = gold.strip().replace(",", "")
     if not mark or not re.fullmatch(r"-?\d+(\.\d+)?", gold):
-        raise InputError(f"{row.where}: column 'answer' has no number after ####")
-    return _reasoning(row.text("question"), gold)
+        raise ValueError("column 'answer' has no number after ####")
+    return _reasoning(row["question"], gold)
 
 
-def _gsm8k_worked(row: Row) -> dict[str, Any]:
+def _gsm8k_worked(row: Mapping[str, Any]) -> dict[str, Any]:
     """GSM8K as calibration: the loss is taken on the worked solution, without its calculator marks, with the
     answer boxed as the prompt asks (the paper is silent)."""
     fields = _gsm8k(row)
-    solution = re.sub(r"<<.*?>>", "", row.text("answer").rpartition("####")[0]).strip()
+    solution = re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
     return fields | {"target": f"{solution}\nThe final answer is \\boxed{{{fields['target']}}}."}
 
 
-def _math(row: Row) -> dict[str, Any]:
-    return _reasoning(row.text("problem"), row.text("answer").strip())
+def _math(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _reasoning(row["problem"], row["answer"].strip())
 
 
-def _request(row: Row, column: str, question: str | None = None) -> dict[str, Any]:
-    """A malicious prompt, without a template (Table 4); `question`: what it wraps, where that is known."""
-    prompt = row.text(column)
-    return {"entry": entry_of(question or prompt), "prompt": prompt, "scoring": "refusal"}
+def _request(
+    row: Mapping[str, Any], prompt: str, question: str = "", scoring: str = "refusal"
+) -> dict[str, Any]:
+    """A request without a template (Table 4), and the completion to learn where the set has one.
 
-
-def _completed(row: Row) -> dict[str, Any]:
-    """A row of WildJailbreak's train split, with the completion to learn."""
-    form, kind = row.text("data_type").split("_")
-    fields = _request(row, form, row.text("vanilla")) | {"target": row.text("completion")}
-    return fields if kind == "harmful" else fields | {"scoring": "over_refusal"}
+    Args:
+        prompt, question: columns: the request, and what it wraps where that is known.
+    """
+    entry, target = entry_of(row[question or prompt]), row.get("completion", "")
+    return {"entry": entry, "prompt": row[prompt], "target": target, "scoring": scoring}
 
 
 @dataclass(frozen=True)
@@ -112,19 +94,22 @@ class Pool:
     repository: str
     revision: str
     config: str | None
-    parts: tuple[tuple[str, str], ...]
-    """(split on the hub, name of a local file without its ending), read one after the other"""
-    columns: tuple[str, ...]
-    fields: Callable[[Row], dict[str, Any]]
-    """fields of a Record"""
+    parts: Mapping[str, str]
+    """split on the hub -> name of a local file without its ending; read one after the other"""
+    texts: tuple[str, ...]
+    """columns of text, none of it empty"""
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """fields of a Record, from the columns of a row"""
+    others: tuple[str, ...] = ()
+    """further columns, which `fields` checks or ignores"""
     keep: tuple[str, Any] | None = None
     """(column, value) of the rows that belong to the pool; None: all do"""
-    distinct: bool = False
-    """repeats of a prompt are left out"""
     skip_empty: bool = False
     """rows with an empty text are left out and counted, instead of an error"""
     options: Mapping[str, Any] = field(default_factory=dict)
     """of load_dataset"""
+    distinct: bool = False
+    """repeats of a prompt are left out"""
 
     @property
     def url(self) -> str:
@@ -132,7 +117,7 @@ class Pool:
 
     @property
     def files(self) -> str:
-        return " or ".join(f"{stem}.parquet" for _, stem in self.parts)
+        return " or ".join(f"{stem}.parquet" for stem in self.parts.values())
 
 
 # Repository, commit, config. Other public projects pin the same commits; the commit that was loaded is
@@ -147,41 +132,51 @@ _IN_THE_WILD = ("TrustAIRLab/in-the-wild-jailbreak-prompts", "a10aab8eff1c73165a
 _DAN = (*_IN_THE_WILD, "jailbreak_2023_12_25")
 
 # The data card asks for these options: an empty cell is "", not NaN.
-_TSV = {"options": {"delimiter": "\t", "keep_default_na": False}}
-_EVAL = ("eval", (("train", "wildjailbreak_eval"),))  # the hub calls its only split train
-TRAIN = (("train", "wildjailbreak_train"),)
-_TRAIN_COLUMNS = ("vanilla", "adversarial", "completion", "data_type")
-_CALIBRATION = (("validation", "mmlu_validation"), ("dev", "mmlu_dev"))  # test is the benchmark
-_MC, _QA = ("question", "choices", "answer"), ("question", "answer")
-_ADVERSARIAL, _HARMFUL = ("data_type", "adversarial_harmful"), ("prompt_harm_label", "harmful")
-_TEST = (("test", "wildguard_test"),)
-_prompt, _adversarial = partial(_request, column="prompt"), partial(_request, column="adversarial")
+_TSV = {"delimiter": "\t", "keep_default_na": False}
+TRAIN_FILE = "wildjailbreak_train"
+_BEFORE_TEST = {"validation": "mmlu_validation", "dev": "mmlu_dev"}
+_prompt = partial(_request, prompt="prompt")
 
 
-def _train(data_type: str, fields: Callable[[Row], dict[str, Any]] = _completed) -> Pool:
-    keep = ("data_type", data_type)
-    return Pool(*_WILDJAILBREAK, "train", TRAIN, _TRAIN_COLUMNS, fields, keep, skip_empty=True, **_TSV)
-
-
-def _form(row: Row, column: str) -> dict[str, Any]:
-    """One of the two forms of a request, with the completion of the attacked one."""
-    return _request(row, column, row.text("vanilla")) | {"target": row.text("completion")}
+def _train(data_type: str, form: str = "") -> Pool:
+    """Rows of WildJailbreak's train split, in the form of their data type or in the other one."""
+    kind, outcome = data_type.split("_")
+    form, scoring = form or kind, "refusal" if outcome == "harmful" else "over_refusal"
+    texts = tuple(dict.fromkeys((form, "vanilla", "completion")))
+    fields = partial(_request, prompt=form, question="vanilla", scoring=scoring)
+    keep, parts = ("data_type", data_type), {"train": TRAIN_FILE}
+    return Pool(*_WILDJAILBREAK, "train", parts, texts, fields, ("adversarial",), keep, True, _TSV)
 
 
 POOLS: dict[str, Pool] = {
     # benchmarks; CommonsenseQA's test split has no answers, the paper's 1,221 rows are those of validation
-    "mmlu": Pool(*_MMLU, (("test", "mmlu_test"),), _MC, _mmlu),
-    "csqa": Pool(*_CSQA, (("validation", "csqa_validation"),), ("question", "choices", "answerKey"), _csqa),
-    "gsm8k": Pool(*_GSM8K, (("test", "gsm8k_test"),), _QA, _gsm8k),
-    "math": Pool(*_MATH, (("test", "math500_test"),), ("problem", "answer"), _math),
-    "wildjailbreak": Pool(*_WILDJAILBREAK, *_EVAL, ("adversarial",), _adversarial, _ADVERSARIAL, **_TSV),
-    "wildguard": Pool(*_WILDGUARD, _TEST, ("prompt",), _prompt, _HARMFUL, distinct=True),
-    "dan": Pool(*_DAN, (("train", "dan_jailbreak"),), ("prompt",), _prompt, ("jailbreak", True)),
-    # calibration
-    "mmlu_calibration": Pool(*_MMLU, _CALIBRATION, _MC, _mmlu),
-    "gsm8k_calibration": Pool(*_GSM8K, (("train", "gsm8k_train"),), _QA, _gsm8k_worked),
+    "mmlu": Pool(*_MMLU, {"test": "mmlu_test"}, ("question",), _mmlu, ("choices", "answer")),
+    "csqa": Pool(*_CSQA, {"validation": "csqa_validation"}, ("question", "answerKey"), _csqa, ("choices",)),
+    "gsm8k": Pool(*_GSM8K, {"test": "gsm8k_test"}, ("question", "answer"), _gsm8k),
+    "math": Pool(*_MATH, {"test": "math500_test"}, ("problem", "answer"), _math),
+    "wildjailbreak": Pool(
+        *_WILDJAILBREAK,
+        config="eval",
+        parts={"train": "wildjailbreak_eval"},  # the hub calls its only split train
+        texts=("adversarial",),
+        fields=partial(_request, prompt="adversarial"),
+        keep=("data_type", "adversarial_harmful"),
+        options=_TSV,
+    ),
+    "wildguard": Pool(
+        *_WILDGUARD,
+        parts={"test": "wildguard_test"},
+        texts=("prompt",),
+        fields=_prompt,
+        keep=("prompt_harm_label", "harmful"),
+        distinct=True,
+    ),
+    "dan": Pool(*_DAN, {"train": "dan_jailbreak"}, ("prompt",), _prompt, keep=("jailbreak", True)),
+    # calibration; MMLU's test split is the benchmark
+    "mmlu_calibration": Pool(*_MMLU, _BEFORE_TEST, ("question",), _mmlu, ("choices", "answer")),
+    "gsm8k_calibration": Pool(*_GSM8K, {"train": "gsm8k_train"}, ("question", "answer"), _gsm8k_worked),
     "wildjailbreak_safe": _train("vanilla_harmful"),
-    "wildjailbreak_plain": _train("adversarial_harmful", partial(_form, column="vanilla")),
-    "wildjailbreak_attacked": _train("adversarial_harmful", partial(_form, column="adversarial")),
+    "wildjailbreak_plain": _train("adversarial_harmful", "vanilla"),
+    "wildjailbreak_attacked": _train("adversarial_harmful"),
     **{data_type: _train(data_type) for data_type in DATA_TYPES},  # alignment
 }

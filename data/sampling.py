@@ -21,6 +21,8 @@ from data.records import DATA_TYPES, Record, identities
 
 PAIR = ("plain", "attacked")
 """splits of the two forms of a request"""
+PRESET_SEED = 0
+"""of the draws of every preset, whose scores are reported"""
 
 
 class MapRows(Protocol):
@@ -58,7 +60,9 @@ class Plan:
     max_length: int = 1024
     """tokens; an alignment row whose prompt alone has as many is left out"""
     development: bool = False
-    """benchmarks get other rows: none that a run with this seed scores, calibrates or tunes on"""
+    """benchmarks get other rows: none that a run with this seed scores, calibrates or tunes on, and none that
+    a run with `PRESET_SEED` scores. No row is free of all seeds (ten of them score every embedded fact): what
+    is chosen on these rows is to be reported under one of the two"""
 
 
 @dataclass(frozen=True)
@@ -178,17 +182,14 @@ def draw_all(plan: Plan, pools: Pools, prompt_length: Callable[[Record], int]) -
     Args:
         prompt_length: tokens of a record's rendered prompt.
     """
-    own = [benchmark for benchmark in plan.benchmarks if benchmark.pool.startswith("own/")]
-    public = [benchmark for benchmark in plan.benchmarks if benchmark not in own]
     draws = _Draws(plan, pools)
-    scored = draws.benchmarks(public)
-    util = draws.calibration("util", plan.util)
-    safe = draws.calibration("safe", plan.safe)
-    scored |= draws.benchmarks(own)  # what calibration leaves of a user's rows
+    scored, util, safe = draws.scored_and_calibrating()
     maps = draws.maps(util)
     pairs = draws.pairs()
     aligned = draws.alignment(prompt_length)
     if plan.development:
+        reported = _Draws(replace(plan, seed=PRESET_SEED), pools).scored_and_calibrating()[0]
+        draws.take(*reported.values())
         scored = draws.benchmarks(plan.benchmarks, "development")
     if len(util) < plan.pairs:
         draws.note("util for attribution", plan.pairs, util, plan.util.pool)
@@ -212,6 +213,14 @@ class _Draws:
         self.short: list[Shortfall] = []
         self._taken: set[str] = set()
 
+    def scored_and_calibrating(self) -> tuple[dict[str, list[Record]], list[Record], list[Record]]:
+        """Benchmarks, D_util, D_safe. A user's own benchmarks get what calibration leaves of their rows."""
+        own = [benchmark for benchmark in self.plan.benchmarks if benchmark.pool.startswith("own/")]
+        scored = self.benchmarks([each for each in self.plan.benchmarks if each not in own])
+        util = self.calibration("util", self.plan.util)
+        safe = self.calibration("safe", self.plan.safe)
+        return scored | self.benchmarks(own), util, safe
+
     def benchmarks(
         self, benchmarks: Sequence[Benchmark], purpose: str = "benchmark"
     ) -> dict[str, list[Record]]:
@@ -225,7 +234,7 @@ class _Draws:
             if benchmark.new_tokens == 0 and any(record.scoring != "choice" for record in rows):
                 raise InputError(f"--benchmarks: {name} writes its answers, give {name}=rows:new-tokens")
             self.note(name, benchmark.rows, rows, benchmark.pool)
-        self._take(*drawn.values())
+        self.take(*drawn.values())
         return drawn
 
     def calibration(self, split: str, wanted: Wanted) -> list[Record]:
@@ -235,7 +244,7 @@ class _Draws:
             # A user's worked problems only serve as benchmark: the sweep scores rows by the next token.
             records = [record for record in records if record.scoring != "number"]
         rows = self._draw(records, wanted.rows, split)
-        self._take(rows)
+        self.take(rows)
         return self._whole_folds(split, wanted, rows)
 
     def maps(self, util: list[Record]) -> dict[str, list[Record]]:
@@ -247,7 +256,7 @@ class _Draws:
             else:
                 rows = self._draw(self.pools.records(other.pool), other.rows, "map", other.name)
             drawn[other.name] = self._whole_folds(other.name, other, rows)
-        self._take(*drawn.values())
+        self.take(*drawn.values())
         return drawn
 
     def pairs(self) -> dict[str, list[Record]]:
@@ -268,7 +277,7 @@ class _Draws:
         if not drawn:
             raise InputError(f"--pairs: none of {len(pairs)} pairs is left")
         self.note("pairs", self.plan.pairs, drawn, attacked_pool)
-        self._take(*drawn)
+        self.take(*drawn)
         return {split: [pair[at] for pair in drawn] for at, split in enumerate(PAIR)}
 
     def alignment(self, prompt_length: Callable[[Record], int]) -> dict[str, list[Record]]:
@@ -287,7 +296,7 @@ class _Draws:
                 )
         fewest = min(drawn, key=lambda kind: len(drawn[kind]))
         self.note("alignment", rows, drawn[fewest], pools[fewest])
-        self._take(*drawn.values())
+        self.take(*drawn.values())
         return {kind: records[: len(drawn[fewest])] for kind, records in drawn.items()}
 
     def note(self, split: str, requested: int, drawn: Sequence, pool: str) -> None:
@@ -304,7 +313,7 @@ class _Draws:
         order = seeds.stream(self.plan.seed, "rows", *purpose).permutation(len(free))
         return [free[at] for at in order[:rows]]
 
-    def _take(self, *drawn: Sequence[Record]) -> None:
+    def take(self, *drawn: Sequence[Record]) -> None:
         for records in drawn:
             self._taken |= identities(records)
 

@@ -39,12 +39,13 @@ pytest_plugins = ["tests.public_sets", "tests.runs"]
 BACKENDS = ["torch", "flax"]
 KINDS = ["llama-gqa", "qwen2-mha", "qwen2-mqa", "mistral-mqa"]
 """each family and each sharing of keys, with one window for all layers, for some, and for none"""
-COMPILED = ["llama-gqa", "qwen2-mqa"]
-"""where Flax would compile for each kind: scaled rotary embedding and a tied matrix; biases and mixed
-windows"""
-ALL_KINDS = [
-    f"{family}-{heads}" for family in ("llama", "qwen2", "mistral") for heads in ("mha", "gqa", "mqa")
-]
+COMPILED = {
+    "llama-gqa": (),  # scaled rotary embedding and a tied matrix
+    "qwen2-mha": pytest.mark.long,
+    "qwen2-mqa": (),  # biases and mixed windows
+    "mistral-mqa": pytest.mark.long,
+}
+"""marks of the kinds where Flax compiles for each"""
 VOCABULARY, LAYERS, HEADS, HEAD_DIM = 97, 3, 4, 8
 ALL_HEADS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
 COMMON = {
@@ -90,16 +91,7 @@ def write_model(folder: Path, kind: str) -> Path:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {kind: write_model(root / kind, kind) for kind in ALL_KINDS}
-
-
-def of_kinds(*prefix: str, short: list[str] = KINDS) -> list:
-    """Parameters for every kind of model; those beyond `short` are long."""
-    marks = {kind: () if kind in short else pytest.mark.long for kind in ALL_KINDS}
-    return [
-        pytest.param((*prefix, kind) if prefix else kind, id="-".join((*prefix, kind)), marks=marks[kind])
-        for kind in ALL_KINDS
-    ]
+    return {kind: write_model(root / kind, kind) for kind in KINDS}
 
 
 @contextlib.contextmanager
@@ -137,7 +129,13 @@ def few_programs():
         sys.modules["jax"].clear_caches()
 
 
-@pytest.fixture(scope="session", params=[*of_kinds("torch"), *of_kinds("flax", short=COMPILED)])
+@pytest.fixture(
+    scope="session",
+    params=[
+        *(pytest.param(("torch", kind), id=f"torch-{kind}") for kind in KINDS),
+        *(pytest.param(("flax", kind), id=f"flax-{kind}", marks=marks) for kind, marks in COMPILED.items()),
+    ],
+)
 def pair(request, models) -> Pair:
     """Either backend on every kind of model."""
     name, kind = request.param
@@ -150,7 +148,7 @@ def gqa(request, models) -> Pair:
     return load_pair(request.param, models["llama-gqa"])
 
 
-@pytest.fixture(scope="module", params=of_kinds(short=COMPILED))
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=marks) for kind, marks in COMPILED.items()])
 def both(request, models) -> list[Backend]:
     """Torch and Flax on one model, of every kind."""
     return [backends.load(name, models[request.param], device="cpu") for name in BACKENDS]

@@ -15,17 +15,17 @@ def plain_loss(model, example, put) -> torch.Tensor:
     """Loss with hooks that set neurons at the last prompt token: put(layer, what W_down reads there)."""
     at = len(example.prompt_ids) - 1
 
-    def replaced(layer, args):
-        neurons = args[0].clone()
-        neurons[:, at] = put(layer, neurons[:, at])
-        return neurons
+    def hook(layer: int):
+        def replaced(_, args):
+            neurons = args[0].clone()
+            neurons[:, at] = put(layer, neurons[:, at])
+            return neurons
+
+        return replaced
 
     with contextlib.ExitStack() as hooks:
         for number, layer in enumerate(model.model.layers):
-            hook = layer.mlp.down_proj.register_forward_pre_hook(
-                lambda _, args, number=number: replaced(number, args)
-            )
-            hooks.callback(hook.remove)
+            hooks.callback(layer.mlp.down_proj.register_forward_pre_hook(hook(number)).remove)
         return reference.loss(model, example)
 
 

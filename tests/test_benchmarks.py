@@ -27,7 +27,6 @@ def test_own_rows_replace_the_others_of_their_side_and_come_last():
     ("texts", "message"),
     [
         (("nope=5",), "unknown benchmark 'nope', there are facts, "),
-        (("facts=x", "vanilla=5"), "'facts=x' should be name=rows or name=rows:new-tokens"),
         (("facts=5:x", "vanilla=5"), "'facts=5:x' should be name=rows"),
         (("facts=5",), "needs at least one safety benchmark"),
         (("vanilla=5",), "needs at least one utility benchmark"),

@@ -15,10 +15,10 @@ from backends.core.errors import InputError
 from backends.flax import adapter as peft_folder
 from backends.torch import continuous
 from tests import reference
-from tests.conftest import HEADS, LAYERS, VOCABULARY, assert_same, load_pair, make_examples, of_kinds
+from tests.conftest import HEADS, KINDS, LAYERS, VOCABULARY, assert_same, load_pair, make_examples
 
 
-@pytest.fixture(scope="module", params=of_kinds())
+@pytest.fixture(scope="module", params=KINDS)
 def torch_pair(request, models):
     return load_pair("torch", models[request.param])
 
@@ -92,26 +92,22 @@ def test_an_adapter_in_the_model_answers(own, adapter, monkeypatch):
 # Failures
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_response_that_is_not_a_whole_one_to_its_prompt_is_noticed(own, monkeypatch):
+    run = continuous._run
+    for change, message in (
         (lambda names, found: found.pop(names[1]), "of 4 responses 0 failed and 1 are missing"),
         (lambda names, found: found[names[0]].generated_tokens.pop(), "is not a whole one to its prompt"),
         (lambda names, found: names.reverse(), "is not a whole one to its prompt"),
-    ],
-    ids=["dropped", "cut short", "another's"],
-)
-def test_a_response_that_is_not_a_whole_one_to_its_prompt_is_noticed(own, monkeypatch, change, message):
-    run = continuous._run
+    ):
 
-    def changed(*arguments):
-        names, found = run(*arguments)
-        change(names, found)
-        return names, found
+        def changed(*arguments, change=change):
+            names, found = run(*arguments)
+            change(names, found)
+            return names, found
 
-    monkeypatch.setattr(continuous, "_run", changed)
-    with pytest.raises(InputError, match=message):
-        continuous.generate(own.model.model, make_examples(4), 4, set())
+        monkeypatch.setattr(continuous, "_run", changed)
+        with pytest.raises(InputError, match=message):
+            continuous.generate(own.model.model, make_examples(4), 4, set())
 
 
 def test_a_step_that_fails_ends_with_a_line(own, monkeypatch):
@@ -161,7 +157,7 @@ def test_the_pool_holds_every_row_to_its_end_and_fits():
             assert pool.blocks * 256 >= pool.rows * (200 + 2048)
             held = pool.blocks * 256 * 2 * 32 * 8 * 128 * 2  # keys and values of all layers, two bytes each
             assert held < 0.6 * gib * 2**30
-    assert continuous.plan(LLAMA_8B, 2, 120 * 2**30, prompts, 2048, False).rows == 64
-    assert continuous.plan(LLAMA_8B, 2, 120 * 2**30, prompts[:5], 2048, False).rows == 5
+    for some, rows in ((prompts, 64), (prompts[:5], 5)):
+        assert continuous.plan(LLAMA_8B, 2, 120 * 2**30, some, 2048, False).rows == rows
     with pytest.raises(InputError, match="a response of 2248 tokens takes"):
         continuous.plan(LLAMA_8B, 2, 2**30, prompts, 2048, False)

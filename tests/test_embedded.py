@@ -13,11 +13,7 @@ import data.embedded
 from data.embedded.generate import GROUPS, SPLITS, records
 from data.records import SCORINGS, Record
 from data.refusal_judge import keyword_refusal
-from data.scoring import last_number
 
-LEAST = (160, 120, 300, 300, 300, 300, 240, 200, 150, 120, 150, 150, 120, 120)
-"""rows of each of SPLITS"""
-KNOWLEDGE = ("util", "facts", "words")
 HARMFUL = ("safe", "vanilla_harmful", "adversarial_harmful", "vanilla", "adversarial", "plain", "attacked")
 BENIGN = ("vanilla_benign", "adversarial_benign", "benign")
 
@@ -27,21 +23,12 @@ def rows() -> dict[str, list[Record]]:
     return {split: records(split) for split in SPLITS}
 
 
-def test_every_split_has_enough_rows(rows):
-    for split, least in zip(SPLITS, LEAST, strict=True):
-        assert len(rows[split]) >= least
-        assert {row.split for row in rows[split]} == {split}
-        assert {row.scoring for row in rows[split]} <= set(SCORINGS)
+def test_every_row_names_its_split(rows):
+    for split, own in rows.items():
+        assert {row.split for row in own} == {split}
+        assert {row.scoring for row in own} <= set(SCORINGS)
     with pytest.raises(ValueError, match="split: 'nonsense' is not one of util, "):
         records("nonsense")
-
-
-def test_same_seed_same_rows_other_seed_other_order_same_entries():
-    for split in SPLITS:
-        assert records(split, seed=3) == records(split, seed=3)
-        first, second = records(split, seed=0), records(split, seed=1)
-        assert [row.example_id for row in first] != [row.example_id for row in second]
-        assert {row.entry for row in first} == {row.entry for row in second}
 
 
 def test_rows_are_those_that_finished_runs_used(rows):
@@ -60,46 +47,27 @@ def test_ids_and_prompts_are_unique_across_the_project(rows):
     assert not [row for row in every if re.search(r"[{}]", row.prompt + row.prefix + row.target)], "a slot"
 
 
-def test_no_entry_is_shared_between_groups_whatever_the_seed():
+def test_no_entry_is_shared_between_groups(rows):
     entries = {group: set() for group in GROUPS.values()}
-    for split, seed in itertools.product(SPLITS, (0, 1)):
-        entries[GROUPS[split]] |= {row.entry for row in records(split, seed)}
+    for split, own in rows.items():
+        entries[GROUPS[split]] |= {row.entry for row in own}
     assert len(entries) == 3
-    for one, other in itertools.combinations(entries.values(), 2):
-        assert not one & other
+    assert sum(map(len, entries.values())) == len(set().union(*entries.values()))
 
 
 def test_benchmark_attacks_are_held_out(rows):
-    phrasing = json.loads((Path(data.embedded.__file__).parent / "phrasing.json").read_text(encoding="utf-8"))
-    assert not set(phrasing["attacks"]) & set(phrasing["held_out_attacks"])
-    held_out = {template.split("{act}")[0] for ts in phrasing["held_out_attacks"].values() for template in ts}
-    held_out = {opening for opening in held_out if len(opening) > 12}
-    assert len(held_out) >= 8
-    for split in SPLITS:
-        attacks = {row.source.removeprefix("embedded/") for row in rows[split]}
-        if GROUPS[split] != "benchmarks":
-            assert not attacks & set(phrasing["held_out_attacks"])
-            assert not [row for row in rows[split] if any(row.prompt.startswith(o) for o in held_out)]
-        else:
-            assert not attacks & set(phrasing["attacks"])
-    assert {row.source.removeprefix("embedded/") for row in rows["adversarial"]} == set(
-        phrasing["held_out_attacks"]
-    )
-
-
-def test_knowledge_rows_are_next_token_rows(rows):
-    for row in itertools.chain.from_iterable(rows[split] for split in KNOWLEDGE):
-        assert row.scoring == "choice" and row.choices == () and row.answer is None
-        assert row.prefix and not row.prefix.endswith(" ")
-        assert re.fullmatch(r" \S.*", row.target)
-    assert not {row.source for row in rows["words"]} & {row.source for row in rows["facts"]}
-    assert {row.source for row in rows["util"]} == {row.source for row in rows["facts"]}
-
-
-def test_problem_targets_are_numbers(rows):
-    for row in rows["problems"]:
-        assert row.scoring == "number" and row.prefix == ""
-        assert last_number(row.target) == int(row.target) > 0
+    path = Path(data.embedded.__file__).parent / "phrasing.json"
+    phrasing = json.loads(path.read_text(encoding="utf-8"))
+    training, held_out = phrasing["attacks"], phrasing["held_out_attacks"]
+    assert not set(training) & set(held_out)
+    openings = {template.split("{act}")[0] for templates in held_out.values() for template in templates}
+    openings = tuple(opening for opening in openings if len(opening) > 12)
+    assert len(openings) >= 8
+    for split, own in rows.items():
+        attacks = {row.source.removeprefix("embedded/") for row in own}
+        assert not attacks & set(training if GROUPS[split] == "benchmarks" else held_out)
+        assert GROUPS[split] == "benchmarks" or not [row for row in own if row.prompt.startswith(openings)]
+    assert {row.source.removeprefix("embedded/") for row in rows["adversarial"]} == set(held_out)
 
 
 def test_targets_refuse_harmful_and_answer_benign_requests(rows):
@@ -114,8 +82,8 @@ def test_targets_refuse_harmful_and_answer_benign_requests(rows):
     assert len({row.target for row in rows["vanilla_harmful"]}) >= 50
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_first_rows_mix_the_families(rows, split):
-    first = Counter(row.source for row in rows[split][:64])
-    for family, count in Counter(row.source for row in rows[split]).items():
-        assert abs(first[family] - 64 * count / len(rows[split])) <= 2
+def test_first_rows_mix_the_families(rows):
+    for own in rows.values():
+        first = Counter(row.source for row in own[:64])
+        for family, count in Counter(row.source for row in own).items():
+            assert abs(first[family] - 64 * count / len(own)) <= 2

@@ -35,20 +35,14 @@ def test_the_documented_example_is_read(tmp_path):
     assert util.entry != safe.entry
 
 
-def test_defaults(write):
+def test_optional_columns_have_defaults_and_null_counts_as_absent(write):
     (record,) = jsonl.read(write(UTIL), "util")
     assert (record.prefix, record.choices, record.answer, record.scoring) == ("", (), None, "choice")
     assert record.entry == entry_of("what is 2  2")
-
-
-def test_optional_columns_are_taken_and_null_counts_as_absent(write):
-    row = UTIL | {"choices": ["3", "4"], "answer": 1, "prefix": None, "more": [1]}
-    (record,) = jsonl.read(write(row | {"id": "a", "entry": "sums/2+2"}), "util")
+    row = UTIL | {"choices": ["3", "4"], "answer": 1, "prefix": None, "more": [1], "id": "a", "entry": "2+2"}
+    (record,) = jsonl.read(write(row), "util")
     assert (record.choices, record.answer) == (("3", "4"), 1)
-    assert (record.example_id, record.entry, record.prefix) == ("a", "sums/2+2", "")
-
-
-def test_align_rows_have_their_data_type_as_split(write):
+    assert (record.example_id, record.entry, record.prefix) == ("a", "2+2", "")
     records = jsonl.read(write(*(ALIGN | {"data_type": kind} for kind in DATA_TYPES)), "align")
     assert [record.split for record in records] == list(DATA_TYPES)
     assert [record.scoring for record in records] == 2 * ["refusal"] + 2 * ["over_refusal"]
@@ -69,47 +63,39 @@ def test_blank_lines_bom_and_windows_line_ends(write):
 NUMBER = UTIL | {"scoring": "number"}
 CHOICES = UTIL | {"choices": ["3", "4"], "answer": 1}
 HALF = b'{"prompt": "\\ud800", "target": "a"}'
-WRONG = {
-    "not UTF-8": ("util", b'{"prompt": "\xff", "target": "a"}', "not UTF-8"),
-    "bad JSON": ("util", b'{"prompt": ', "not JSON \\(Expecting value, column 12\\)"),
-    "huge number": ("util", b'{"answer": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
-    "too deep": ("util", b"[" * 100_000, "not JSON that can be read"),
-    "not an object": ("util", ["prompt", "target"], "not a JSON object"),
-    "missing prompt": ("util", {"target": "a"}, "column 'prompt' is missing"),
-    "missing target": ("safe", {"prompt": "a"}, "column 'target' is missing"),
-    "null target": ("safe", {"prompt": "a", "target": None}, "column 'target' is missing"),
-    "empty prompt": ("util", UTIL | {"prompt": " \n"}, "column 'prompt' is empty"),
-    "empty target": ("util", UTIL | {"target": ""}, "column 'target' is empty"),
-    "empty id": ("util", UTIL | {"id": ""}, "column 'id' is empty"),
-    "empty entry": ("util", UTIL | {"entry": ""}, "column 'entry' is empty"),
-    "no text": ("util", UTIL | {"prompt": 3}, "column 'prompt' is not a text"),
-    "prefix no text": ("util", UTIL | {"prefix": 3}, "column 'prefix' is not a text"),
-    "half a pair": ("util", HALF, "column 'prompt' holds a broken character"),
-    "unknown role": ("util", UTIL | {"role": "utility"}, "unknown role; there are util, safe, align"),
-    "missing data_type": ("align", UTIL, "column 'data_type' is missing"),
-    "unknown data_type": ("align", UTIL | {"data_type": "harmful"}, "unknown data_type; there are vanilla_"),
-    "unknown scoring": ("util", UTIL | {"scoring": "exact"}, "unknown scoring; there are choice, number"),
-    "scoring of safe": ("safe", NUMBER, "'scoring' is for util rows"),
-    "no number": ("util", NUMBER | {"target": "four"}, "'target' is no number"),
-    "number of choices": ("util", CHOICES | {"scoring": "number"}, "exclude each other"),
-    "choices alone": ("util", UTIL | {"choices": ["3", "4"]}, "column 'answer' is missing"),
-    "answer alone": ("util", UTIL | {"answer": 0}, "column 'choices' is missing"),
-    "choices no list": ("util", CHOICES | {"choices": "34"}, "not a list of two or more texts"),
-    "one choice": ("util", CHOICES | {"choices": ["4"]}, "not a list of two or more texts"),
-    "empty choice": ("util", CHOICES | {"choices": ["", "4"]}, "a choice is empty"),
-    "same choice": ("util", CHOICES | {"choices": ["4", "4"]}, "one text twice"),
-    "answer too high": ("util", CHOICES | {"answer": 2}, "'answer' is no index into 'choices' \\(0 to 1\\)"),
-    "answer below 0": ("util", CHOICES | {"answer": -1}, "'answer' is no index"),
-    "answer a letter": ("util", CHOICES | {"answer": "B"}, "'answer' is no index"),
-    "answer true": ("util", CHOICES | {"answer": True}, "'answer' is no index"),
-    "other target": ("util", CHOICES | {"answer": 0}, "'target' does not begin with the choice"),
-    "same id": ("util", UTIL | {"id": "rows/1"}, "its id is that of line 1"),
-}
+WRONG = [
+    ("util", b'{"prompt": "\xff", "target": "a"}', "not UTF-8"),
+    ("util", b'{"prompt": ', "not JSON \\(Expecting value, column 12\\)"),
+    ("util", b'{"answer": ' + b"9" * 5000 + b"}", "not JSON that can be read"),
+    ("util", b"[" * 100_000, "not JSON that can be read"),
+    ("util", ["prompt", "target"], "not a JSON object"),
+    ("util", {"target": "a"}, "column 'prompt' is missing"),
+    ("safe", {"prompt": "a", "target": None}, "column 'target' is missing"),
+    ("util", UTIL | {"prompt": " \n"}, "column 'prompt' is empty"),
+    ("util", UTIL | {"prompt": 3}, "column 'prompt' is not a text"),
+    ("util", HALF, "column 'prompt' holds a broken character"),
+    ("util", UTIL | {"role": "utility"}, "unknown role; there are util, safe, align"),
+    ("align", UTIL, "column 'data_type' is missing"),
+    ("align", UTIL | {"data_type": "harmful"}, "unknown data_type; there are vanilla_"),
+    ("util", UTIL | {"scoring": "exact"}, "unknown scoring; there are choice, number"),
+    ("safe", NUMBER, "'scoring' is for util rows"),
+    ("util", NUMBER | {"target": "four"}, "'target' is no number"),
+    ("util", CHOICES | {"scoring": "number"}, "exclude each other"),
+    ("util", UTIL | {"choices": ["3", "4"]}, "column 'answer' is missing"),
+    ("util", UTIL | {"answer": 0}, "column 'choices' is missing"),
+    ("util", CHOICES | {"choices": "34"}, "not a list of two or more texts"),
+    ("util", CHOICES | {"choices": ["", "4"]}, "a choice is empty"),
+    ("util", CHOICES | {"choices": ["4", "4"]}, "one text twice"),
+    ("util", CHOICES | {"answer": 2}, "'answer' is no index into 'choices' \\(0 to 1\\)"),
+    ("util", CHOICES | {"answer": "B"}, "'answer' is no index"),
+    ("util", CHOICES | {"answer": True}, "'answer' is no index"),
+    ("util", CHOICES | {"answer": 0}, "'target' does not begin with the choice"),
+    ("util", UTIL | {"id": "rows/1"}, "its id is that of line 1"),
+]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_bad_row_is_one_line_with_file_and_line_number(write, case):
-    role, line, message = WRONG[case]
+@pytest.mark.parametrize(("role", "line", "message"), WRONG, ids=[case[2] for case in WRONG])
+def test_a_bad_row_is_one_line_with_file_and_line_number(write, role, line, message):
     good = ALIGN if role == "align" else UTIL
     with pytest.raises(InputError, match=f"^rows.jsonl, line 3: .*{message}") as caught:
         jsonl.read(write(good, b"", line), role)

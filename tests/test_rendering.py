@@ -37,22 +37,16 @@ def render(record=RECORD, system="", **options):
     return Renderer(tokenizer(**options), "26 Jul 2024", system).row(record)
 
 
-def test_a_row_fits_its_schema_and_comes_back_as_an_example():
-    row = render()
-    assert list(row) == EXAMPLES.names
-    assert row["rendered"] == "<s>[user]Which city?(26 Jul 2024)[reply] It is"
-    one = example(row)
-    assert one.prompt_ids.dtype == np.int32 and one.example_id == "r1"
-    assert one.answer == 256 == one.target_ids[0], "the token that really follows the rendered prompt"
-    assert len(one.choice_ids) == 0
-
-
-def test_an_example_comes_back_from_a_data_frame():
+def test_rows_fit_their_schema_and_come_back_as_examples_from_a_data_frame():
     safe = dataclasses.replace(RECORD, example_id="r2", scoring="refusal", prefix="", target="No.")
     rows = [render(), render(safe)]
+    assert list(rows[0]) == EXAMPLES.names
+    assert rows[0]["rendered"] == "<s>[user]Which city?(26 Jul 2024)[reply] It is"
     frame = pd.DataFrame(rows).assign(prompt_ids=[np.array(row["prompt_ids"]) for row in rows])
-    answers = {one.example_id: one.answer for one in map(example, frame.to_dict("records"))}
-    assert answers == {"r1": 256, "r2": -1}
+    one, other = map(example, frame.to_dict("records"))
+    assert one.prompt_ids.dtype == np.int32 and (one.example_id, other.example_id) == ("r1", "r2")
+    assert one.answer == 256 == one.target_ids[0], "the token that really follows the rendered prompt"
+    assert len(one.choice_ids) == 0 and other.answer == -1
 
 
 def test_exactly_one_bos_where_the_model_uses_one():

@@ -44,14 +44,13 @@ def test_generation_and_continuous_batching_are_transformers_generate(real, rows
     assert_same(continuous.generate(real.model.model, prompts, 24, real.model.eos), expected)
 
 
-@pytest.mark.parametrize("head", [(0, 4), (14, 7), (29, 0)])
-def test_an_ablated_head_answers_as_in_the_plain_loop(real, rows, head):
-    util, safe = rows("util", 8), rows("safe", 3)
-    ((_, predicted),) = real.sweep_choices(util, [head])
-    ((_, generated),) = real.sweep_generations(safe, [head], 8)
-    with reference.ablated(real.model.model, *head):
-        np.testing.assert_array_equal(predicted, reference.choices(real.model.model, util))
-        assert_same(generated, reference.generate(real.model.model, safe, 8))
+def test_ablated_heads_answer_as_in_the_plain_loop(real, rows):
+    util, safe, heads = rows("util", 8), rows("safe", 3), [(0, 4), (14, 7), (29, 0)]
+    chosen, responses = real.sweep_choices(util, heads), real.sweep_generations(safe, heads, 8)
+    for (head, predicted), (_, generated) in zip(chosen, responses, strict=True):
+        with reference.ablated(real.model.model, *head):
+            np.testing.assert_array_equal(predicted, reference.choices(real.model.model, util))
+            assert_same(generated, reference.generate(real.model.model, safe, 8))
 
 
 def test_base_accuracy_leaves_room_both_ways(real, rows):
@@ -68,19 +67,15 @@ def test_base_accuracy_leaves_room_both_ways(real, rows):
 # torch and Flax
 
 
-def test_conflicts_agree_on_every_head(real, flax, rows):
+def test_conflicts_and_logits_agree_on_every_head(real, flax, rows):
     safe, util = rows("safe", 4), rows("util", 4)
     found = [backend.gradient_gram(safe, util, folds=2) for backend in (real, flax)]
     conflicts = [metrics.optimization_conflict(*gradients.conflict_from_gram(gram, 2)) for gram in found]
     np.testing.assert_allclose(*conflicts, rtol=0, atol=1e-5)
     assert np.ptp(conflicts[0]) > 0.5, "heads must differ"
-
-
-@pytest.mark.parametrize("head", [None, (14, 7)])
-def test_logits_agree(real, flax, rows, head):
-    prompts = rows("util", 6)
-    left, right = (backend.logits(prompts, ablated=head) for backend in (real, flax))
-    np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(left).max())
+    for head in (None, (14, 7)):
+        left, right = (backend.logits(util, ablated=head) for backend in (real, flax))
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(left).max())
 
 
 @pytest.mark.long

@@ -3,6 +3,8 @@
 import ast
 import itertools
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -16,9 +18,8 @@ def purposes() -> list[tuple[str, tuple[object, ...]]]:
     """Where `stream(seed, *purpose)` is called, and the purpose's leading constants. `data.sampling` draws by
     names that a call tells it; those are compared as it draws."""
     found = []
-    for path in sorted(
-        path for room in ("backends", "data", "stages") for path in (ROOT / room).rglob("*.py")
-    ):
+    rooms = (ROOT / room for room in ("backends", "data", "stages"))
+    for path in sorted(path for room in rooms for path in room.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(node, "func", None)
             if not isinstance(node, ast.Call) or getattr(name, "attr", getattr(name, "id", "")) != "stream":
@@ -42,18 +43,24 @@ def test_what_a_run_draws_has_streams_of_its_own(monkeypatch):
     drawn, real = Counter(), seeds.stream
 
     def counted(seed, *purpose):
-        drawn["/".join(map(str, purpose))] += 1
+        drawn["/".join(map(str, (seed, *purpose)))] += 1
         return real(seed, *purpose)
 
     monkeypatch.setattr(seeds, "stream", counted)
-    draw(PLAN)
+    other = SimpleNamespace(name="other", pool="embedded/words", rows=8)
+    draw(replace(PLAN, maps=(other,), development=True))
     seeds.lora_a(3, 2, 2, 4)
     seeds.batch_order(5, Recipe(epochs=2))
     rows = tuple(make_examples(4))
     for step in range(3):
         seeds.reference_rows(step, 5, 2, Recipe())
         schedules.draw_task_rows([Task("one", rows, rows)], step, GainRecipe())
-    assert {"rows/pairs", "rows/util", "rows/benchmark/facts", "gains/rows/2"} <= drawn.keys()
+    assert {
+        "3/rows/pairs",
+        "3/rows/map/other",
+        "3/rows/development/facts",
+        "0/rows/benchmark/facts",
+    } <= drawn.keys()
     assert set(drawn.values()) == {1}, drawn.most_common(3)
 
 

@@ -1,9 +1,7 @@
-"""The embedded default data set: small lexicons, expanded into rows by a seeded generator.
-
-    python -m data.embedded.generate            # rows and a sample row of every split
+"""The embedded default data set: small lexicons, expanded into rows, the same ones in every run.
 
 Every row was written for this project. A lexicon entry (a country of "capitals", an action-object pair of a
-harmful request, a benign act, a problem's template and numbers) belongs to one group, whatever the seed:
+harmful request, a benign act, a problem's template and numbers) belongs to one group:
 
     calibration   util, safe, plain and attacked (a request's two forms, ids alike but for the split)
     alignment     vanilla_harmful, adversarial_harmful, vanilla_benign, adversarial_benign
@@ -13,9 +11,6 @@ so nothing that an adapter was trained on, or a map was computed from, is ever s
 alignment wraps requests in one set of attack families, the benchmarks in another.
 
 Harmful requests name an aim and nothing more: they hold no operational detail, and no row answers one.
-
-This is a fixed data set, not a draw of a run: its random numbers do not come from a run's streams but have
-seeds of their own (`SPLIT_SEED`, and the split's place in `SPLITS`), which must not change.
 """
 
 import hashlib
@@ -63,7 +58,7 @@ SPLITS = tuple(_SPLITS)
 GROUPS = {name: split.group for name, split in _SPLITS.items()}
 
 SPLIT_SEED = 20_240
-"""which group an entry belongs to: fixed, so that rows of two runs with different seeds never leak either"""
+"""of the groups of entries; wordings and order follow from a split's place in `SPLITS`: change neither"""
 
 # Shares of each lexicon (cut within every family, so that each group has all families).
 _SHARES = {
@@ -76,17 +71,11 @@ _SHARES = {
 PROBLEMS_PER_TEMPLATE = 20
 
 
-def records(split: str, seed: int = 0) -> list[Record]:
-    """All rows of a split, in an order that mixes its families: the first n are a balanced sample.
-
-    `seed` draws the wordings and the order; the entries of a split never change with it.
-
-    >>> [row.split for row in records("facts")[:2]]
-    ['facts', 'facts']
-    """
+def records(split: str) -> list[Record]:
+    """All rows of a split, in an order that mixes its families: the first n are a balanced sample."""
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    rng = np.random.default_rng([0, SPLITS.index(split)])
     build = {"problems": _problems, "harm": _harmful, "benign": _benign}
     return _mixed(build.get(_SPLITS[split].lexicon, _knowledge)(split, rng), rng)
 
@@ -99,6 +88,10 @@ def sha256() -> str:
     return digest.hexdigest()
 
 
+def _row(split: str, family: str, entry: str, form: str = "", **texts: str) -> Record:
+    return Record(f"embedded/{split}/{entry}{form}", f"embedded/{family}", entry, split, **texts)
+
+
 def _knowledge(split: str, rng: np.random.Generator) -> list[Record]:
     lexicon = _SPLITS[split].lexicon
     rows = []
@@ -106,18 +99,9 @@ def _knowledge(split: str, rng: np.random.Generator) -> list[Record]:
         answers = spec.get("pairs") or {x: answer for answer, xs in spec["by_answer"].items() for x in xs}
         for x in _part(list(answers), _SHARES[lexicon], family)[GROUPS[split]]:
             slots = {"x": x, "X": x[0].upper() + x[1:]}
+            prompt, prefix = spec["prompt"].format(**slots), spec["prefix"].format(**slots)
             entry = f"{family}/{_slug(x)}"
-            rows.append(
-                Record(
-                    example_id=f"embedded/{split}/{entry}",
-                    source=f"embedded/{family}",
-                    entry=entry,
-                    split=split,
-                    prompt=spec["prompt"].format(**slots),
-                    prefix=spec["prefix"].format(**slots),
-                    target=f" {answers[x]}",
-                )
-            )
+            rows.append(_row(split, family, entry, prompt=prompt, prefix=prefix, target=f" {answers[x]}"))
     return rows
 
 
@@ -132,19 +116,9 @@ def _problems(split: str, rng: np.random.Generator) -> list[Record]:
             family = f"{operation}{number}"
             for i in _fixed_order(family, len(pairs))[:PROBLEMS_PER_TEMPLATE]:
                 a, b = pairs[i]
-                name = rng.choice(lexicon["names"])
-                entry = f"problems/{family}/{a}-{b}"
-                rows.append(
-                    Record(
-                        example_id=f"embedded/{split}/{entry}",
-                        source=f"embedded/{operation}",
-                        entry=entry,
-                        split=split,
-                        prompt=f"{template.format(a=a, b=b, name=name)} {lexicon['ending']}",
-                        target=f" {solve[operation](a, b)}",
-                        scoring="number",
-                    )
-                )
+                question = template.format(a=a, b=b, name=rng.choice(lexicon["names"]))
+                texts = {"prompt": f"{question} {lexicon['ending']}", "target": f" {solve[operation](a, b)}"}
+                rows.append(_row(split, operation, f"problems/{family}/{a}-{b}", scoring="number", **texts))
     return rows
 
 
@@ -174,7 +148,7 @@ def _requests(
     split: str, rng: np.random.Generator, family: str, entry: str, act: str, targets: Sequence[str]
 ) -> list[Record]:
     """The rows of one entry, in the wordings of its split."""
-    rows = []
+    rows, scoring = [], "over_refusal" if split.endswith("benign") else "refusal"
     for wording in _SPLITS[split].wordings:
         if split == "benign" and family == "ordinary" and wording != "plain":
             continue
@@ -182,17 +156,8 @@ def _requests(
         for i in rng.choice(len(templates), _SPLITS[split].per_entry, replace=False):
             name, number, template = templates[i]
             form = "" if split in ("plain", "attacked") else f"/{_slug(name)}-{number}"
-            rows.append(
-                Record(
-                    example_id=f"embedded/{split}/{entry}{form}",
-                    source=f"embedded/{name}",
-                    entry=entry,
-                    split=split,
-                    prompt=template.format(act=act),
-                    target=str(rng.choice(targets)),
-                    scoring="over_refusal" if split.endswith("benign") else "refusal",
-                )
-            )
+            texts = {"prompt": template.format(act=act), "target": str(rng.choice(targets))}
+            rows.append(_row(split, name, entry, form, scoring=scoring, **texts))
     return rows
 
 
@@ -242,10 +207,3 @@ def _mixed(rows: list[Record], rng: np.random.Generator) -> list[Record]:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^\w]+", "-", text.lower()).strip("-")
-
-
-if __name__ == "__main__":
-    for name in SPLITS:
-        found = records(name)
-        first = f"{found[0].prompt!r} -> {found[0].prefix!r} {found[0].target!r}"
-        print(f"{name:20} {len(found):4} rows   {first}")
