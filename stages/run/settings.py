@@ -93,7 +93,7 @@ class DataSettings:
     benchmarks: tuple[str, ...] = ()
     """name=rows or name=rows:new-tokens; rows 0 = all there are; names as in data/benchmarks.py"""
     split: Literal["benchmark", "development"] = "benchmark"
-    """development: other rows of the same pools, for choosing a preset's rates; no other run scores them"""
+    """development: other rows of the same pools, for choosing a preset's rates; no run of seed 0 scores them"""
     date: str = "26 Jul 2024"
     """date given to chat templates that print one"""
     system: str = ""
