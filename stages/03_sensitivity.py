@@ -19,7 +19,7 @@ from data import refusal_judge
 from stages.method.conflict_map import map_columns, map_notes
 from stages.method.uncertainty import Outcomes, Resampling
 from stages.run import cli, judging
-from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.job import Job, Stage, Units
 from stages.run.schemas import (
     CALIBRATION,
     GRADIENTS,
@@ -29,7 +29,6 @@ from stages.run.schemas import (
     SWEEP_CHOICES,
     SWEEP_GENERATIONS,
 )
-from stages.run.settings import Settings
 from stages.run.sweep import OUTPUTS, TABLES, part_units, sweep, swept_rows
 
 FLOOR, CEILING = 0.05, 0.95
@@ -131,10 +130,6 @@ STAGE = Stage(
     join=join,
     judged_by=lambda settings: {"judge": refusal_judge.KEYWORD_JUDGE_VERSION},
 )
-
-
-def main(settings: Settings) -> None:
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

@@ -22,37 +22,21 @@ LABELS = ["arm", "optimizer", "seed", "benchmark"]
 
 
 def judge_sweep(part: str, outputs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """A part's outputs (stages.run.sweep) with `correct`, or `refused`.
+    """A part's outputs (stages.run.sweep) with `correct`, or where they are responses with `refused`.
 
     Args:
         rows: calibration rows; one that several maps have may stand several times.
     """
-    if part == "generations":
-        return judge_refusals(outputs)
-    return (judge_choices if part == "choices" else judge_answers)(outputs, rows)
-
-
-def _by_id(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.drop_duplicates("example_id").set_index("example_id")
-
-
-def judge_choices(predictions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Sweep predictions with `correct`. Both have example_id; `rows` are calibration rows."""
-    answer = predictions["example_id"].map(_by_id(rows)["answer"])
-    return predictions.assign(correct=(predictions["prediction"] == answer).astype(bool))
-
-
-def judge_answers(texts: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Written answers of the sweep with `correct`."""
-    right = cache(verdict)  # ablated models mostly say the same
-    by_id = _by_id(rows)
-    scoring, target = (texts["example_id"].map(by_id[name]) for name in ("scoring", "target"))
-    return texts.assign(correct=[right(*each) for each in zip(scoring, texts["text"], target, strict=True)])
-
-
-def judge_refusals(texts: pd.DataFrame) -> pd.DataFrame:
-    """Responses of the sweep with `refused`, by the keyword judge."""
-    return texts.assign(refused=texts["text"].map(cache(keyword_refusal)).astype(bool))
+    if part == "generations":  # ablated models mostly say the same
+        return outputs.assign(refused=outputs["text"].map(cache(keyword_refusal)).astype(bool))
+    by_id = rows.drop_duplicates("example_id").set_index("example_id")
+    if part == "choices":
+        answer = outputs["example_id"].map(by_id["answer"])
+        return outputs.assign(correct=(outputs["prediction"] == answer).astype(bool))
+    right = cache(verdict)
+    scoring, target = (outputs["example_id"].map(by_id[name]) for name in ("scoring", "target"))
+    each = zip(scoring, outputs["text"], target, strict=True)
+    return outputs.assign(correct=[right(*answer) for answer in each])
 
 
 def outcomes(

@@ -10,7 +10,7 @@ import pandas as pd
 from backends.base import Example, Head
 from backends.core.progress import TIME_LEFT, progress
 from data.rendering import example
-from stages.run.runner import Job
+from stages.run.job import Job
 from stages.run.schemas import PREDICTIONS, SWEEP_ANSWERS, SWEEP_CHOICES, SWEEP_GENERATIONS, TEXTS
 
 TABLES = {"choices": SWEEP_CHOICES, "answers": SWEEP_ANSWERS, "generations": SWEEP_GENERATIONS}
