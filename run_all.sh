@@ -13,7 +13,7 @@ MODEL_PATH  a folder with a Llama, Qwen2 or Mistral model (safetensors, chat tem
 --dry-run   only what would run: units, time and disk, from a short measured probe
 --ray       units on Ray's actors: those of this machine, or of the cluster at ADDRESS (host:port, auto)
             --actors N, --gpus-per-actor N and --cpus-per-actor N say how many and how large (default: all there are)
---slurm     units as Slurm's jobs: partition=...,gpus=1,jobs=16,hours=8; with --dry-run their scripts
+--slurm     units as Slurm's jobs: partition=...,gpus=1,jobs=16,hours=8; with --dry-run the script
 
 TEXT
 }

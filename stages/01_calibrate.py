@@ -22,7 +22,7 @@ from data.rendering import Renderer
 from data.sampling import Drawn, Plan, Pools, Wanted
 from stages.method.arms import required_heads
 from stages.run import cli
-from stages.run.runner import Job, Stage, run_stage
+from stages.run.job import Job, Stage
 from stages.run.schemas import ALIGNMENT, BENCHMARKS, CALIBRATION, Table
 from stages.run.settings import Settings
 
@@ -128,10 +128,6 @@ STAGE = Stage(
     join=join,
     also_rests_on=own_files,
 )
-
-
-def main(settings: Settings) -> None:
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ from data.sampling import PAIR
 from stages.method.conflict_map import gradient_columns, head_columns
 from stages.method.neurons import ranks
 from stages.run import cli
-from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ATTRIBUTIONS, CALIBRATION, GRADIENTS, GRAM, NEURONS, OWN_MAP
-from stages.run.settings import Settings
 
 INCOMPLETE = 0.1
 """share of the losses' change by which attributions may miss it without a warning"""
@@ -38,8 +37,6 @@ GRADIENTS_OF_HEADS = ("gram", "gate_safe", "gate_util")
 """what a backward pass gives (backends.base.HeadGradients), columns of a unit"""
 BLOCK = 16 * 2**30
 """bytes of fold gradients that a unit holds in memory; fixed, so that units are the same on every machine"""
-SIDES = ("safety", "utility")
-"""of the attributions, a unit each"""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def units(job: Job) -> Units:
     for spec in settings.maps:
         found |= gradient_units(job.shape, settings.data.folds, spec.name)
     if settings.data.pairs:
-        found |= {f"neurons-{side}": Attributions(side) for side in SIDES}
+        found |= {f"neurons-{side}": Attributions(side) for side in ATTRIBUTIONS}
     return found
 
 
@@ -114,8 +111,8 @@ def attribute(job: Job, unit: str, side: str) -> None:
     else:
         found = job.backend.attribute_neurons(examples(job, OWN_MAP)[: len(plain)], None, steps)
     layer, neuron = np.indices(found.score.shape).reshape(2, -1)
-    frame = pd.DataFrame({"layer": layer, "neuron": neuron, "score": found.score.ravel()})
-    job.keep(unit, frame, ATTRIBUTIONS, seconds=round(time.monotonic() - began, 2), gap=found.gap)
+    frame = pd.DataFrame({"layer": layer, "neuron": neuron, f"{side}_score": found.score.ravel()})
+    job.keep(unit, frame, ATTRIBUTIONS[side], seconds=round(time.monotonic() - began, 2), gap=found.gap)
 
 
 def join(job: Job) -> dict:
@@ -128,11 +125,9 @@ def join(job: Job) -> dict:
 def join_map(job: Job, map_name: str) -> dict:
     """O of every head (Eq. 2) from the Gram matrices."""
     shape, folds = job.shape, job.settings.data.folds
-    parts = job.parts(gradient_units(shape, folds, map_name), GRAM)
-    columns = gradient_columns(
-        np.stack(parts["gram"]).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds)
-    )
-    columns |= {name: parts[name].to_numpy() for name in GRADIENTS_OF_HEADS}
+    parts = job.outputs(GRADIENTS, gradient_units(shape, folds, map_name), GRAM, map_name)
+    gram = np.stack(parts["gram"]).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds)
+    columns = gradient_columns(gram) | {name: parts[name].to_numpy() for name in GRADIENTS_OF_HEADS}
     job.write(GRADIENTS, pd.DataFrame(columns), map_name)
     if zero := int(((columns["norm_safe"] == 0) | (columns["norm_util"] == 0)).sum()):
         job.warn(f"{zero} heads have no gradient at all: their O is 0.5 by convention")
@@ -145,20 +140,18 @@ def join_map(job: Job, map_name: str) -> dict:
 
 def join_neurons(job: Job) -> dict:
     """Scores and ranks of every neuron by both sides."""
-    frame, gaps = pd.DataFrame(), {}
-    for side in SIDES:
-        scored = job.parts([f"neurons-{side}"], ATTRIBUTIONS)
-        if frame.empty:
-            frame = scored[["layer", "neuron"]]
-        score = scored["score"].to_numpy().reshape(job.shape.layers, -1)
-        frame = frame.assign(**{f"{side}_score": score.ravel(), f"{side}_rank": ranks(score).ravel()})
+    columns, gaps = {}, {}
+    for side, schema in ATTRIBUTIONS.items():
+        scored = job.outputs(NEURONS, [f"neurons-{side}"], schema)
+        score = scored[f"{side}_score"].to_numpy().reshape(job.shape.layers, -1)
+        columns |= dict(scored.items()) | {f"{side}_rank": ranks(score).ravel()}
         gaps[side] = job.info[f"neurons-{side}"]["gap"]
         if gaps[side] > INCOMPLETE:
             job.warn(
                 f"{side} attributions of neurons miss {100 * gaps[side]:.0f} % of what the loss does along "
                 f"their paths: raise --attribution-steps"
             )
-    job.write(NEURONS, frame)
+    job.write(NEURONS, pd.DataFrame(columns))
     return {"attribution_gap": gaps}
 
 
@@ -171,10 +164,6 @@ STAGE = Stage(
     compute=compute,
     join=join,
 )
-
-
-def main(settings: Settings) -> None:
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

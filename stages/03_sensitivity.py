@@ -26,7 +26,7 @@ from stages.method.reliability import doubt_of, in_words, map_reliability
 from stages.method.uncertainty import Effects, Resampling
 from stages.run import cli, judging
 from stages.run.effects import base_rates, effects_of, read_gradients
-from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.job import Job, Stage, Units
 from stages.run.schemas import (
     CALIBRATION,
     GRADIENTS,
@@ -38,7 +38,6 @@ from stages.run.schemas import (
     SWEEP_GENERATIONS,
     SWEEP_GRADED,
 )
-from stages.run.settings import Settings
 from stages.run.sweep import OUTPUTS, TABLES, part_units, sweep, swept_rows
 
 FLOOR, CEILING = 0.05, 0.95
@@ -150,10 +149,6 @@ STAGE = Stage(
     join=join,
     judged_by=lambda settings: {"judge": refusal_judge.KEYWORD_JUDGE_VERSION},
 )
-
-
-def main(settings: Settings) -> None:
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from backends.base import Example, GainRecipe, Head, Recipe, Selection, Shape, Task, Tuning
+from backends.base import Example, Head, Selection, Shape, Task, Tuning
 from backends.core import seeds
 from backends.core.schedules import outer_steps
 from data.rendering import example
 from stages.method.arms import ARM_FIELDS, ArmRun, select_heads
 from stages.method.heads import COLUMN, HeadMap
-from stages.method.neurons import choose_neurons, task_rows
+from stages.method.neurons import choose_neurons
 from stages.run import cli
-from stages.run.adapters import run_tuning
-from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.adapters import gain_recipe, lora_recipe, run_tuning, tasks_of
+from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ALIGNMENT, ARMS, CALIBRATION, HEADS, NEURONS, OWN_MAP, TRAINING
-from stages.run.settings import Settings
 
 ADAPTER_FILES = ("adapters/*/adapter_config.json", "adapters/*/adapter_model.safetensors")
 
@@ -59,15 +58,6 @@ def head_maps(job: Job) -> dict[str, HeadMap]:
     return {spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in job.settings.maps}
 
 
-def tasks_of(rows: pd.DataFrame, examples: list[Example]) -> list[Task]:
-    """The tasks of NeuronTune's meta-learning, from alignment rows."""
-    found = task_rows(rows["split"].tolist(), rows["source"].tolist())
-    return [
-        Task(task.name, *(tuple(examples[at] for at in part) for part in (task.harmful, task.benign)))
-        for task in found
-    ]
-
-
 def compute(job: Job, pending: Units) -> None:
     rows, calibration, maps = job.read(ALIGNMENT), job.read(CALIBRATION), head_maps(job)
     examples = [example(row) for row in rows.to_dict("records")]
@@ -84,14 +74,7 @@ def tune_heads(
     job: Job, run: ArmRun, heads: list[Head], examples: list[Example], util: list[Example]
 ) -> None:
     """LoRA on the rows of W_q of an arm's heads."""
-    tuning = job.settings.tuning
-    names = ("rank", "alpha", "lr", "epochs", "batch", "accumulation")
-    recipe = Recipe(
-        **{name: getattr(tuning, name) for name in names},
-        max_length=job.settings.data.max_length,
-        seed=run.seed,
-        optimizer=run.optimizer,
-    )
+    recipe = lora_recipe(job.settings, run)
     reference = None if run.optimizer == "sft" else util
     steps = -(-len(examples) // (recipe.batch * recipe.accumulation)) * recipe.epochs
 
@@ -104,18 +87,7 @@ def tune_heads(
 
 def tune_gains(job: Job, run: ArmRun, tasks: list[Task]) -> None:
     """Gains of an arm's neurons."""
-    tuning, neurons = job.settings.tuning, neurons_of(job, run)
-    recipe = GainRecipe(
-        lam=run.arm.lam,
-        utility_objective=tuning.utility_objective,
-        lr=tuning.gain_lr,
-        inner_lr=tuning.gain_inner_lr,
-        inner_steps=tuning.gain_inner_steps,
-        epochs=tuning.epochs,
-        batch=tuning.batch * tuning.accumulation,
-        max_length=job.settings.data.max_length,
-        seed=run.seed,
-    )
+    recipe, neurons = gain_recipe(job.settings, run), neurons_of(job, run)
     count = f"{len(neurons.safety)} safety and {len(neurons.utility)} utility neurons"
     steps = outer_steps(tasks, neurons, recipe)
 
@@ -168,7 +140,7 @@ def trainable_parameters(heads: list[Head], shape: Shape, rank: int) -> int:
 def join(job: Job) -> dict:
     """Writes what each arm tunes, and every step of it."""
     runs, maps = job.settings.arm_runs, head_maps(job)
-    training = job.parts((run.name for run in runs), TRAINING.schema)
+    training = job.outputs(TRAINING, (run.name for run in runs), TRAINING.schema)
     job.write(TRAINING, training)
     job.write(ARMS, pd.DataFrame([arm_row(job, run, maps) for run in runs]))
     return {"arms": len(runs), "steps": len(training), "tokens": int(training["tokens"].sum())}
@@ -185,10 +157,6 @@ STAGE = Stage(
     also_writes=ADAPTER_FILES,
     needed_gib=0.5,
 )
-
-
-def main(settings: Settings) -> None:
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

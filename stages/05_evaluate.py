@@ -10,33 +10,19 @@ with another judge, or another version of it, a finished stage is judged again a
 """
 
 import time
-from dataclasses import dataclass
 
 import pandas as pd
 
 from backends.base import Backend
 from backends.core.progress import progress
 from data import refusal_judge
-from data.benchmarks import Benchmark
 from data.rendering import example
 from stages.method.arms import BASE_RUN, ArmRun
 from stages.run import classify, cli, judging
-from stages.run.classify import Classification
-from stages.run.runner import Job, Stage, Units, run_stage
+from stages.run.classify import Classification, Evaluation
+from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ARMS, BENCHMARKS, CLASSIFIED, OUTPUTS, RESPONSES, SCORES
 from stages.run.settings import Settings
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A unit: one model's answers to one benchmark."""
-
-    run: ArmRun
-    benchmark: Benchmark
-
-    @property
-    def unit(self) -> str:
-        return f"{self.run.name}-{self.benchmark.name}"
 
 
 def runs(settings: Settings) -> list[ArmRun]:
@@ -156,10 +142,6 @@ STAGE = Stage(
     also_reads="04_align/adapters",
     judged_by=judge,
 )
-
-
-def main(settings: Settings) -> None:
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ from stages.report import (
 from stages.report.responses import Responses, read_responses, runs_of
 from stages.report.results import Results
 from stages.run import cli
-from stages.run.runner import Job, Stage, run_stage
+from stages.run.job import Job, Stage
 from stages.run.schemas import ARMS, BENCHMARKS, HEADS, RELIABILITY, RESPONSES, SCORES
-from stages.run.settings import Settings
 
 EARLIER = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 
@@ -160,11 +159,6 @@ STAGE = Stage(
     join=join,
     also_writes=("tables/*", "figures/*", "report.html"),
 )
-
-
-def main(settings: Settings) -> None:
-    """Makes the stage."""
-    run_stage(STAGE, settings)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from stages.report import correlations, costs, figures
 from stages.report.examples import MEASURES
 from stages.report.results import Results
 from stages.run.judging import score_rows
+from stages.run.runner import run_stage
 from stages.run.schemas import ARMS, BENCHMARKS, HEADS, OWN_MAP, RELIABILITY, RESPONSES, SCORES
 from stages.run.settings import Settings
 from stages.run.store import MANIFEST, write_table
@@ -63,7 +64,7 @@ def report_of(folder: Path, like: Fabricated, formats: tuple[str, ...] = ("svg",
     """Page, tables and names of figures of a fabricated run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "FORMATS", {name: figures.FORMATS[name] for name in formats})
-        correlate.main(fabricate(folder, like))
+        run_stage(correlate.STAGE, fabricate(folder, like))
     out = folder / correlate.STAGE.name
     tables = {path.stem: pd.read_csv(path) for path in sorted(out.glob("tables/*.csv"))}
     drawn = {path.stem for path in out.glob("figures/*")}

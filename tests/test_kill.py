@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.run.locks import run_lock
 from stages.run.pipeline import WITH_UNITS, declaration, make
 from stages.run.presets import parse
 from stages.run.runner import unit_states
@@ -132,16 +131,6 @@ def test_shards_make_what_one_process_makes(copy_run, tiny_run, name):
     finish(name, folder)
     assert_same(folder / name, tiny_run / name)
     assert all(unit_states(declaration(name), settings).values())
-
-
-def test_shards_run_beside_each_other_and_a_whole_stage_alone(copy_run):
-    name = "03_sensitivity"
-    folder = copy_run(before=name)
-    with run_lock(folder, (1, 2)), run_lock(folder, (2, 2)), run_lock(folder, frozenset({"choices-clean"})):
-        for options, why in ((("--shard", "1/2"), "the same shard"), ((), "a whole stage")):
-            process = start(name, folder, *options)
-            output, _ = process.communicate()
-            assert process.returncode == 2 and "is in use by another process" in output, why
 
 
 @pytest.mark.long

@@ -9,17 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backends.core.errors import InputError
-from stages.run.pipeline import WITH_UNITS, declaration
-from stages.run.presets import preset_settings
+from stages.run.locks import LAUNCH_LOCK
+from stages.run.pipeline import WITH_UNITS, declaration, make
 from stages.run.runner import unit_states
 from stages.run.store import MANIFEST, PARTS
 from stages.scale import launch, on_ray, on_slurm
-from stages.scale.engine import LOCAL, Options
+from stages.scale.engine import LOCAL, Call, Engine, Options, share_out
 from tests.conftest import ROOT
 from tests.runs import COMPUTED, TINY, assert_same
 
@@ -80,44 +81,41 @@ def assert_computed(folder: Path, plain: Path) -> None:
         assert_same(folder / name, plain / name)
 
 
+@contextmanager
+def started(engine: Engine, run: Path) -> Iterator[Callable[[str], list[dict]]]:
+    """What computes a stage's units with an engine, within a launch."""
+    with launch.launch_lock(run):
+        try:
+            engine.start()
+            yield lambda name, **changes: share_out(engine, name, TINY.replace(run=str(run), **changes))
+        finally:
+            engine.close()
+
+
+def joined(run: Path, name: str) -> None:
+    """Makes a stage whose units are all there."""
+    assert all(unit_states(declaration(name), TINY.replace(run=str(run))).values())
+    make(name, TINY.replace(run=str(run)))
+
+
 # Ray
 
 
-@contextmanager
-def actors(run: Path, **options: int) -> Iterator[on_ray.RayEngine]:
-    """An engine on this machine alone."""
-    settings = TINY.replace(run=str(run))
-    engine = on_ray.RayEngine(settings, Options(ray=LOCAL, cpus_per_actor=1, **options))
-    try:
-        engine.start()
-        yield engine
-    finally:
-        engine.close()
+def actors(run: Path, **options: int) -> on_ray.RayEngine:
+    """On this machine alone."""
+    return on_ray.RayEngine(TINY.replace(run=str(run)), Options(ray=LOCAL, cpus_per_actor=1, **options))
 
 
 def test_actors_make_a_stage(copy_run, tiny_run):
     run = copy_run(before=SWEEP)
-    with actors(run, actors=1) as engine:
-        engine.run(SWEEP)
-        summary = engine.summary()
-    assert_same(run / SWEEP, tiny_run / SWEEP)
-    units = unit_states(declaration(SWEEP), TINY.replace(run=str(run)))
-    assert re.search(rf"^\S+ \w{{6}} +1 +{len(units)} +\d+ +\d+ +0$", summary, re.MULTILINE), summary
-
-
-@pytest.mark.long
-def test_three_nodes(cluster, tiny_run, scratch):
-    output = finish(start(scratch / "tiny", "--ray", cluster.address))
-    assert_computed(scratch / "tiny", tiny_run)
-    # Under load an actor may come late, or not before all is done.
-    assert re.search(r"\[launch\] [123] of 3 actors of 0 GPUs and 1 CPUs on [123] nodes", output)
-    rows = re.findall(r"^\S+ \w{6} +(\d+) +(\d+) +\d+ +\d+ +(\d+)$", output, re.MULTILINE)
-    assert rows and all(row[0] == "1" and row[2] == "0" for row in rows)
-    settings = TINY.replace(run=str(tiny_run))
-    assert sum(int(row[1]) for row in rows) == sum(
-        len(unit_states(declaration(name), settings)) for name in WITH_UNITS
+    with started(actors(run, actors=1), run) as compute:
+        rows = compute(SWEEP)
+        assert compute(SWEEP) == [], "nothing is pending"
+    assert sum(row["units"] for row in rows) == len(
+        unit_states(declaration(SWEEP), TINY.replace(run=str(run)))
     )
-    assert "audit of" in output and " 0 failed" in output
+    joined(run, SWEEP)
+    assert_same(run / SWEEP, tiny_run / SWEEP)
 
 
 @pytest.mark.long
@@ -135,18 +133,19 @@ def test_node_and_driver_lost(cluster, tiny_run, scratch):
     # Two: for a third it would wait as long as Ray has not missed the node.
     output = finish(start(folder, "--ray", cluster.address, "--actors", "2"))
     assert_computed(folder, tiny_run)
-    assert re.search("[12] of 2 actors", output)
+    assert "[launch] 2 actors of 0 GPUs and 1 CPUs" in output and " 0 failed" in output
+    assert re.search(r"^\S+ +\d+ +\d+ +\d+$", output, re.MULTILINE), "what each node did"
 
 
-class Dies(on_ray.Worker):
+class Dies:
     """An actor whose process ends, or whose stage fails, at a certain unit."""
 
-    def make(self, name, units):
-        if name == SWEEP and units and (unit := os.environ["DIES_AT"]) in units:
+    def compute(self, call):
+        if (unit := os.environ["DIES_AT"]) in call.units:
             if os.environ["DIES_BY"] == "signal":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError(f"no {unit}")
-        return super().make(name, units)
+        return call()
 
 
 @pytest.mark.long
@@ -159,8 +158,9 @@ def test_unit_that_always_fails(how, copy_run, monkeypatch):
     monkeypatch.setenv("DIES_BY", how)
     why = "its process died" if how == "signal" else "ValueError: no choices-layer002"
     failed = pytest.raises(InputError, match=rf"unit \S+ of {SWEEP} failed 3 times: {why}")
-    with actors(copy_run(before=SWEEP)) as engine, failed:
-        engine.run(SWEEP)
+    run = copy_run(before=SWEEP)
+    with started(actors(run), run) as compute, failed:
+        compute(SWEEP)
 
 
 @pytest.mark.parametrize(
@@ -179,16 +179,6 @@ def test_no_such_cluster(error, message, scratch, monkeypatch):
     with pytest.raises(InputError, match=f"--ray auto: .*{message}") as refused:
         launch.main(["--preset", "tiny", "--run", str(scratch / "run"), "--ray", "auto"])
     assert "\n" not in str(refused.value)
-
-
-def test_actor_that_cannot_work():
-    settings = preset_settings("tiny")
-    versions = on_ray.package_versions()
-    on_ray.check(on_ray.Hello("a 123456", versions, True), settings)
-    with pytest.raises(InputError, match="node a 123456 does not see outputs/tiny: .* file system"):
-        on_ray.check(on_ray.Hello("a 123456", versions, False), settings)
-    with pytest.raises(InputError, match="node a 123456 has torch 0, here it is"):
-        on_ray.check(on_ray.Hello("a 123456", versions | {"torch": "0"}, True), settings)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +213,8 @@ def test_submitit(tiny_run, scratch):
     )
     for job in jobs.stdout.split():
         os.kill(int(job), signal.SIGUSR2)
-    output = finish(process)
+    finish(process)
     assert_computed(folder, tiny_run)
-    assert re.search(rf"{ALIGN} +2 +0", output), output
     assert any("Requeued" in log.read_text() for log in (scratch / "tiny-jobs").glob("*_log.*"))
 
 
@@ -244,38 +233,36 @@ def slurm(scratch, monkeypatch) -> Path:
     return home
 
 
-def jobs(run: Path, text: str, **changes: object) -> on_slurm.SlurmEngine:
-    engine = on_slurm.SlurmEngine(TINY.replace(run=str(run), **changes), Options(slurm=text))
-    engine.start()
-    return engine
+def jobs(run: Path, text: str) -> on_slurm.SlurmEngine:
+    return on_slurm.SlurmEngine(TINY.replace(run=str(run)), Options(slurm=text))
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_slurm(count, slurm, copy_run, tiny_run):
-    """A stage as an array of jobs and one that joins them."""
-    run = copy_run(before=CONFLICT)
-    engine = jobs(run, f"partition=gpu,gpus=1,jobs={count},reservation=night")
-    engine.run(CONFLICT)
-    scripts = [path.read_text() for path in sorted(slurm.glob("*.sh"))]
-    assert ["--array=0-1%2" in script for script in scripts] == ([False] if count == 1 else [True, False])
-    assert all("--gpus-per-node=1" in script and "--reservation=night" in script for script in scripts)
-    assert_same(run / CONFLICT, tiny_run / CONFLICT)
-    assert engine.summary().splitlines()[1].split()[:3] == [CONFLICT, str(count), "0"]
+    """A stage's units by an array of jobs."""
+    run = copy_run(before=SWEEP)
+    with started(jobs(run, f"partition=gpu,gpus=1,jobs={count},reservation=night"), run) as compute:
+        rows = compute(SWEEP)
+    (script,) = [path.read_text() for path in slurm.glob("*.sh")]
+    assert ("--array=0-1%2" in script) == (count == 2) and len(rows) == count
+    assert "--gpus-per-node=1" in script and "--reservation=night" in script
+    joined(run, SWEEP)
+    assert_same(run / SWEEP, tiny_run / SWEEP)
 
 
 def test_slurm_refuses(slurm, copy_run):
     run = copy_run(before=CONFLICT)
-    with pytest.raises(InputError, match="sbatch refused the job .*invalid partition"):
-        jobs(run, "partition=closed").run(CONFLICT)
-    with pytest.raises(InputError, match="--seed: .*01_calibrate rests on 0, not 1"):
-        jobs(run, "partition=gpu,jobs=1", seed=1).run(CONFLICT)
+    with started(jobs(run, "partition=closed"), run) as compute:
+        with pytest.raises(InputError, match="sbatch refused the job .*invalid partition"):
+            compute(CONFLICT)
+        with pytest.raises(InputError, match="--seed: .*01_calibrate rests on 0, not 1"):
+            compute(CONFLICT, seed=1)
 
 
 def test_scripts(scratch, capsys):
     options = ["--run", str(scratch / "never"), "--preset", "tiny", "--dry-run"]
     launch.main([*options, "--slurm", "partition=gpu,gpus=1,jobs=16,hours=1.5,mem=64GB,reservation=night"])
     output = capsys.readouterr().out
-    assert output.count("#!/bin/bash") == len(WITH_UNITS)
     for line in (
         "array=0-15%16",
         "partition=gpu",
@@ -284,11 +271,25 @@ def test_scripts(scratch, capsys):
         "reservation=night",
         "mem=64GB",
     ):
-        assert output.count(f"#SBATCH --{line}") == len(WITH_UNITS), output
+        assert output.count(f"#SBATCH --{line}") == 1, output
     assert not (scratch / "never").exists()
 
 
 # Both
+
+
+def test_process_that_cannot_work(scratch):
+    """It sees another launch's folder, or has other packages."""
+    call = Call(TINY.replace(run=str(scratch)), SWEEP, ("choices-clean",), "token")
+    assert "does not see" in call().error
+    (scratch / LAUNCH_LOCK).write_text("token")
+    assert f"run `python -m stages.{COMPUTED[0]}" in call().error
+    (scratch / LAUNCH_LOCK).write_text("a later one's")
+    assert re.search("node .* does not see .*: .* file system", call().error)
+    (scratch / LAUNCH_LOCK).write_text("token")
+    assert re.search(
+        "node .* has torch .*, not 0: use one .venv", replace(call, versions={"torch": "0"})().error
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 
 from data.benchmarks import parse_benchmarks
 from stages.run import presets
+from stages.run.job import Job
 from stages.run.pipeline import declaration
-from stages.run.runner import Job
 from stages.run.settings import GROUP_OF, option
 
 
@@ -38,7 +38,9 @@ def test_own_rows_replace_the_presets():
 
 def test_a_run_keeps_its_settings(scratch):
     settings = presets.preset_settings("tiny").replace(run=str(scratch), seeds=(5,))
-    Job(declaration("01_calibrate"), settings.replace(shard="1/2")).remember()
+    stage = declaration("01_calibrate")
+    Job(stage, settings).remember()
+    Job(stage, settings.replace(shard="1/2", lr=5.0)).remember()  # a shard leaves them as they are
     assert presets.parse(["--run", str(scratch)]) == settings
     assert presets.parse(["--preset", "tiny", "--run", str(scratch), "--rank", "2"]).tuning.rank == 2
 

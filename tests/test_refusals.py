@@ -81,7 +81,7 @@ OPTIONS = [
     ("--safe-rows 6", "--safe-rows must be a multiple of --folds 4"),
     ("--seeds 1 1", "--seeds names something twice: 1 1"),
     ("--arms", "--arms must not be empty"),
-    ("--util /no/file.jsonl", "--util: no file /no/file.jsonl"),
+    ("--util /no/file.jsonl", "--util /no/file.jsonl: there is no such file"),
     ("--model-parallel -1", "--model-parallel must not be negative"),
     ("--pairs -1", "--pairs must not be negative"),
     ("--shard 3/2", "--shard 3/2: i/n"),
@@ -213,7 +213,9 @@ def unfinished(stage: str, part: str | None = None, **model: str) -> Spoil:
         write_json(folder / STARTED, {name: manifest[name] for name in ("settings", "inputs")} | state)
         if part is not None:
             (folder / PARTS).mkdir()
-            table = pa.table({"a": [1]}).replace_schema_metadata({"made_from": part} if part else {})
+            table = pa.table({"a": [1]}).replace_schema_metadata(
+                {"made_from": part, "info": "{}"} if part else {}
+            )
             pq.write_table(table, folder / PARTS / "choices-clean.parquet")
 
     return spoil
@@ -260,6 +262,11 @@ STATES: list[tuple[str, str | None, Spoil | None, str, str]] = [
     ("03", None, unfinished("03", part=""), "", "choices-clean.parquet is damaged"),
     ("03", None, unfinished("03", part="x"), "", "choices-clean.parquet was made from something else"),
     ("03", "03", None, "--shard units=a", "03_sensitivity has no unit a; it has choices-clean, "),
+    # where it is computed
+    ("02", "02", None, "--device abacus", "torch knows cpu"),
+    ("02", "02", None, "--device cuda:99", "--device cpu"),
+    # a shard takes the run's own settings, also those that its stage does not rest on
+    ("03", "03", None, "--shard 2/2 --lr 5", "--lr: a shard takes the run's own settings, 0.1 and not 5.0"),
 ]
 
 
@@ -284,16 +291,9 @@ def test_another_model_or_tokenizer(refuses, copy_run, monkeypatch):
     refuses("03", run, "", "the tokenizer in .* is not the one stage 01 used")
 
 
-@pytest.mark.parametrize(("device", "message"), [("abacus", "torch knows cpu"), ("cuda:99", "--device cpu")])
-def test_devices(device, message, refuses, copy_run):
-    run = copy_run(before="02_conflict")
-    edit(RUN_FILE, device=device)(run)
-    refuses("02", run, "", message)
-
-
 def test_folders_that_are_in_use_full_or_cannot_be_written(refuses, copy_run, scratch, monkeypatch):
     run = copy_run(before="03_sensitivity")
-    with run_lock(run, (1, 2)):
+    with run_lock(run, (1, 2)), run_lock(run, (2, 2)), run_lock(run, frozenset({"choices-clean"})):
         refuses("03", run, "", "in use by another process")
         refuses("03", run, "--shard 1/2", "in use by another process")
     (scratch / "file").write_text("")

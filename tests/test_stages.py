@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from backends import models
 from backends.core.errors import InputError
 from data import refusal_judge, scoring
-from stages.run import judging, model
+from stages.run import judging
+from stages.run.job import Job
 from stages.run.pipeline import declaration
-from stages.run.runner import Job, unit_states
+from stages.run.runner import unit_states
 from stages.run.schemas import ALIGNMENT, ARMS, BENCHMARKS, HEADS, RESPONSES, SCORES, SWEEP_CHOICES, TRAINING
 from stages.run.store import MANIFEST, STARTED, RunFolder
 from stages.scale import plan
@@ -133,7 +134,7 @@ def test_judged_again_without_generating(name, copy_run, stricter, monkeypatch):
     fresh = make_run(copy_run(before=name, name="fresh"), stages=(name,))
     run = copy_run()
     assert contents(run / name) != contents(fresh / name)
-    monkeypatch.setattr(model, "_load", lambda *_: pytest.fail("the model is loaded"))
+    monkeypatch.setattr("stages.run.job._load", lambda *_: pytest.fail("the model is loaded"))
     written, write = [], Job.write
 
     def dying(job: Job, *arguments) -> None:
@@ -221,7 +222,7 @@ def test_a_plan_counts_units_and_writes_nothing(copy_run, scratch, capsys):
 
 
 def test_a_plan_warns_of_a_small_disk():
-    works = [plan.Work("04_align", 4, 1, plan.Estimate("arms", 400.0, 3 * 2**30))]
+    works = [plan.Work("04_align", "arms", 4, 1, 400.0, 3 * 2**30)]
     assert plan.report(works, 2**30).splitlines()[1:] == [
         "04_align  arms          4       1         6.7 min  3.0 GiB",
         "pending: 5.0 min on one such device, spread evenly by --shard; 3.0 GiB of disk in all",

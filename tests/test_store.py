@@ -1,8 +1,6 @@
 """Tables, parts, manifests, run by run: what is written is complete, what is kept outlives a death."""
 
 import os
-import subprocess
-import sys
 
 import pandas as pd
 import pyarrow as pa
@@ -10,11 +8,11 @@ import pytest
 
 from backends.core import files
 from backends.core.errors import InputError
+from stages.run.job import Stage
 from stages.run.presets import preset_settings
-from stages.run.runner import Stage, run_stage
+from stages.run.runner import run_stage
 from stages.run.schemas import PREDICTIONS, SWEEP_CHOICES
 from stages.run.store import MANIFEST, PARTS, STARTED, RunFolder, read_table, write_table
-from tests.conftest import ROOT
 
 UNITS = {"b": [1, 2], "a": [0]}
 """unit -> heads"""
@@ -119,24 +117,6 @@ def test_same_rows_same_bytes_and_nulls_stay(scratch):
     assert rows["layer"].tolist() == [None, 0] and rows["head"].tolist() == [None, 1]
     write_table(one, rows, PREDICTIONS)
     assert one.read_bytes() == two.read_bytes()
-
-
-def test_one_process_a_run_folder(settings, scratch):
-    program = f"""
-from pathlib import Path
-from stages.run.locks import run_lock
-with run_lock(Path({str(scratch)!r}), None):
-    print("open", flush=True)
-    input()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as other:
-        assert other.stdout.readline() == "open\n"
-        with pytest.raises(InputError, match="in use by another process"):
-            run_stage(toy(), settings)
-        other.communicate("\n")
-    run_stage(toy(), settings)
 
 
 def test_a_full_disk_leaves_nothing_half_written(scratch, monkeypatch):

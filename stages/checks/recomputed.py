@@ -1,12 +1,12 @@
 """Checks that make tables again from what they rest on, with the functions that made them: they find what was
 changed, not errors of the method. Prompts and answers, which may be harmful, are never shown."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import cache
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from backends.base import Shape
 from data.refusal_judge import KEYWORD_JUDGE_VERSION
@@ -14,9 +14,9 @@ from stages.checks.finished import NO_FOLDER, FinishedRun, Result, place, unequa
 from stages.method import metrics
 from stages.method.arms import BASE_RUN
 from stages.run import judging, schemas
+from stages.run.job import Job
 from stages.run.pipeline import declaration
-from stages.run.runner import Job
-from stages.run.schemas import OWN_MAP, Table
+from stages.run.schemas import Table
 from stages.run.sweep import TABLES, swept_rows
 
 
@@ -47,52 +47,42 @@ def keys(run: FinishedRun) -> Result:
     return faults, ", ".join(f"{len(expected)} in {table.file()}" for table, expected in wanted.items())
 
 
-class Again(Job):
-    """A finished stage that is joined again from what it keeps; its tables are compared and not written."""
-
-    def __init__(self, run: FinishedRun, stage: str):
-        super().__init__(declaration(stage), run.settings)
-        self.classified = run.notes(stage).get("classifier") is not None
-        if self.classified:  # believed, because it need not be on this machine
-            self.settings = run.settings.replace(judge="keyword")
-        self.run, self.judging_again, self.info = run, True, run.manifest(stage)["units"]
-        self.sides = {benchmark.name: benchmark.side for benchmark in run.settings.benchmarks}
-        self.shape, self.faults = Shape(*run.heads, 1, 1, 1, 1, 1), []
-
-    def parts(self, units: Collection, schema: pa.Schema) -> pd.DataFrame:
-        """What a finished stage keeps of parts in its tables."""
-        if schema is schemas.GRAM:
-            return self.read(schemas.GRADIENTS, next(iter(units.values())).map_name)
-        if schema is schemas.ATTRIBUTIONS:
-            side = next(side for side in ("safety", "utility") if f"neurons-{side}" in units)
-            return self.read(schemas.NEURONS).assign(score=lambda rows: rows[f"{side}_score"])
-        return self.read(schemas.TRAINING)
-
-    def write(self, table: Table, frame: pd.DataFrame, map_name: str = OWN_MAP) -> None:
-        stored = self.read(table, map_name)
-        if table is schemas.HEADS:  # by stored scores, compared too: a last bit must not move a tie
-            score = stored["conflict_score"].to_numpy().reshape(self.run.heads)
-            frame = frame.assign(bucket=metrics.buckets(score, self.settings.map.buckets).ravel())
-        if table is schemas.RESPONSES and self.classified:
-            columns, requests = ["verdict", "harmful"], frame["benchmark"].map(self.sides) != "utility"
-            frame.loc[requests, columns] = stored.loc[requests, columns]
-        if table is schemas.SCORES and self.classified:
-            frame = judging.score_rows(self.read(schemas.RESPONSES), self.sides)
-        # `texts` checks texts; parameters are counted in the adapters, where the model need not be here.
-        others = ["text", "token_ids", "output", "prompt", "loglikelihood", "gram", "trainable_parameters"]
-        frame = frame.drop(columns=others, errors="ignore")
-        self.faults += [f"{table.file(map_name)}: {fault}" for fault in unequal(stored, frame)]
-
-    say = warn = lambda self, message: None  # it has said it all when it was made
-
-
 def joined(run: FinishedRun, stage: str) -> Result:
     """A stage's tables and notes, joined again from what it kept of its units and from earlier stages."""
-    job = Again(run, stage)
-    notes = job.stage.join(job)
+    classified, settings = run.notes(stage).get("classifier") is not None, run.settings
+    if classified:  # believed, because it need not be on this machine
+        settings = settings.replace(judge="keyword")
+    written = []
+    job = Job(declaration(stage), settings, run, write=lambda *table: written.append(table))
+    job.judging_again, job.info = True, run.manifest(stage)["units"]
+    job.shape = Shape(*run.heads, 1, 1, 1, 1, 1)
+    with redirect_stdout(None):  # it has said it all when it was made
+        notes, faults = job.stage.join(job), []
+    for table, again, name in written:
+        stored = run.read(table, name)
+        again = believed(run, table, stored, again, classified)
+        faults += [f"{table.file(name)}: {fault}" for fault in unequal(stored, again)]
     recorded = pd.json_normalize({name: run.notes(stage).get(name) for name in notes})
-    faults = job.faults + [f"notes: {fault}" for fault in unequal(recorded, pd.json_normalize(notes))]
+    faults += [f"notes: {fault}" for fault in unequal(recorded, pd.json_normalize(notes))]
     return faults, f"{', '.join(table.file(name) for table, name in run.tables(stage))} and notes"
+
+
+def believed(
+    run: FinishedRun, table: Table, stored: pd.DataFrame, again: pd.DataFrame, classified: bool
+) -> pd.DataFrame:
+    """A table as it is joined again, with what cannot be had again: of a stored table, or left out."""
+    if table is schemas.HEADS:  # by stored scores, compared too: a last bit must not move a tie
+        score = stored["conflict_score"].to_numpy().reshape(run.heads)
+        again = again.assign(bucket=metrics.buckets(score, run.settings.map.buckets).ravel())
+    sides = {benchmark.name: benchmark.side for benchmark in run.settings.benchmarks}
+    if classified and table is schemas.RESPONSES:
+        columns, requests = ["verdict", "harmful"], again["benchmark"].map(sides) != "utility"
+        again.loc[requests, columns] = stored.loc[requests, columns]
+    if classified and table is schemas.SCORES:
+        again = judging.score_rows(run.read(schemas.RESPONSES), sides)
+    # `texts` checks texts; parameters are counted in the adapters, where the model need not be here.
+    others = ["text", "token_ids", "output", "prompt", "loglikelihood", "gram", "trainable_parameters"]
+    return again.drop(columns=others, errors="ignore")
 
 
 def texts(run: FinishedRun) -> Result:

@@ -1,19 +1,19 @@
 """Checks of stage 04: steps, rows and rates; and adapters that move only their heads or neurons."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
-from backends.base import Example, GainRecipe, Recipe, Selection, Task
+from backends.base import Selection
 from backends.core import schedules, seeds
 from backends.core.packing import cut_rows
 from data.rendering import example
 from stages.checks.finished import Faults, FinishedRun, Result, unequal
 from stages.method.arms import ArmRun
-from stages.method.neurons import task_rows
+from stages.run.adapters import gain_recipe, lora_recipe, tasks_of
 from stages.run.schemas import ALIGNMENT, ARMS, TRAINING
 from stages.run.store import differences, read_json
 
@@ -46,37 +46,22 @@ def steps(run: FinishedRun) -> Result:
     differ in nothing else."""
     rows = run.read(ALIGNMENT)
     examples = cut_rows([example(row) for row in rows.to_dict("records")], run.settings.data.max_length)
-    tasks = [
-        Task(task.name, *(tuple(examples[row] for row in part) for part in (task.harmful, task.benign)))
-        for task in task_rows(rows["split"].tolist(), rows["source"].tolist())
-    ]
-    computed = []
+    tasks, computed = tasks_of(rows, examples), []
     for tuned, row in stored_arms(run):
-        own = gain_steps(run, tuned, tasks, row) if tuned.arm.of_neurons else lora_steps(run, tuned, examples)
-        computed += [tuned.labels | step for step in own]
+        if tuned.arm.of_neurons:
+            recipe = gain_recipe(run.settings, tuned)
+            count = schedules.outer_steps(tasks, selection(row), recipe)
+            drawn = (schedules.draw_task_rows(tasks, step, recipe) for step in range(count))
+            tokens = [schedules.gain_step_tokens(*pair, recipe) for pair in drawn]
+        else:
+            recipe = lora_recipe(run.settings, tuned)
+            order = seeds.batch_order(len(examples), recipe)
+            tokens = [schedules.step_tokens([examples[row] for row in batch], recipe) for batch in order]
+        rates = [schedules.learning_rate(step, len(tokens), recipe) for step in range(len(tokens))]
+        computed += [
+            tuned.labels | {"step": step, "lr": lr, "tokens": tokens[step]} for step, lr in enumerate(rates)
+        ]
     return unequal(run.read(TRAINING), pd.DataFrame(computed)), f"{len(computed)} steps of all arms"
-
-
-def lora_steps(run: FinishedRun, tuned: ArmRun, examples: Sequence[Example]) -> list[dict]:
-    given = {name: getattr(run.settings.tuning, name) for name in ("lr", "epochs", "batch", "accumulation")}
-    recipe = Recipe(**given, seed=tuned.seed)
-    batches = [[examples[row] for row in rows] for rows in seeds.batch_order(len(examples), recipe)]
-    return rated(recipe, [schedules.step_tokens(batch, recipe) for batch in batches])
-
-
-def gain_steps(run: FinishedRun, tuned: ArmRun, tasks: Sequence[Task], row: Mapping) -> list[dict]:
-    tuning = run.settings.tuning
-    given = {"lr": tuning.gain_lr, "inner_steps": tuning.gain_inner_steps, "epochs": tuning.epochs}
-    recipe = GainRecipe(**given, batch=tuning.batch * tuning.accumulation, seed=tuned.seed)
-    count = schedules.outer_steps(tasks, selection(row), recipe)
-    drawn = (schedules.draw_task_rows(tasks, step, recipe) for step in range(count))
-    return rated(recipe, [schedules.gain_step_tokens(*pair, recipe) for pair in drawn])
-
-
-def rated(recipe: Recipe | GainRecipe, tokens: list[int]) -> list[dict]:
-    """Each step's number, rate and tokens."""
-    rates = [schedules.learning_rate(step, len(tokens), recipe) for step in range(len(tokens))]
-    return [{"step": step, "lr": lr, "tokens": tokens[step]} for step, lr in enumerate(rates)]
 
 
 # Adapters

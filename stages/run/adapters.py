@@ -1,4 +1,4 @@
-"""How a tuning of stage 04 is followed and its adapter kept."""
+"""Tunings of stage 04: their recipes, and how one is followed and its adapter kept."""
 
 import os
 import shutil
@@ -9,15 +9,53 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from backends.base import Tuning
+from backends.base import Example, GainRecipe, Recipe, Task, Tuning
 from backends.core.files import write_json
 from backends.core.progress import progress
 from stages.method.arms import ArmRun
-from stages.run.runner import Job
+from stages.method.neurons import task_rows
+from stages.run.job import Job
 from stages.run.schemas import TRAINING
+from stages.run.settings import Settings
 from stages.run.store import read_json
 
 CONFIG = "adapter_config.json"
+
+
+def lora_recipe(settings: Settings, run: ArmRun) -> Recipe:
+    """How an arm of heads is tuned."""
+    names = ("rank", "alpha", "lr", "epochs", "batch", "accumulation")
+    return Recipe(
+        **{name: getattr(settings.tuning, name) for name in names},
+        max_length=settings.data.max_length,
+        seed=run.seed,
+        optimizer=run.optimizer,
+    )
+
+
+def gain_recipe(settings: Settings, run: ArmRun) -> GainRecipe:
+    """How an arm of neurons is tuned."""
+    tuning = settings.tuning
+    return GainRecipe(
+        lam=run.arm.lam,
+        utility_objective=tuning.utility_objective,
+        lr=tuning.gain_lr,
+        inner_lr=tuning.gain_inner_lr,
+        inner_steps=tuning.gain_inner_steps,
+        epochs=tuning.epochs,
+        batch=tuning.batch * tuning.accumulation,
+        max_length=settings.data.max_length,
+        seed=run.seed,
+    )
+
+
+def tasks_of(rows: pd.DataFrame, examples: list[Example]) -> list[Task]:
+    """The tasks of NeuronTune's meta-learning, from alignment rows."""
+    found = task_rows(rows["split"].tolist(), rows["source"].tolist())
+    return [
+        Task(task.name, *(tuple(examples[at] for at in part) for part in (task.harmful, task.benign)))
+        for task in found
+    ]
 
 
 def run_tuning(job: Job, run: ArmRun, what: str, steps: int, start: Callable[[Path, Path], Tuning]) -> None:

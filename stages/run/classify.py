@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,18 +14,22 @@ from backends.core.progress import progress
 from data import classifier
 from data.benchmarks import Benchmark
 from stages.method.arms import ArmRun
-from stages.run.runner import Job
+from stages.run.job import Job
 from stages.run.schemas import CLASSIFIED, OUTPUTS, RESPONSES
 from stages.run.settings import Settings
 from stages.run.store import read_table
 
 
-class Evaluation(Protocol):
-    """A unit of stage 05."""
+@dataclass(frozen=True)
+class Evaluation:
+    """A unit of stage 05: one model's answers to one benchmark."""
 
     run: ArmRun
     benchmark: Benchmark
-    unit: str
+
+    @property
+    def unit(self) -> str:
+        return f"{self.run.name}-{self.benchmark.name}"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 
 from backends.core.errors import InputError
+from stages.run.job import Stage
 from stages.run.presets import parse
-from stages.run.runner import Stage, run_stage
+from stages.run.runner import run_stage
 
 
 def run(stage: Stage) -> None:

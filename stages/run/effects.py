@@ -7,7 +7,7 @@ from backends.core.errors import InputError
 from stages.method.heads import Sensitivity
 from stages.method.uncertainty import Effects
 from stages.run import judging
-from stages.run.runner import Job
+from stages.run.job import Job
 from stages.run.schemas import CALIBRATION, GRADIENTS
 
 LISTS = ("gram", "gate_safe", "gate_util")

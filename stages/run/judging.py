@@ -22,39 +22,23 @@ LABELS = ["arm", "optimizer", "seed", "benchmark"]
 
 
 def judge_sweep(part: str, outputs: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """A part's outputs (stages.run.sweep) with `correct`, or `refused`.
+    """A part's outputs (stages.run.sweep) with `correct`, or where they are responses with `refused`.
 
     Args:
         rows: calibration rows; one that several maps have may stand several times.
     """
     if part == "graded":
         return outputs
-    if part == "generations":
-        return judge_refusals(outputs)
-    return (judge_choices if part == "choices" else judge_answers)(outputs, rows)
-
-
-def _by_id(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.drop_duplicates("example_id").set_index("example_id")
-
-
-def judge_choices(predictions: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Sweep predictions with `correct`. Both have example_id; `rows` are calibration rows."""
-    answer = predictions["example_id"].map(_by_id(rows)["answer"])
-    return predictions.assign(correct=(predictions["prediction"] == answer).astype(bool))
-
-
-def judge_answers(texts: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Written answers of the sweep with `correct`."""
-    right = cache(verdict)  # ablated models mostly say the same
-    by_id = _by_id(rows)
-    scoring, target = (texts["example_id"].map(by_id[name]) for name in ("scoring", "target"))
-    return texts.assign(correct=[right(*each) for each in zip(scoring, texts["text"], target, strict=True)])
-
-
-def judge_refusals(texts: pd.DataFrame) -> pd.DataFrame:
-    """Responses of the sweep with `refused`, by the keyword judge."""
-    return texts.assign(refused=texts["text"].map(cache(keyword_refusal)).astype(bool))
+    if part == "generations":  # ablated models mostly say the same
+        return outputs.assign(refused=outputs["text"].map(cache(keyword_refusal)).astype(bool))
+    by_id = rows.drop_duplicates("example_id").set_index("example_id")
+    if part == "choices":
+        answer = outputs["example_id"].map(by_id["answer"])
+        return outputs.assign(correct=(outputs["prediction"] == answer).astype(bool))
+    right = cache(verdict)
+    scoring, target = (outputs["example_id"].map(by_id[name]) for name in ("scoring", "target"))
+    each = zip(scoring, outputs["text"], target, strict=True)
+    return outputs.assign(correct=[right(*answer) for answer in each])
 
 
 def outcomes(
@@ -64,7 +48,7 @@ def outcomes(
 
     Args:
         sweeps: judged sweep tables, each the clean model first, then every head in order, with the same rows.
-        column: "correct", "refused" or "loglikelihood".
+        column: "correct" or "refused".
         rows: example ids, in the order wanted.
         heads: (L, H).
 
@@ -72,7 +56,7 @@ def outcomes(
     """
     count = heads[0] * heads[1] + 1
     every = list(np.ndindex(*heads))
-    found: dict[str, np.ndarray] = {}  # example id -> [1 + L * H]
+    found: dict[str, np.ndarray] = {}  # example id -> bool [1 + L * H]
     for sweep in sweeps:
         if len(sweep) % count:
             raise ValueError(f"a sweep has {len(sweep)} rows, which is no multiple of {count} (heads + 1)")
@@ -80,7 +64,7 @@ def outcomes(
         labels = sweep[["layer", "head"]].to_numpy()[ids.shape[1] :: ids.shape[1]]
         if (ids != ids[0]).any() or [tuple(label) for label in labels] != every:
             raise ValueError("a sweep does not hold every head x row once, in order")
-        found |= dict(zip(ids[0], sweep[column].to_numpy().reshape(count, -1).T, strict=True))
+        found |= dict(zip(ids[0], sweep[column].to_numpy(dtype=bool).reshape(count, -1).T, strict=True))
     if missing := [name for name in rows if name not in found]:
         raise ValueError(f"no sweep holds {missing[0]}")
     values = np.stack([found[name] for name in rows], axis=1)  # (1 + L * H, N)

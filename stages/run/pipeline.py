@@ -2,7 +2,8 @@
 
 import importlib
 
-from stages.run.runner import Stage
+from stages.run.job import Stage
+from stages.run.runner import run_stage
 from stages.run.settings import Settings
 from stages.run.store import RunFolder
 
@@ -18,7 +19,7 @@ def declaration(name: str) -> Stage:
 
 def make(name: str, settings: Settings) -> None:
     """Makes a stage in this process."""
-    importlib.import_module(f"stages.{name}").main(settings)
+    run_stage(declaration(name), settings)
 
 
 def planned_run(settings: Settings) -> RunFolder:

@@ -22,6 +22,11 @@ from stages.run.store import RUN_FILE, read_json
 
 T = TypeVar("T")
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _PAPER = {
     # Section 4.1 and Tables 3 and 4 of the paper.
     "util_source": "mmlu_calibration",
@@ -31,29 +36,15 @@ _PAPER = {
     "safe_rows": 500,
     "align_rows": 10_000,
     "benchmarks": (
-        "mmlu=14042",
-        "csqa=1221",
-        "gsm8k=500:1024",
-        "math=500:2048",
-        "wildjailbreak=2000:256",
-        "wildguard=754:256",
-        "dan=1405:256",
+        *_words("mmlu=14042 csqa=1221 gsm8k=500:1024 math=500:2048"),
+        *_words("wildjailbreak=2000:256 wildguard=754:256 dan=1405:256"),
     ),
     "folds": 4,
     "sweep_tokens": 64,
     # Section 4.2 and appendix F: Tables 1, 2, 7 to 11.
     "optimizers": ("sft", "pcgrad"),
     "maps": ("mmlu100=mmlu_calibration:100", "gsm8k100=gsm8k_calibration:100"),
-    "ablations": (
-        "buckets_O",
-        "buckets_S",
-        "top50",
-        "top75",
-        "bottom50",
-        "bottom75",
-        "buckets@mmlu100",
-        "buckets@gsm8k100",
-    ),
+    "ablations": _words("buckets_O buckets_S top50 top75 bottom50 bottom75 buckets@mmlu100 buckets@gsm8k100"),
     "seeds": (21, 42, 84),
 }
 
@@ -66,13 +57,8 @@ PRESETS: dict[str, dict] = {
         "safe_rows": 12,
         "folds": 4,
         "align_rows": 240,
-        "benchmarks": (
-            "facts=120",
-            "words=120",
-            "problems=32:48",
-            "adversarial=40:32",
-            "vanilla=40:32",
-            "benign=40:32",
+        "benchmarks": _words(
+            "facts=120 words=120 problems=32:48 adversarial=40:32 vanilla=40:32 benign=40:32"
         ),
         # Its rows are short: a step is one pass.
         "batch": 8,
@@ -92,14 +78,7 @@ PRESETS: dict[str, dict] = {
         "util_rows": 16,
         "safe_rows": 8,
         "align_rows": 32,
-        "benchmarks": (
-            "facts=24",
-            "words=24",
-            "problems=6:8",
-            "adversarial=6:8",
-            "vanilla=6:8",
-            "benign=6:8",
-        ),
+        "benchmarks": _words("facts=24 words=24 problems=6:8 adversarial=6:8 vanilla=6:8 benign=6:8"),
         "folds": 4,
         "sweep_tokens": 8,
         "resamples": 200,
@@ -121,13 +100,8 @@ PRESETS: dict[str, dict] = {
 
 _OWN = {
     # The embedded data in the default sizes, whatever it takes.
-    "benchmarks": (
-        "facts=200",
-        "words=200",
-        "problems=100:48",
-        "adversarial=100:32",
-        "vanilla=100:32",
-        "benign=100:32",
+    "benchmarks": _words(
+        "facts=200 words=200 problems=100:48 adversarial=100:32 vanilla=100:32 benign=100:32"
     ),
     "pairs": 32,
     "neurons": (256,),

@@ -93,7 +93,7 @@ class DataSettings:
     benchmarks: tuple[str, ...] = ()
     """name=rows or name=rows:new-tokens; rows 0 = all there are; names as in data/benchmarks.py"""
     split: Literal["benchmark", "development"] = "benchmark"
-    """development: other rows of the same pools, for choosing a preset's rates; no run of seed 0 scores them"""
+    """development: other rows of the same pools, for choosing a preset's rates; no run of seed 0 has them"""
     date: str = "26 Jul 2024"
     """date given to chat templates that print one"""
     system: str = ""
@@ -261,17 +261,20 @@ class Settings:
         return replace(self, **{name: replace(getattr(self, name), **new) for name, new in changed.items()})
 
 
+OF_RESULTS = ("model", "data", "map", "tuning")
+"""groups that results rest on: not where they are computed, nor who judges them"""
 GROUPS = tuple(group.name for group in fields(Settings))
 GROUP_OF: Mapping[str, str] = {name: group for group in GROUPS for name in asdict(getattr(Settings(), group))}
 """field -> its group"""
 
 
+AT_LEAST_0 = ("model_parallel", "pairs")
 POSITIVE = (
     *("folds", "align_rows", "max_length", "sweep_tokens", "util_tokens", "buckets", "resamples"),
     *("attribution_steps", "rank", "alpha", "lr", "epochs", "batch", "accumulation"),
     *("gain_lr", "gain_inner_lr", "gain_inner_steps"),
 )
-"""settings that must be greater than 0"""
+NOT_EMPTY = ("arms", "optimizers", "seeds", "benchmarks", "lam")
 
 
 def option(name: str) -> str:
@@ -281,36 +284,31 @@ def option(name: str) -> str:
 
 def check(settings: Settings) -> None:
     """Refuses values that no stage could work with. InputError names the option."""
-    values = settings.flat()
+    values, data, tuning = settings.flat(), settings.data, settings.tuning
+    chosen = (("seed", data.seed), *(("seeds", seed) for seed in tuning.seeds))
+    rules = [  # option, whether it holds, what is said where it does not
+        *((name, 0 < values[name] < math.inf, f"must be positive, not {values[name]}") for name in POSITIVE),
+        *((name, values[name] >= 0, f"must not be negative, not {values[name]}") for name in AT_LEAST_0),
+        *((name, values[name], "must not be empty") for name in NOT_EMPTY),
+        *((name, 0 <= seed < 2**31, f"must lie in 0 to 2147483647, not {seed}") for name, seed in chosen),
+        ("align_rows", data.align_rows % 4 == 0, "must be a multiple of 4 (a quarter of each type)"),
+        ("neurons", min(tuning.neurons, default=0) >= 0, "must not be negative"),
+        ("lam", all(0 <= lam <= 1 for lam in tuning.lam), "is a share of 1"),
+    ]
     for name in ("util_rows", "safe_rows"):
-        folds = settings.data.folds
-        if values[name] < folds:
-            raise InputError(f"{option(name)} {values[name]} is fewer than --folds")
-        if folds > 0 and values[name] % folds:
-            raise InputError(f"{option(name)} must be a multiple of --folds {folds}")
-    for name in POSITIVE:
-        if not 0 < values[name] < math.inf:
-            raise InputError(f"{option(name)} must be positive, not {values[name]}")
-    for name, seed in (("seed", settings.data.seed), *(("seeds", seed) for seed in settings.tuning.seeds)):
-        if not 0 <= seed < 2**31:
-            raise InputError(f"{option(name)} must lie in 0 to 2147483647, not {seed}")
-    for name in ("model_parallel", "pairs"):
-        if values[name] < 0:
-            raise InputError(f"{option(name)} must not be negative, not {values[name]}")
-    if settings.data.align_rows % 4:
-        raise InputError(
-            f"--align-rows {settings.data.align_rows} must be a multiple of 4 (a quarter of each type)"
-        )
-    if min(settings.tuning.neurons, default=0) < 0 or not all(0 <= lam <= 1 for lam in settings.tuning.lam):
-        raise InputError("--neurons must not be negative, and --lam is a share of 1")
-    for name in ("arms", "optimizers", "seeds", "benchmarks", "lam", "ablations", "maps", "neurons"):
-        if not values[name] and name not in ("ablations", "maps", "neurons"):
-            raise InputError(f"{option(name)} must not be empty")
-        if len(set(values[name])) < len(values[name]):
-            raise InputError(f"{option(name)} names something twice: {' '.join(map(str, values[name]))}")
+        rules.append((name, values[name] >= data.folds, f"{values[name]} is fewer than --folds"))
+        divides = data.folds > 0 and values[name] % data.folds == 0
+        rules.append((name, divides, f"must be a multiple of --folds {data.folds}"))
+    for name in (*NOT_EMPTY, "ablations", "maps", "neurons"):
+        listed = " ".join(map(str, values[name]))
+        rules.append((name, len(set(values[name])) == len(values[name]), f"names something twice: {listed}"))
     for name in ("util", "safe", "align"):
-        if values[name] and not Path(values[name]).is_file():
-            raise InputError(f"{option(name)}: no file {values[name]}")
+        rules.append(
+            (name, not values[name] or Path(values[name]).is_file(), f"{values[name]}: there is no such file")
+        )
+    for name, holds, why in rules:
+        if not holds:
+            raise InputError(f"{option(name)} {why}")
     parse_shard(settings.run.shard)
     backends.check(settings.model.backend)
     # What is parsed on first use is parsed now.

@@ -11,7 +11,7 @@ from backends.base import Example, Head
 from backends.core.progress import TIME_LEFT, progress
 from data.rendering import example
 from stages.method.heads import Sensitivity
-from stages.run.runner import Job
+from stages.run.job import Job
 from stages.run.schemas import (
     PREDICTIONS,
     SWEEP_ANSWERS,

@@ -3,14 +3,15 @@
     bash run_all.sh llama --ray                         # Ray on this machine: an actor a GPU
     bash run_all.sh llama --ray auto                    # the Ray cluster that this machine belongs to
     bash run_all.sh llama --slurm partition=gpu,gpus=1,jobs=16,hours=8
-    bash run_all.sh llama --slurm partition=gpu,gpus=1,jobs=16 --dry-run        # prints the scripts
+    bash run_all.sh llama --slurm partition=gpu,gpus=1,jobs=16 --dry-run        # prints the script
 
-Stages without units and the audit run here, once; units elsewhere, on the same run folder, which has to lie
-on a file system that all nodes share. The results are those of a run on one machine. Started again, it goes
-on.
+Units are computed elsewhere, all else here: stages without units, joining, the audit. The run folder has to
+lie on a file system that all nodes share. The results are those of a run on one machine. Started again, it
+goes on.
 """
 
 import fcntl
+import secrets
 import subprocess
 import sys
 import time
@@ -18,11 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
+from tabulate import tabulate
+
 from backends.core.errors import InputError
 from stages.run import cli, presets
 from stages.run.locks import LAUNCH_LOCK, run_lock
 from stages.run.pipeline import STAGES, WITH_UNITS
-from stages.scale.engine import LOCAL, Engine, Options
+from stages.run.settings import Settings
+from stages.scale.engine import LOCAL, Engine, Options, share_out
 from stages.scale.on_ray import RayEngine
 from stages.scale.on_slurm import SlurmEngine
 
@@ -66,6 +71,7 @@ def launch_lock(run: Path) -> Iterator[None]:
                 if seconds == PATIENCE:
                     print(f"[launch] waiting for other processes to let go of {run}", flush=True)
                 time.sleep(1)
+        (run / LAUNCH_LOCK).write_text(secrets.token_hex(8))
         yield
 
 
@@ -76,17 +82,22 @@ def step(*module: str) -> None:
         sys.exit(code)
 
 
-def launch(engine: Engine, run: Path, options: list[str]) -> None:
+def launch(engine: Engine, settings: Settings, options: list[str]) -> None:
     """Makes every stage, then audits."""
+    run, rows = settings.folder, []
     with launch_lock(run):
         engine.start()
         for name in STAGES:
             if name in WITH_UNITS:
-                engine.run(name)
-            else:
-                step(f"stages.{name}", *options)
+                # Twice: a classifier's units need the answers that they judge.
+                for _ in range(2):
+                    rows += share_out(engine, name, settings)
+            step(f"stages.{name}", *options)
         step("stages.audit", str(run))
-    print(engine.summary())
+    if rows:
+        done = pd.DataFrame(rows).groupby("node")[["units", "seconds", "work"]].sum().reset_index()
+        headers = ("node", "units", "at work (s)", "processor (s)")
+        print(tabulate(done.values.tolist(), headers, tablefmt="plain", floatfmt=".0f"))
     print(f"report: {run}/{STAGES[-1]}/report.html")
 
 
@@ -100,7 +111,7 @@ def main(argv: list[str]) -> None:
         if options.dry_run:
             print(engine.plan())
         else:
-            launch(engine, settings.folder, rest)
+            launch(engine, settings, rest)
     finally:
         engine.close()
 

@@ -1,4 +1,4 @@
-"""Units on Slurm: an array of jobs a stage, each a shard of it, then one that joins them; by submitit.
+"""Units on Slurm: an array of jobs a stage, which share its units; by submitit.
 
 A job that is preempted or out of time is queued again by itself and goes on from the parts; one that fails is
 submitted again. The driver waits on the login node. Logs are in <run>-jobs
@@ -10,17 +10,15 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from tabulate import tabulate
 
 from backends.core.errors import InputError
 from stages.run.pipeline import WITH_UNITS
 from stages.run.provenance import ROOT
 from stages.run.settings import Settings
-from stages.run.store import RunFolder
-from stages.scale.engine import LOCAL, RETRIES, SECONDS, Options, compute, watch
+from stages.scale.engine import LOCAL, SECONDS, Call, Options, Outcome
 
 try:
     import submitit
@@ -78,18 +76,13 @@ def _parse(word: str) -> tuple[str, object]:
 
 
 @dataclass
-class ShardJob:
-    """What a job runs: a shard of a stage; with an empty one, the whole stage, which joins the others'."""
+class SlurmCall:
+    """A call as submitit runs it."""
 
-    settings: Settings
-    name: str
-    shard: str
-    folder: str
+    call: Call
 
-    def __call__(self) -> str | None:
-        """Returns the message of bad input, one line."""
-        os.chdir(self.folder)
-        return compute(self.settings, self.name, self.shard)
+    def __call__(self) -> Outcome:
+        return self.call()
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """Called by submitit before Slurm takes the node away: the same again; its parts are kept."""
@@ -111,24 +104,23 @@ class SlurmEngine:
     def __init__(self, settings: Settings, options: Options):
         if submitit is None:
             raise InputError("--slurm needs submitit: `.venv/bin/pip install -r requirements-slurm.txt`")
-        self.settings, self.request = settings, parse_request(options.slurm)
+        self.request = parse_request(options.slurm)
         # Beside the run, which holds artifacts only: logs, and what submitit hands to jobs.
         self.logs = settings.folder.resolve().with_name(f"{settings.folder.name}-jobs")
-        self.rows: list[tuple] = []
+        self.running: dict = {}
+        """job -> its call"""
 
     def plan(self) -> str:
-        """The scripts that sbatch would get."""
-        jobs, scripts = self.request.jobs, []
-        for name in WITH_UNITS:
-            script = submitit.slurm.slurm._make_sbatch_string(
-                command=shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(self.logs)]),
-                folder=self.logs,
-                job_name=f"cast-{name}",
-                map_count=jobs if jobs > 1 else None,
-                **sbatch_parameters(self.request.parameters),
-            )
-            scripts += [f"# {name}: {jobs} jobs, then one that joins them", script]
-        return "\n".join(scripts)
+        """The script that sbatch would get."""
+        jobs = self.request.jobs
+        script = submitit.slurm.slurm._make_sbatch_string(
+            command=shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(self.logs)]),
+            folder=self.logs,
+            job_name="cast",
+            map_count=jobs if jobs > 1 else None,
+            **sbatch_parameters(self.request.parameters),
+        )
+        return f"# each of {', '.join(WITH_UNITS)}: {jobs} jobs at most\n{script}"
 
     def start(self) -> None:
         os.environ["PYTHONPATH"] = ":".join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -146,68 +138,33 @@ class SlurmEngine:
             ) from None
         self.executor.update_parameters(**sbatch_parameters(parameters), job_name="cast")
 
-    def run(self, name: str) -> None:
-        began, failed, count = time.monotonic(), 0, self.request.jobs
-        if not RunFolder(self.settings.folder).is_finished(name) and count > 1:
-            failed = self._run_all(name, [f"{number}/{count}" for number in range(1, count + 1)])
-        failed += self._run_all(name, [""])
-        self.rows.append((name, count, failed, time.monotonic() - began))
+    def batches(self, waiting: deque[str]) -> list[list[str]]:
+        """All units, among the jobs that may be submitted."""
+        units, free = list(waiting), self.request.jobs - len(self.running)
+        waiting.clear()
+        return [units[first::free] for first in range(min(free, len(units)))]
 
-    def _submit(self, name: str, shards: list[str]) -> dict:
-        """Jobs, and the shard that each makes."""
-        jobs = [ShardJob(self.settings, name, shard, os.getcwd()) for shard in shards]
+    def submit(self, calls: Sequence[Call]) -> None:
+        if not calls:
+            return
         try:
-            return dict(zip(self.executor.submit_array(jobs), shards, strict=True))
+            jobs = self.executor.submit_array([SlurmCall(call) for call in calls])
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             message = " ".join(str(error).split())[:300]
             raise InputError(f"--slurm: sbatch refused the job ({message}): see its options") from None
+        self.running |= dict(zip(jobs, calls, strict=True))
 
-    def _run_all(self, name: str, shards: list[str]) -> int:
-        """Runs jobs to their end; returns how many failed and were submitted again. However it ends, none is
-        still running then."""
-        failed: Counter = Counter()
-        with watch(name, self.settings) as watched:
-            running = self._submit(name, shards)
+    def ended(self) -> list[tuple[Call, Outcome | str]]:
+        time.sleep(SECONDS)
+        found = []
+        for job in [job for job in self.running if job.done()]:
             try:
-                while running:
-                    time.sleep(SECONDS)
-                    self._turn(name, running, failed)
-                    watched.show(f"{len(running)} jobs")
-            finally:
-                for job in running:
-                    job.cancel(check=False)
-        return failed.total()
-
-    def _turn(self, name: str, running: dict, failed: Counter) -> None:
-        """Takes out the jobs that have ended, and submits those that failed again."""
-        again = []
-        for job in [job for job in running if job.done()]:
-            shard = running.pop(job)
-            if (why := self._failure(job)) is None:
-                continue
-            failed[shard] += 1
-            if failed[shard] > RETRIES:
-                raise InputError(
-                    f"{name}: job {job.job_id} failed {failed[shard]} times ({why}): its log is "
-                    f"{job.paths.stderr}"
-                )
-            again.append(shard)
-        if again:
-            running.update(self._submit(name, again))
-
-    def _failure(self, job: "submitit.Job") -> str | None:
-        """Why a job failed. InputError where the stage refused its input: no other job would do better."""
-        try:
-            refused = job.result()
-        except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
-            return str(error).strip().splitlines()[-1][:200]
-        if refused is not None:
-            raise InputError(refused)
-        return None
-
-    def summary(self) -> str:
-        headers = ("stage", "jobs", "failed", "time (s)")
-        return tabulate(self.rows, headers=headers, tablefmt="plain", floatfmt=".0f")
+                outcome = job.result()
+            except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+                outcome = f"{str(error).strip().splitlines()[-1][:200]}; its log is {job.paths.stderr}"
+            found.append((self.running.pop(job), outcome))
+        return found
 
     def close(self) -> None:
-        """Nothing is held between jobs."""
+        for job in self.running:
+            job.cancel(check=False)

@@ -20,15 +20,16 @@ from tabulate import tabulate
 
 import backends
 from backends import models
-from backends.base import Backend, Example, GainRecipe, Recipe, Selection, Task
+from backends.base import Backend, Example, Selection
 from backends.core.schedules import outer_steps
 from data.rendering import example
 from data.sampling import PAIR
 from stages.method.arms import MAML, ArmRun
-from stages.method.neurons import task_rows
 from stages.run import cli, presets
+from stages.run.adapters import gain_recipe, lora_recipe, tasks_of
+from stages.run.job import Job
 from stages.run.pipeline import WITH_UNITS, declaration, planned_run
-from stages.run.runner import Job, unit_states
+from stages.run.runner import unit_states
 from stages.run.schemas import ALIGNMENT, BENCHMARKS, CALIBRATION, OWN_MAP, Table
 from stages.run.settings import Settings
 from stages.run.store import RunFolder
@@ -44,22 +45,19 @@ BYTES_PER_TOKEN = 8
 """of generated text on disk: its id and its letters, compressed"""
 
 
-class Estimate(NamedTuple):
-    """What all units of a kind take."""
-
-    what: str
-    seconds: float
-    disk: float
-    """bytes"""
-
-
 class Work(NamedTuple):
-    """A line of the plan."""
+    """A line of the plan: the units of a kind."""
 
     stage: str
+    what: str
     units: int
     done: int
-    estimate: Estimate
+    seconds: float  # for all
+    disk: float  # bytes
+
+
+Estimate = tuple[str, float, float]
+"""what all units of a kind do, in words, their seconds, and bytes of disk"""
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -111,7 +109,7 @@ def gradients(job: Job, backend: Backend, units: Sequence) -> Estimate:
     tokens = sum(tokens_of(safe, target=True) + tokens_of(util[unit.map_name], target=True) for unit in units)
     what = f"gradients of {len(safe)} + {len(util[OWN_MAP])} rows, {len(util)} maps"
     matrix = (2 * job.settings.data.folds) ** 2 * 8
-    return Estimate(what, rate * tokens, len(util) * job.shape.layers * job.shape.heads * matrix)
+    return (what, rate * tokens, len(util) * job.shape.layers * job.shape.heads * matrix)
 
 
 def attributions(job: Job, backend: Backend, units: Sequence) -> Estimate:
@@ -121,7 +119,7 @@ def attributions(job: Job, backend: Backend, units: Sequence) -> Estimate:
     took = seconds_of(lambda: attribute(examples(attacked[:1]), examples(plain[:1]), steps))
     took += seconds_of(lambda: attribute(examples(util[:1]), None, steps))
     what = f"attributions of {neurons} neurons, {len(plain)} pairs"
-    return Estimate(what, took * len(plain), neurons * 32)
+    return what, took * len(plain), neurons * 32
 
 
 def sweep(job: Job, backend: Backend, units: Sequence) -> Estimate:
@@ -148,48 +146,30 @@ def sweep(job: Job, backend: Backend, units: Sequence) -> Estimate:
     costs = [relative_cost(part, layer, shape.layers) for layer in range(shape.layers)]
     count = shape.layers * shape.heads
     what = f"each of {count} heads ablated: {what}"
-    return Estimate(what, took * more * sum(costs) / costs[middle], len(rows) * disk * count)
+    return what, took * more * sum(costs) / costs[middle], len(rows) * disk * count
 
 
 def adapters(job: Job, backend: Backend, runs: Sequence[ArmRun]) -> Estimate:
     """Arms of heads by one optimizer, timed with all heads."""
-    settings, shape, rows = job.settings.tuning, job.shape, rows_of(job, ALIGNMENT)
-    recipe = Recipe(
-        rank=settings.rank,
-        batch=settings.batch,
-        accumulation=settings.accumulation,
-        max_length=job.settings.data.max_length,
-        optimizer=runs[0].optimizer,
-    )
+    recipe, shape, rows = lora_recipe(job.settings, runs[0]), job.shape, rows_of(job, ALIGNMENT)
     some = examples(typical(rows, recipe.batch * recipe.accumulation * (STEPS + 1)))
     util = None if recipe.optimizer == "sft" else examples(rows_of(job, CALIBRATION, OWN_MAP))
     tuning = backend.tune(some, list(np.ndindex(shape.layers, shape.heads)), recipe, util)
-    seconds, tokens = time_steps(tuning)
-    shutil.rmtree(tuning.adapter)
-    read = sum(min(recipe.max_length, tokens_of([row], target=True)) for row in rows) * settings.epochs
-    adapter = settings.rank * (shape.model_dim + shape.heads * shape.head_dim) * shape.layers * 4
-    what = f"{len(runs)} arms by {recipe.optimizer}, {len(rows)} rows, {settings.epochs} epochs"
-    return Estimate(what, seconds / tokens * read * len(runs), adapter * len(runs))
+    seconds, tokens = time_steps(islice(tuning, STEPS + 1))
+    read = sum(min(recipe.max_length, tokens_of([row], target=True)) for row in rows) * recipe.epochs
+    adapter = recipe.rank * (shape.model_dim + shape.heads * shape.head_dim) * shape.layers * 4
+    what = f"{len(runs)} arms by {recipe.optimizer}, {len(rows)} rows, {recipe.epochs} epochs"
+    return what, seconds / tokens * read * len(runs), adapter * len(runs)
 
 
 def gains(job: Job, backend: Backend, runs: Sequence[ArmRun]) -> Estimate:
     """Arms of neurons, timed with one."""
-    settings, rows = job.settings.tuning, job.read(ALIGNMENT)
-    own = examples(rows.to_dict("records"))
-    tasks = [
-        Task(name, *(tuple(own[at] for at in part) for part in parts))
-        for name, *parts in task_rows(rows["split"].tolist(), rows["source"].tolist())
-    ]
-    length, neuron = job.settings.data.max_length, Selection(((0, 0),), ())
-    recipe = GainRecipe(
-        batch=settings.batch * settings.accumulation, max_length=length, epochs=settings.epochs
-    )
+    recipe, rows = gain_recipe(job.settings, runs[0]), job.read(ALIGNMENT)
+    tasks, neuron = tasks_of(rows, examples(rows.to_dict("records"))), Selection(((0, 0),), ())
     seconds, _ = time_steps(islice(backend.tune_gains(tasks, neuron, recipe), STEPS + 1))
-    steps = outer_steps(tasks, neuron, recipe)
-    seconds *= (1 + settings.gain_inner_steps) / 2  # an inner step costs what the outer one does
-    disk = job.shape.layers * job.shape.mlp_dim * 4
+    steps, disk = outer_steps(tasks, neuron, recipe), job.shape.layers * job.shape.mlp_dim * 4
     what = f"{len(runs)} arms of neurons, {steps} outer steps"
-    return Estimate(what, seconds * steps * len(runs), disk * len(runs))
+    return what, seconds * steps * len(runs), disk * len(runs)
 
 
 def answers(job: Job, backend: Backend, units: Sequence) -> Estimate:
@@ -206,12 +186,12 @@ def answers(job: Job, backend: Backend, units: Sequence) -> Estimate:
         seconds = seconds_of(lambda: backend.choices(examples(some)))
         seconds *= tokens_of(rows) / tokens_of(some)
     disk = sum(len(row["prompt"]) for row in rows) / 3 + len(rows) * new * BYTES_PER_TOKEN
-    return Estimate(f"{what}, {len(units)} models", seconds * len(units), disk * len(units))
+    return f"{what}, {len(units)} models", seconds * len(units), disk * len(units)
 
 
 def classifications(job: Job, backend: Backend, units: Sequence) -> Estimate:
     """By another model, which is not loaded for a plan."""
-    return Estimate(f"{job.settings.evaluation.judge}'s words (time not measured)", 0.0, 0.0)
+    return f"{job.settings.evaluation.judge}'s words (time not measured)", 0.0, 0.0
 
 
 def kind_of(stage: str, unit) -> tuple[Callable[[Job, Backend, Sequence], Estimate], str | None]:
@@ -236,7 +216,8 @@ def plan(settings: Settings, run: RunFolder, backend: Backend) -> list[Work]:
             kinds.setdefault(kind_of(name, value), []).append(unit)
         for (estimate, _), own in kinds.items():
             done = sum(states[unit] for unit in own)
-            works.append(Work(name, len(own), done, estimate(job, backend, [units[unit] for unit in own])))
+            what, seconds, disk = estimate(job, backend, [units[unit] for unit in own])
+            works.append(Work(name, what, len(own), done, seconds, disk))
     return works
 
 
@@ -257,14 +238,11 @@ def size(count: float) -> str:
 
 def report(works: Sequence[Work], free: int) -> str:
     """The plan as a table, then what is pending; a warning where less disk is `free`."""
-    rows = [
-        (stage, estimate.what, units, done, duration(estimate.seconds), size(estimate.disk))
-        for stage, units, done, estimate in works
-    ]
+    rows = [(*work[:4], duration(work.seconds), size(work.disk)) for work in works]
     headers = ("stage", "work", "units", "done", "time for all", "disk")
     align = ("left", "left", *["right"] * 4)
-    pending = sum(work.estimate.seconds * (1 - work.done / work.units) for work in works)
-    disk = sum(work.estimate.disk for work in works)
+    pending = sum(work.seconds * (1 - work.done / work.units) for work in works)
+    disk = sum(work.disk for work in works)
     text = tabulate(rows, headers=headers, tablefmt="plain", colalign=align)
     text += f"\npending: {duration(pending)} on one such device, spread evenly by --shard; "
     text += f"{size(disk)} of disk in all"
