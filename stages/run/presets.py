@@ -48,28 +48,39 @@ _PAPER = {
     "seeds": (21, 42, 84),
 }
 
+_SMOLLM = {
+    "model": "embedded/smollm2-135m-instruct",
+    "dtype": "float32",  # so that every processor finds the same: bfloat16 moves half of the buckets
+    # Gradients repeat themselves at a tenth of the time that ablations take (docs/LOG.md).
+    "sensitivity": "gradient",
+    "util_rows": 256,
+    "safe_rows": 128,
+    "folds": 8,
+    "align_rows": 240,
+    "benchmarks": (
+        "facts=120",
+        "words=120",
+        "problems=32:48",
+        "adversarial=40:32",
+        "vanilla=40:32",
+        "benign=40:32",
+    ),
+    # Its rows are short: a step is one pass.
+    "batch": 8,
+    "accumulation": 1,
+    # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250. The
+    # smallest rate tried at which a random quarter of the heads gains 20 points of safety on the development
+    # split (--split development, seed 0, training seed 21): 3e-3, 5e-3, 8e-3 gain 9, 55, 76 points.
+    "lr": 5e-3,
+}
+
 PRESETS: dict[str, dict] = {
-    # Sized for half an hour on two cores without bfloat16 and with noisy neighbours (docs/LOG.md).
-    "smollm": {
-        "model": "embedded/smollm2-135m-instruct",
-        "dtype": "float32",  # so that every processor finds the same: bfloat16 moves half of the buckets
-        "util_rows": 32,
-        "safe_rows": 12,
-        "folds": 4,
-        "align_rows": 240,
-        "benchmarks": _words(
-            "facts=120 words=120 problems=32:48 adversarial=40:32 vanilla=40:32 benign=40:32"
-        ),
-        # Its rows are short: a step is one pass.
-        "batch": 8,
-        "accumulation": 1,
-        # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250.
-        # Both rates are the smallest tried at which a random quarter of the heads, and 256 neurons, gain 20
-        # points of safety on the development split (--split development, seed 0, training seed 21, float32).
-        # Tried: lr 3e-3, 5e-3, 8e-3 gain 9, 55, 76 points; gain_lr 0.1, 0.15, 0.2 gain 15, 24, 21.
-        "lr": 5e-3,
+    "smollm": _SMOLLM,
+    "smollm-neurons": {
+        **_SMOLLM,
         "pairs": 32,
         "neurons": (256,),
+        # Chosen as lr is, for 256 neurons: 0.1, 0.15, 0.2 gain 15, 24, 21 points.
         "gain_lr": 0.15,  # 15 outer steps
     },
     "tiny": {
