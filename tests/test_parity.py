@@ -50,9 +50,12 @@ def test_logits_of_ablated_heads_are_the_hooks(pair, mask):
         assert np.abs(found - clean).max() > 1e-2, "ablating must change something"
 
 
-def test_conflicts_agree(both):
+def test_conflicts_and_gates_agree(both):
     safe, util = make_examples(4, seed=1), make_examples(6, seed=2)
-    grams = [backend.gradient_gram(safe, util, folds=2) for backend in both]
+    found = [backend.head_gradients(safe, util, folds=2) for backend in both]
+    grams = [gradients.gram for gradients in found]
+    for left, right in zip(*((each.gate_safe, each.gate_util) for each in found), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(left).max())
     np.testing.assert_allclose(*(conflict(matrix, 2) for matrix in grams), rtol=0, atol=1e-6)
     norms = np.sqrt(np.einsum("lhff->lhf", grams[0]))
     apart = np.abs(grams[0] - grams[1]) / (norms[..., :, None] * norms[..., None, :])

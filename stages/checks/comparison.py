@@ -41,6 +41,9 @@ BASE = Quantity("responses, base", schemas.RESPONSES, "output", "equal", 0.99)
 NEAR_TIES = Quantity("near-ties", schemas.RESPONSES, "", "largest", 1e-3)
 QUANTITIES = (
     Quantity("gradients", schemas.GRADIENTS, "gram", "largest", 1e-5),  # in units of fold gradients' norms
+    Quantity("gates, utility", schemas.GRADIENTS, "gate_util", "largest", 1e-4),  # relative to the largest
+    Quantity("gates, safety", schemas.GRADIENTS, "gate_safe", "largest", 1e-4),
+    Quantity("likelihoods", schemas.SWEEP_GRADED, "loglikelihood", "largest", 1e-3),
     Quantity("predictions", schemas.SWEEP_CHOICES, "prediction", "equal", 0.99, 0.95),
     Quantity("worked answers", schemas.SWEEP_ANSWERS, "token_ids", "equal", 0.99),
     Quantity("generations", schemas.SWEEP_GENERATIONS, "token_ids", "equal", 0.99),
@@ -208,8 +211,11 @@ def numbers(quantity: Quantity, left: pd.Series, right: pd.Series) -> tuple[np.n
         norms = np.sqrt(left.reshape(-1, side, side).diagonal(axis1=1, axis2=2) + np.finfo(float).tiny)
         unit = (norms[:, :, None] * norms[:, None, :]).reshape(left.shape)
         return (left / unit).ravel(), (right / unit).ravel()
+    if quantity.column.startswith("gate"):
+        left, right = (pd.Series(np.concatenate(list(each))) for each in (left, right))
     left, right = left.to_numpy(float), right.to_numpy(float)
-    unit = left.max() if quantity.table is schemas.NEURONS else 1.0
+    relative = quantity.table is schemas.NEURONS or quantity.column.startswith("gate")
+    unit = np.abs(left).max() if relative else 1.0
     return left / unit, right / unit
 
 
