@@ -48,12 +48,9 @@ def test_rows_are_those_that_finished_runs_used(rows):
 def test_there_are_enough_rows_for_a_reliable_map(rows):
     for split, least in (("util", 640), ("safe", 288), ("plain", 288), ("attacked", 288)):
         own = rows[split]
-        assert (
-            len({row.entry for row in own})
-            == len({normalise(row.prompt) for row in own})
-            == len(own)
-            >= least
-        )
+        assert len(own) >= least
+        for texts in ({row.entry for row in own}, {normalise(row.prompt) for row in own}):
+            assert len(texts) == len(own)
     families = Counter(row.source for row in rows["util"])
     assert len(families) >= 20 and max(families.values()) <= 0.15 * len(rows["util"])
 
