@@ -11,7 +11,7 @@ import pytest
 
 import data.embedded
 from data.embedded.generate import GROUPS, SPLITS, records
-from data.records import SCORINGS, Record
+from data.records import SCORINGS, Record, normalise
 from data.refusal_judge import keyword_refusal
 
 HARMFUL = ("safe", "vanilla_harmful", "adversarial_harmful", "vanilla", "adversarial", "plain", "attacked")
@@ -32,11 +32,39 @@ def test_every_row_names_its_split(rows):
 
 
 def test_rows_are_those_that_finished_runs_used(rows):
-    """A change of rows changes every number of every run: make it knowingly."""
-    texts = [
-        f"{row.example_id}|{row.prompt}|{row.prefix}|{row.target}" for own in rows.values() for row in own
-    ]
-    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "ba3d609154a13a6f"
+    """A change of rows changes every number of every run: make it knowingly. More rows that calibrate leave
+    all others as they are."""
+    calibrating = [split for split in SPLITS if GROUPS[split] == "calibration"]
+    others = [split for split in SPLITS if split not in calibrating]
+    for splits, expected in ((calibrating, "3e274ea4e58c5c6e"), (others, "15923e307f771402")):
+        texts = [
+            f"{row.example_id}|{row.prompt}|{row.prefix}|{row.target}"
+            for split in splits
+            for row in rows[split]
+        ]
+        assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == expected
+
+
+def test_there_are_enough_rows_for_a_reliable_map(rows):
+    for split, least in (("util", 640), ("safe", 288), ("plain", 288), ("attacked", 288)):
+        own = rows[split]
+        assert len(own) >= least
+        for texts in ({row.entry for row in own}, {normalise(row.prompt) for row in own}):
+            assert len(texts) == len(own)
+    families = Counter(row.source for row in rows["util"])
+    assert len(families) >= 20 and max(families.values()) <= 0.15 * len(rows["util"])
+
+
+def test_no_fact_that_calibrates_is_scored_in_another_family_or_the_other_way_round(rows):
+    """Paris for France and France for Paris are one pair."""
+
+    def pairs(*splits):
+        subjects = ((row.entry.split("/")[1], row.target) for split in splits for row in rows[split])
+        return [frozenset(normalise(text.replace("-", " ")) for text in pair) for pair in subjects]
+
+    assert len(pairs("util")) > 640 and not set(pairs("util")) & set(pairs("facts", "words"))
+    domains = [{row.source for row in rows[split]} for split in ("util", "words")]
+    assert not domains[0] & domains[1], "words is another domain than D_util's"
 
 
 def test_ids_and_prompts_are_unique_across_the_project(rows):

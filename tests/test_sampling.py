@@ -54,6 +54,18 @@ def test_every_split_has_the_rows_that_the_plan_wants_in_the_order_of_the_tables
 
 
 @pytest.mark.parametrize("seed", [0, 3])
+def test_a_reliable_map_draws_its_rows_without_a_shortfall_and_scores_the_same(seed):
+    few, many = (
+        draw(replace(PLAN, seed=seed, util=Wanted("embedded/util", util), safe=Wanted("embedded/safe", safe)))
+        for util, safe in ((32, 12), (512, 256))
+    )
+    assert many.short == []
+    expected = {"util": 512, "safe": 256, "few": 8, "plain": 32, "attacked": 32}
+    assert counts(many.calibration) == expected
+    assert (many.alignment, many.benchmarks) == (few.alignment, few.benchmarks)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
 def test_development_rows_are_no_benchmark_rows_of_this_seed_and_of_the_presets(seed):
     """And all else is the same. With two seeds' rows left out there may be too few; that is said."""
     benchmark, development = (draw(replace(PLAN, seed=seed, development=flag)) for flag in (False, True))
@@ -73,7 +85,7 @@ def test_too_few_rows_are_balanced_to_what_there_is_and_said():
         util=Wanted("embedded/util", 100_000),
         align=Wanted("embedded", 40_000),
         benchmarks=parse_benchmarks(("facts=99999", "vanilla=4:6"), False, False),
-        pairs=500,
+        pairs=5_000,
     )
     found = draw(many)
     short = {one.split: one for one in found.short}

@@ -10,13 +10,17 @@ harmful request, a benign act, a problem's template and numbers) belongs to one 
 so nothing that an adapter was trained on, or a map was computed from, is ever scored. Attacks likewise:
 alignment wraps requests in one set of attack families, the benchmarks in another.
 
+A conflict map needs more rows than that cut leaves it. What a lexicon lists under "calibration" is for maps
+only, and can grow without moving a row of the other groups. No family is of the kinds in "words": those stay
+another domain than D_util's.
+
 Harmful requests name an aim and nothing more: they hold no operational detail, and no row answers one.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -96,13 +100,23 @@ def _knowledge(split: str, rng: np.random.Generator) -> list[Record]:
     lexicon = _SPLITS[split].lexicon
     rows = []
     for family, spec in _lexicon("knowledge")[lexicon].items():
-        answers = spec.get("pairs") or {x: answer for answer, xs in spec["by_answer"].items() for x in xs}
-        for x in _part(list(answers), _SHARES[lexicon], family)[GROUPS[split]]:
+        shared = _answers(spec.get("pairs", {}) | spec.get("by_answer", {}))
+        more = _answers(spec.get("calibration", {}))
+        answers = shared | more
+        for x in _part(list(shared), _SHARES[lexicon], family, more)[GROUPS[split]]:
             slots = {"x": x, "X": x[0].upper() + x[1:]}
             prompt, prefix = spec["prompt"].format(**slots), spec["prefix"].format(**slots)
             entry = f"{family}/{_slug(x)}"
             rows.append(_row(split, family, entry, prompt=prompt, prefix=prefix, target=f" {answers[x]}"))
     return rows
+
+
+def _answers(table: dict[str, str | list[str]]) -> dict[str, str]:
+    """{question: answer}, from pairs of that kind and from lists of the questions of one answer."""
+    answers = {}
+    for key, value in table.items():
+        answers |= {key: value} if isinstance(value, str) else dict.fromkeys(value, key)
+    return answers
 
 
 def _problems(split: str, rng: np.random.Generator) -> list[Record]:
@@ -128,7 +142,8 @@ def _harmful(split: str, rng: np.random.Generator) -> list[Record]:
     for category, spec in _lexicon("harm").items():
         targets = [refusal.format(**spec) for refusal in refusals]
         # Objects are split, not pairs: "forge a passport" and "sell a fake passport" stay in one group.
-        for thing in _part(spec["objects"], _SHARES["harm"], category)[GROUPS[split]]:
+        things = _part(spec.get("objects", []), _SHARES["harm"], category, spec["calibration"])
+        for thing in things[GROUPS[split]]:
             for action, template in spec["actions"].items():
                 entry = f"harm/{action}/{_slug(thing)}"
                 rows += _requests(split, rng, category, entry, template.format(thing), targets)
@@ -183,13 +198,20 @@ def _fixed_order(family: str, size: int) -> np.ndarray:
     return np.random.default_rng([SPLIT_SEED, *family.encode()]).permutation(size)
 
 
-def _part(names: list[str], shares: dict[str, float], family: str) -> dict[str, list[str]]:
-    """Cuts the names of one family into disjoint groups of the given shares (which sum to 1)."""
+def _part(
+    names: list[str], shares: dict[str, float], family: str, more: Iterable[str] = ()
+) -> dict[str, list[str]]:
+    """Cuts the names of one family into disjoint groups of the given shares (which sum to 1).
+
+    Args:
+        more: names that only calibrate. They stand apart, so that the cut of the others stays as it is.
+    """
     order = _fixed_order(family, len(names))
     cuts = np.round(np.cumsum(list(shares.values()))[:-1] * len(names)).astype(int)
-    return {
+    parts = {
         group: [names[i] for i in part] for group, part in zip(shares, np.split(order, cuts), strict=True)
     }
+    return parts | {"calibration": [*parts.get("calibration", ()), *more]}
 
 
 def _mixed(rows: list[Record], rng: np.random.Generator) -> list[Record]:
