@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from backends.base import Example
-from backends.core.errors import InputError
+from backends.core.errors import InputError, reason
 from data.records import Record
 
 
@@ -36,8 +36,9 @@ class Renderer:
                 messages, tokenize=False, add_generation_prompt=True, date_string=self.date
             )
         except Exception as error:  # templates raise by their own rules, e.g. "system role not supported"
+            mend = "is --system allowed?" if self.system else "mend the tokenizer's template"
             raise InputError(
-                f"the chat template refuses {record.example_id} ({error}): is --system allowed?"
+                f"the chat template refuses {record.example_id} ({reason(error)}): {mend}"
             ) from None
         return text + record.prefix
 
@@ -63,7 +64,7 @@ class Renderer:
         if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
             raise InputError(
                 f"{example_id}: the answer {addition[:20]!r} merges with the prompt's last token: begin "
-                f"it with a space"
+                f"it with a space, or end the prefix without one"
             )
         return ids[len(prompt_ids) :]
 

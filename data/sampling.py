@@ -159,14 +159,14 @@ def _pair_pools(plan: Plan) -> tuple[str, str]:
     return "embedded/plain", "embedded/attacked"
 
 
-def check_reachable(pools: Sequence[str], model_problem: str | None) -> None:
+def check_reachable(pools: Sequence[str], *problems_of_models: str | None) -> None:
     """Prints where each public pool comes from. InputError lists all that cannot be had, and how to get it.
 
     Args:
-        model_problem: why the model cannot be had; None where it can.
+        problems_of_models: why a model cannot be had; None where it can.
     """
     public = [pool for pool in pools if pool.partition("/")[0] not in ("embedded", "own")]
-    problems = [model_problem] if model_problem else []
+    problems = [problem for problem in problems_of_models if problem]
     if public:
         found = hub.survey(public)
         rows = [("", reach.pool, reach.state, reach.where) for reach in found]
@@ -324,7 +324,10 @@ class _Draws:
             raise InputError(f"{split}: {len(rows)} rows are there, --folds {folds} needs as many at least")
         rows = rows[: len(rows) // folds * folds]
         if any(not record.target for record in rows):
-            raise InputError(f"{split}: rows without a target have no gradient")
+            raise InputError(
+                f"{split}: rows of {wanted.pool} without a target have neither gradient nor log p: choose "
+                f"another pool"
+            )
         if split != "safe" and any(record.scoring not in ("choice", "boxed") for record in rows):
             raise InputError(f"{split}: calibration rows are scored by the next token or a boxed answer")
         self.note(split, wanted.rows, rows, wanted.pool)

@@ -9,6 +9,7 @@ alignment.parquet and benchmarks.parquet.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from data import sampling
 from data.rendering import Renderer
 from data.sampling import Drawn, Plan, Pools, Wanted
 from stages.method.arms import required_heads
-from stages.run import cli
+from stages.run import classify, cli
 from stages.run.job import Job, Stage
 from stages.run.schemas import ALIGNMENT, BENCHMARKS, CALIBRATION, Table
 from stages.run.settings import Settings
@@ -52,14 +53,20 @@ def check(settings: Settings) -> None:
     """Whether model and data can be had and fit: InputError says what cannot, and how to get it, before
     anything is downloaded."""
     model = settings.model
-    problem = models.missing(model.model, model.revision)
-    sampling.check_reachable(sampling.needed_pools(plan_of(settings)), problem)
+    problems = (models.missing(model.model, model.revision), classify.missing(settings))
+    sampling.check_reachable(sampling.needed_pools(plan_of(settings)), *problems)
     folder = models.local_folder(model.model, model.revision)
     models.check_folder(folder)
+    models.load_tokenizer(folder)
+    classify.folder_of(settings)  # stage 05 needs it, after all tuning
     shape = models.folder_shape(folder)
     needed = max(settings.map.buckets, required_heads(run.arm for run in settings.arm_runs))
     if needed > shape.layers * shape.heads:
         raise InputError(f"--buckets {needed}: the model has {shape.layers * shape.heads} heads")
+    neurons = shape.layers * shape.mlp_dim
+    for arm in (run.arm for run in settings.arm_runs):
+        if arm.of_neurons and arm.neurons > neurons:
+            raise InputError(f"--neurons {arm.neurons} (arm {arm.name}): the model has {neurons} neurons")
 
 
 def draw_tables(settings: Settings) -> tuple[dict[Table, pd.DataFrame], Drawn, Pools]:
@@ -77,13 +84,25 @@ def draw_tables(settings: Settings) -> tuple[dict[Table, pd.DataFrame], Drawn, P
     return tables, drawn, pools
 
 
-def warn_of_length(job: Job, rows: pd.DataFrame) -> None:
-    """Says how many benchmark rows do not fit with their answers into the positions that the model knows."""
-    new_tokens = {benchmark.name: benchmark.new_tokens for benchmark in job.settings.benchmarks}
+def warn_of_length(job: Job, tables: Mapping[Table, pd.DataFrame]) -> None:
+    """Says how many rows do not fit with their answers or targets into the positions that the model knows,
+    and how many alignment rows are cut."""
     positions = models.read_config(job.model_folder).get("max_position_embeddings", 0)
-    lengths = rows["prompt_ids"].map(len) + rows["split"].map(new_tokens)
-    if positions and (long := int((lengths > positions).sum())):
-        job.warn(f"{long} benchmark prompts and answers are longer than the model's {positions} positions")
+    new_tokens = {benchmark.name: benchmark.new_tokens for benchmark in job.settings.benchmarks}
+    prompts = {table: rows["prompt_ids"].map(len) for table, rows in tables.items()}
+    whole = {table: prompts[table] + rows["target_ids"].map(len) for table, rows in tables.items()}
+    answered = prompts[BENCHMARKS] + tables[BENCHMARKS]["split"].map(new_tokens)
+    max_length = job.settings.data.max_length
+    lengths = {
+        "benchmark prompts and answers": answered,
+        "calibration prompts and targets": whole[CALIBRATION],
+        "alignment prompts and targets": whole[ALIGNMENT].clip(upper=max_length),
+    }
+    for what, own in lengths.items():
+        if positions and (long := int((own > positions).sum())):
+            job.warn(f"{long} {what} are longer than the model's {positions} positions")
+    if cut := int((whole[ALIGNMENT] > max_length).sum()):
+        job.warn(f"{cut} alignment rows are cut to --max-length {max_length}: they do not teach their end")
 
 
 def join(job: Job) -> dict:
@@ -98,7 +117,7 @@ def join(job: Job) -> dict:
         job.warn("development split: its scores are for choosing settings, not for reporting")
     for shortfall in drawn.short:
         job.warn(f"too few rows: {shortfall}")
-    warn_of_length(job, tables[BENCHMARKS])
+    warn_of_length(job, tables)
     counts = {table.stem: len(rows) for table, rows in tables.items()}
     counts |= Counter(tables[CALIBRATION]["split"]) | Counter(tables[BENCHMARKS]["split"])
     job.say(", ".join(f"{name} {count}" for name, count in counts.items()))

@@ -32,7 +32,10 @@ from stages.report.results import Results
 from stages.run import cli
 from stages.run.job import Job, Stage
 from stages.run.schemas import ARMS, BENCHMARKS, HEADS, RELIABILITY, RESPONSES, SCORES
+from stages.run.settings import Settings
+from stages.run.store import RunFolder
 
+GROUPS = ("model", "data", "map", "tuning")
 EARLIER = ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate")
 
 
@@ -135,7 +138,7 @@ def join(job: Job) -> dict:
     targets = dict(zip(rows["example_id"], rows["target"], strict=True))
     text = page.render(
         results,
-        manifests | {job.stage.name: {"notes": job.notes, "settings": job.rests_on}},
+        manifests | {job.stage.name: {"notes": job.notes, "settings": job.settings.group(*GROUPS)}},
         papers,
         job.folder / "figures",
         plain=plain,
@@ -151,12 +154,19 @@ def join(job: Job) -> dict:
     return {"findings": sentences, "source_benchmark": results.source}
 
 
+def judges(settings: Settings) -> dict:
+    """Who judged, which the report says: another judge's verdicts may be the same."""
+    notes = RunFolder(settings.folder).manifest("05_evaluate")["notes"]
+    return {f"05_evaluate {name}": notes.get(name) for name in ("judge", "classifier")}
+
+
 STAGE = Stage(
     name="06_correlate",
-    rests_on=("model", "data", "map", "tuning"),
+    rests_on=GROUPS,
     reads=(BENCHMARKS, HEADS, RELIABILITY, ARMS, SCORES, RESPONSES),
     writes=(),
     join=join,
+    also_rests_on=judges,
     also_writes=("tables/*", "figures/*", "report.html"),
 )
 

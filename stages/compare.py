@@ -2,10 +2,11 @@
 
     python -m stages.compare outputs/smollm outputs/smollm-flax
 
-One line a quantity: largest and mean difference, rank correlation, share that is equal, the tolerance, and
-whether it holds. Where predictions or generations differ and the model is on this machine, each first
-difference is computed again: it has to be a near-tie of two logits. Exit code 1 past a tolerance; 2, with one
-line, where the folders are no runs of one model that are finished up to stage 05.
+First the settings in which they differ. Then one line a quantity: largest and mean difference, rank
+correlation, share that is equal, the tolerance, and whether it holds. Where predictions or generations differ
+and the model is on this machine, each first difference is computed again: it has to be a near-tie of two
+logits. Exit code 1 past a tolerance; 2, with one line, where the folders are no runs of one model that are
+finished up to stage 05.
 """
 
 import argparse
@@ -35,6 +36,8 @@ def main(first: Path, second: Path) -> int:
     for run in pair.runs:
         model = run.manifest("02_conflict")["model"]
         print(f"{run.folder}: {model['backend']}, {model['dtype']} on {model['device']}")
+    if changed := pair.settings():
+        print(f"settings that differ: {changed}")
     cells = [(MARKS[row.ok], *row[:-2], row.note) for row in rows]
     print(tabulate(cells, HEADINGS, tablefmt="plain", floatfmt=".3g"), flush=True)
     failed, held = (sum(row.ok in states for row in rows) for states in ((False,), (False, True)))

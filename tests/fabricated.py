@@ -97,7 +97,12 @@ def fabricate(run: Path, like: Fabricated) -> Settings:
         folder.mkdir(parents=True)
         for file, (frame, schema) in tables.items():
             write_table(folder / file, frame, schema)
-        model = {"id": settings.model.model, "revision": "main", "weights_sha256": "0" * 64}
+        model = {
+            "id": settings.model.model,
+            "revision": "main",
+            "weights_sha256": "0" * 64,
+            "config_sha256": "1" * 64,
+        }
         model |= {"backend": "torch", "device": "cpu", "dtype": "float32"}
         manifest = {"settings": settings.group("model", "data", "map"), "inputs": {}, "model": model}
         manifest["outputs"] = {file: sha256(folder / file) for file in tables}

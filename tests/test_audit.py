@@ -307,7 +307,7 @@ def test_an_adapter_of_other_settings_fails(run, capsys):
     assert "lora_alpha 8.0 -> 4.0, target_modules ['q_proj', 'v_proj'] -> ['q_proj']" in failed
 
 
-def test_a_model_folder_with_other_weights_or_tokenizer_fails(run, scratch, capsys):
+def test_a_model_folder_with_other_weights_config_or_tokenizer_fails(run, scratch, capsys):
     model = read_json(run / "01_calibrate" / "manifest.json")["notes"]["model_folder"]
     changed = Path(shutil.copytree(model, scratch / "model"))
     edit_manifest(run, "01_calibrate", lambda manifest: manifest["notes"].update(model_folder=str(changed)))
@@ -315,8 +315,10 @@ def test_a_model_folder_with_other_weights_or_tokenizer_fails(run, scratch, caps
         file.seek(-1, 2)
         file.write(b"\x01")
     (changed / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    write_json(changed / "config.json", read_json(changed / "config.json") | {"rms_norm_eps": 1e-3})
     failed = audited(run, capsys)
-    assert "holds other weights" in failed and "holds another tokenizer than stage 01 used" in failed
+    for message in ("other weights", "other config", "another tokenizer than stage 01 used"):
+        assert f"holds {message}" in failed
 
 
 def test_without_the_model_folder_nothing_fails_and_what_was_not_checked_is_said(run, capsys):

@@ -38,7 +38,8 @@ def lines_of(first: Path, second: Path, capsys) -> tuple[int, dict[str, list[str
     """Exit code, and the cells of each quantity's line but its name: mark, how many, …"""
     capsys.readouterr()
     code, printed = compare.main(first, second), capsys.readouterr().out
-    cells = [re.split(r" {2,}", line.strip()) for line in printed.splitlines()[3:-1]]
+    _, _, table = printed.partition("tolerance")
+    cells = [re.split(r" {2,}", line.strip()) for line in table.splitlines()[1:-1]]
     return code, {name: [mark, *more] for mark, name, *more in cells}
 
 
@@ -197,11 +198,21 @@ def test_other_rows_are_compared_by_what_does_not_depend_on_them(neurons_run, ch
 
 def test_other_benchmark_rows_are_no_difference_of_the_runs(neurons_run, scratch):
     folder = make_run(scratch / "other", NEURONS.replace(split="development"))
-    runs = (FinishedRun(run, COMPUTED) for run in (neurons_run, folder))
-    rows = {row.quantity: row for row in comparison.Comparison(*runs).rows()}
+    pair = comparison.Comparison(*(FinishedRun(run, COMPUTED) for run in (neurons_run, folder)))
+    rows = {row.quantity: row for row in pair.rows()}
+    assert pair.settings() == "split 'benchmark' -> 'development'"
     for quantity in ("responses, base", "responses, tuned", "scores"):
         assert (rows[quantity].ok, rows[quantity].note) == (None, "other benchmark rows")
     assert rows["training losses"].ok and rows["O"].ok
+
+
+def test_other_folds_are_said(neurons_run, changed, capsys):
+    edit_settings(changed, folds=2)
+    capsys.readouterr()
+    compare.main(neurons_run, changed)
+    printed = capsys.readouterr().out
+    assert "\nsettings that differ: backend 'torch' -> 'flax', folds 4 -> 2\n" in printed
+    assert re.search("gradients +not compared .* other folds", printed)
 
 
 def test_half_precision_has_tolerances_of_its_own(neurons_run, changed, capsys):
@@ -214,7 +225,7 @@ def test_half_precision_has_tolerances_of_its_own(neurons_run, changed, capsys):
 
 def test_the_command_ends_with_2_on_what_cannot_be_compared(neurons_run, changed):
     none = changed.parent / "none"
-    edit_manifest(changed, "02_conflict", lambda manifest: manifest["model"].update(weights_sha256="0"))
+    edit_manifest(changed, "02_conflict", lambda manifest: manifest["model"].update(config_sha256="0"))
     expected = {
         none: f"{none} is no run",
         changed: f"{neurons_run} and {changed} are runs of different models",

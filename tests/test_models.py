@@ -1,6 +1,7 @@
 """Model folders: which ones are refused, and how; the ones made here are made once."""
 
 import functools
+import json
 import multiprocessing
 import re
 import shutil
@@ -174,3 +175,21 @@ def test_hashes_change_with_content(model):
     change_tensors(model / "model.safetensors", lambda tensors: tensors.update({QUERY: tensors[QUERY] + 1}))
     (model / "tokenizer_config.json").write_text('{"a": 1}')
     assert before[0] != folders.weights_sha256(model) and before[1] != folders.tokenizer_sha256(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "other"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-3}, True),
+        ("config.json", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, True),
+        ("generation_config.json", {"eos_token_id": [2, 5]}, True),
+        ("generation_config.json", {"temperature": 0.5}, False),
+        ("config.json", {"transformers_version": "0", "_name_or_path": "x", "torch_dtype": "float16"}, False),
+    ],
+)
+def test_config_hash_changes_with_what_is_computed(model, file, change, other):
+    before, path = folders.model_hashes(model), model / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    after = folders.model_hashes(model)
+    assert (before["config_sha256"] != after["config_sha256"]) == other
+    assert before["weights_sha256"] == after["weights_sha256"]

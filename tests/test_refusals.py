@@ -24,6 +24,7 @@ from stages.run.pipeline import STAGES, declaration
 from stages.run.schemas import CALIBRATION
 from stages.run.store import MANIFEST, PARTS, RUN_FILE, STARTED, read_json, read_table, write_table
 from tests.conftest import ROOT
+from tests.runs import TINY
 
 NUMBERED = {name[:2]: name for name in STAGES}
 HEADS, GRADIENTS = "03_sensitivity/heads.parquet", "02_conflict/gradients.parquet"
@@ -71,6 +72,8 @@ OPTIONS = [
     ("--rank 0", "--rank must be positive, not 0"),
     ("--gain-lr 0", "--gain-lr must be positive"),
     ("--folds 0", "--folds must be positive"),
+    ("--folds 1", "--folds 1: rows are resampled by folds, at least 2"),
+    ("--resamples 19", "--resamples 19: intervals need at least 20"),
     ("--lr nan", "--lr must be positive, not nan"),
     ("--alpha inf", "--alpha must be positive, not inf"),
     ("--seed -1", "--seed must lie in 0 to"),
@@ -118,6 +121,8 @@ OPTIONS = [
     ("--util-source embedded/problems", "calibration rows are scored by the next token"),
     ("--max-length 4", "vanilla_harmful: no row is left .* too long"),
     ("--model /no/such/model", "no model folder"),
+    ("--judge wildguard --judge-model nowhere", "--judge wildguard: no model folder nowhere"),
+    ("--pairs 8 --neurons 385", "--neurons 385 .arm neurons385.: the model has 384 neurons"),
     ("--buckets 13 --arms full", "--buckets 13: the model has 12 heads"),
     ("--ablations bucketsof16", "--buckets 16: the model has 12 heads"),
 ]
@@ -164,13 +169,37 @@ def damage(file: str) -> Spoil:
     return spoil
 
 
+def without(file: str, key: str) -> Spoil:
+    """A JSON file lacks a key."""
+
+    def spoil(folder: Path) -> None:
+        content = read_json(folder / file)
+        del content[key]
+        write_json(folder / file, content)
+
+    return spoil
+
+
 MODELS = [
     (remove("config.json"), "no model folder .no config.json"),
     (write("config.json", "{"), "config.json cannot be read"),
+    (write("config.json", "[]"), "config.json holds no JSON object"),
     (remove("model.safetensors"), r"has no \*.safetensors"),
-    (remove("chat_template.jinja"), "no chat template"),
     (edit("config.json", architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not handled"),
+    (edit("config.json", architectures="LlamaForCausalLM"), "architectures = 'LlamaForCausalLM' is no list"),
+    (without("config.json", "model_type"), "model_type of LlamaForCausalLM is 'llama', not None"),
+    (edit("config.json", model_type="nope"), "model_type of LlamaForCausalLM is 'llama', not 'nope'"),
     (edit("config.json", logit_scale=0), "attribute logit_scale = 0 is not handled"),
+    (edit("config.json", num_attention_heads=5), "cannot be used .*hidden size .64. is not a multiple"),
+    (edit("config.json", num_attention_heads="4"), "cannot be used .*'num_attention_heads' expected int"),
+    (edit("config.json", num_key_value_heads=3), "num_attention_heads 4 is no multiple"),
+    (edit("config.json", num_hidden_layers=0), "sizes must be positive"),
+    (edit("config.json", rope_parameters="x"), "rope parameters are 'x'"),
+    (edit("config.json", rope_parameters={"rope_theta": "x"}), "rope parameter rope_theta = 'x'"),
+    (edit("config.json", vocab_size=1023), "the tokenizer's ids go up to 1023, vocab_size is 1023 only"),
+    (write("generation_config.json", "{"), "generation_config.json cannot be read"),
+    (edit("generation_config.json", eos_token_id="end"), "eos_token_id = .'end'. is no token id"),
+    (edit("tokenizer_config.json", eos_token=None), "the tokenizer has no EOS token"),
 ]
 
 
@@ -179,6 +208,14 @@ def test_model_folders(spoil, message, refuses, scratch):
     folder = Path(shutil.copytree(models.local_folder("random/tiny"), scratch / "model"))
     spoil(folder)
     refuses("01", scratch / "run", f"--preset tiny --model {folder}", message)
+    refuses("01", scratch / "run", f"--preset tiny --judge wildguard --judge-model {folder}", message)
+
+
+def test_only_the_runs_own_model_needs_a_chat_template(refuses, scratch):
+    folder = Path(shutil.copytree(models.local_folder("random/tiny"), scratch / "model"))
+    (folder / "chat_template.jinja").unlink()
+    refuses("01", scratch / "run", f"--preset tiny --model {folder}", "no chat template")
+    declaration("01_calibrate").before(TINY.replace(judge="wildguard", judge_model=str(folder)))
 
 
 def unlisted(run: Path) -> None:
@@ -285,8 +322,10 @@ def test_run_folders(stage, before, spoil, options, message, refuses, copy_run):
 
 def test_another_model_or_tokenizer(refuses, copy_run, monkeypatch):
     run = copy_run(before="03_sensitivity")
-    monkeypatch.setattr(models, "weights_sha256", lambda folder: "0" * 64)
-    refuses("03", run, "", "the weights in .* are not those of .*02_conflict")
+    hashes = models.model_hashes(models.local_folder("random/tiny"))
+    for name in hashes:
+        monkeypatch.setattr(models, "model_hashes", lambda folder, name=name: hashes | {name: "0" * 64})
+        refuses("03", run, "", f"the model in .* is not that of .*02_conflict .another {name}.")
     monkeypatch.setattr(models, "tokenizer_sha256", lambda folder: "0" * 64)
     refuses("03", run, "", "the tokenizer in .* is not the one stage 01 used")
 

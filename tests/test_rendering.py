@@ -77,7 +77,7 @@ def test_choices_are_first_tokens_after_the_prompt():
 
 
 def test_an_answer_that_merges_with_the_prompt_is_refused():
-    with pytest.raises(InputError, match="r1: the answer 'Rome' merges"):
+    with pytest.raises(InputError, match="r1: the answer 'Rome' merges .*, or end the prefix without one"):
         render(dataclasses.replace(RECORD, prefix=" It is ", target="Rome"))
 
 
@@ -85,5 +85,7 @@ def test_system_prompt_is_used_or_refused_by_the_template():
     assert "[system]Be brief." in render(system="Be brief.")["rendered"]
     refuse = "{{ raise_exception('no system role') }}"
     strict = "{% if messages[0]['role'] == 'system' %}" + refuse + "{% endif %}" + TEMPLATE
-    with pytest.raises(InputError, match="no system role"):
+    with pytest.raises(InputError, match="no system role.*is --system allowed"):
         render(template=strict, system="Be brief.")
+    with pytest.raises(InputError, match="refuses r1 .*: mend the tokenizer's template$"):
+        render(template="{% if %}")

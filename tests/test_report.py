@@ -8,11 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from backends.core.errors import InputError
 from backends.core.seeds import stream
 from stages.method.arms import BASE_RUN, ArmRun, parse
 from stages.report import costs, figures, trade_offs, words
+from stages.run.runner import run_stage
 from stages.run.store import RunFolder
 from tests.fabricated import INJECTED, WORKED_SIDES, Fabricated, correlate, fabricate, report_of
+from tests.tampering import edit_manifest
 
 FULL, RISKY = parse(["full", "bucket1"], 4)
 
@@ -162,11 +165,15 @@ def test_same_inputs_same_bytes(scratch):
 
 def test_where_a_run_is_and_what_judges_it_are_no_part_of_the_report(scratch):
     settings = fabricate(scratch, Fabricated())
-    correlate.main(settings)
+    run_stage(correlate.STAGE, settings)
     report = scratch / correlate.STAGE.name / "report.html"
     before = report.stat().st_mtime_ns
-    correlate.main(settings.replace(device="cuda", judge="wildguard"))
+    run_stage(correlate.STAGE, settings.replace(device="cuda", judge="wildguard"))
     assert report.stat().st_mtime_ns == before
+    # But who judged stands on the page: another judge's equal verdicts leave no page that names the first.
+    edit_manifest(scratch, "05_evaluate", lambda manifest: manifest["notes"].update(classifier="other 0a1b"))
+    with pytest.raises(InputError, match="05_evaluate classifier None -> 'other 0a1b'"):
+        run_stage(correlate.STAGE, settings)
 
 
 NO_GAIN = ["No arm gained safety", "6 of 6 tuned models gained no safety"]
@@ -189,7 +196,8 @@ AWKWARD = {
 }
 ON_THE_PAGE = {
     **dict.fromkeys(("all scores zero", "no safety gain"), NO_GAIN),
-    **dict.fromkeys(("two arms", "one bucket"), FEW),
+    "two arms": FEW,
+    "one bucket": [*FEW, "1 bucket is at most 1 point:"],
     "seeds": ["of 3 seeds", '<p class="lead">With pcgrad: ', "<td>mean C</td><td>0</td>"],
     "no bucket": ["No correlation: none of the 4 buckets of C was tuned"],
     "seven buckets": ["bucket 7 (Safe Zone)"],

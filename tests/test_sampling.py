@@ -184,6 +184,18 @@ def test_wildjailbreaks_pairs_are_its_own_two_columns(tmp_path, monkeypatch):
     assert not identities(plain) & identities(row for row in found if row.split == "safe")
 
 
+def test_calibration_rows_without_a_target_are_refused(tmp_path, monkeypatch):
+    """A benchmark's requests, which no set answers: no gradient and no log p could be taken."""
+    requests = [
+        {"prompt": f"Do {n}.", "adversarial": False, "prompt_harm_label": "harmful"} for n in range(9)
+    ]
+    put(tmp_path, "wildguard_test", requests)
+    monkeypatch.setenv("CAST_DATA", str(tmp_path))
+    for side in ("safe", "util"):
+        with pytest.raises(InputError, match=f"^{side}: rows of wildguard without a target have neither"):
+            draw(replace(PLAN, **{side: Wanted("wildguard", 8)}))
+
+
 def test_all_that_cannot_be_had_is_listed_before_any_work(folder, capsys):
     plan = replace(PLAN, util=Wanted("mmlu_calibration", 8), align=Wanted("wildjailbreak", 8))
     pools = sampling.needed_pools(plan)

@@ -19,7 +19,17 @@ from stages.run import judging
 from stages.run.job import Job
 from stages.run.pipeline import declaration
 from stages.run.runner import unit_states
-from stages.run.schemas import ALIGNMENT, ARMS, BENCHMARKS, HEADS, RESPONSES, SCORES, SWEEP_CHOICES, TRAINING
+from stages.run.schemas import (
+    ALIGNMENT,
+    ARMS,
+    BENCHMARKS,
+    CALIBRATION,
+    HEADS,
+    RESPONSES,
+    SCORES,
+    SWEEP_CHOICES,
+    TRAINING,
+)
 from stages.run.store import MANIFEST, STARTED, RunFolder
 from stages.scale import plan
 from tests.runs import COMPUTED, NEURONS, TINY, assert_same, contents, make_run
@@ -167,6 +177,24 @@ def test_too_few_rows_are_balanced_to_what_there_is(scratch, capsys):
     assert capsys.readouterr().out.count("warning: too few rows: ") == 3
 
 
+def test_rows_that_are_too_long_are_counted(scratch):
+    """Those of each table that exceed the model's positions, and those that lose their end."""
+    folder = Path(shutil.copytree(models.local_folder("random/tiny"), scratch / "short"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    settings = TINY.replace(model=str(folder), max_length=60)
+    run = RunFolder(make_run(scratch / "run", settings, COMPUTED[:1]))
+    warnings = run.manifest(COMPUTED[0])["notes"]["warnings"]
+    for table, what in ((CALIBRATION, "calibration"), (ALIGNMENT, "alignment")):
+        rows = run.read(table)
+        lengths = rows["prompt_ids"].map(len) + rows["target_ids"].map(len)
+        long = f"{(lengths > 40).sum()} {what} prompts and targets are longer than the model's 40 positions"
+        assert (lengths > 40).any() and long in warnings
+    cut = f"{(lengths > 60).sum()} alignment rows are cut to --max-length 60: they do not teach their end"
+    assert 0 < (lengths > 60).sum() < len(lengths) and cut in warnings
+    assert any(re.fullmatch(r"\d+ benchmark prompts and answers are longer .*", each) for each in warnings)
+
+
 def test_own_model_and_rows(scratch):
     folder = Path(shutil.copytree(models.local_folder("random/tiny"), scratch / "my-model"))
     rows = []
@@ -204,6 +232,7 @@ def test_a_plan_counts_units_and_writes_nothing(copy_run, scratch, capsys):
         "02_conflict attributions of 384 neurons, 8 pairs": (2, 0),
         "03_sensitivity each of 12 heads ablated: next tokens of 16 rows": (4, 0),
         "03_sensitivity each of 12 heads ablated: responses to 8 rows, 4 tokens": (4, 0),
+        "03_sensitivity each of 12 heads ablated: likelihoods of 24 targets": (4, 0),
         "04_align 2 arms by sft, 48 rows, 1 epochs": (2, 0),
         "04_align 5 arms of neurons, 3 outer steps": (5, 0),
         "05_evaluate facts: 8 next tokens, 8 models": (8, 0),
@@ -218,7 +247,7 @@ def test_a_plan_counts_units_and_writes_nothing(copy_run, scratch, capsys):
     output = capsys.readouterr().out
     counts = re.findall(r"^(0\d).*?  (\d+) +(\d+)  ", output, re.MULTILINE)
     assert all((done == units) == (stage < "05") and int(units) for stage, units, done in counts)
-    assert len(counts) == 10 and contents(run) == before and "warning" not in output
+    assert len(counts) == 11 and contents(run) == before and "warning" not in output
 
 
 def test_a_plan_warns_of_a_small_disk():

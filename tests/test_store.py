@@ -8,7 +8,7 @@ import pytest
 
 from backends.core import files
 from backends.core.errors import InputError
-from stages.run.job import Stage
+from stages.run.job import Job, Stage
 from stages.run.presets import preset_settings
 from stages.run.runner import run_stage
 from stages.run.schemas import PREDICTIONS, SWEEP_CHOICES
@@ -82,6 +82,25 @@ def test_parts_outlive_a_death_and_join_in_order(settings, scratch):
     run_stage(toy(compute=None), settings)
     assert RunFolder(scratch).read(SWEEP_CHOICES)["prediction"].tolist() == [1, 2, 0]
     assert not (scratch / "03_sensitivity" / PARTS).exists()
+
+
+@pytest.mark.parametrize("shard", ["units=b", "3/3"])
+def test_a_part_that_another_shard_finishes_after_this_one_looked_is_sound(
+    shard, settings, monkeypatch, capsys
+):
+    Job(toy(), settings).remember()
+    find = Job.find
+
+    def overtaken(job: Job) -> bool:
+        found = find(job)
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "find", find)
+            run_stage(toy(), settings.replace(shard="1/2"))  # computes b
+        return found
+
+    monkeypatch.setattr(Job, "find", overtaken)
+    run_stage(toy(compute=None), settings.replace(shard=shard))
+    assert capsys.readouterr().out.count("1 of 2 units of the stage are") == 2
 
 
 def test_what_a_kill_at_the_very_end_left_is_tidied(settings, scratch):

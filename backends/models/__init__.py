@@ -2,10 +2,12 @@
 
 from backends.models.sources import EMBEDDED, TINY, cache_folder, local_folder, missing, without_progress_bars
 from backends.models.usable import (
+    MODEL_HASHES,
     check_folder,
     eos_ids,
     folder_shape,
     load_tokenizer,
+    model_hashes,
     read_config,
     read_shape,
     sliding_windows,
@@ -15,6 +17,7 @@ from backends.models.usable import (
 
 __all__ = [
     "EMBEDDED",
+    "MODEL_HASHES",
     "TINY",
     "cache_folder",
     "check_folder",
@@ -23,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "local_folder",
     "missing",
+    "model_hashes",
     "read_config",
     "read_shape",
     "sliding_windows",

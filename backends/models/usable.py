@@ -3,13 +3,15 @@ hashes."""
 
 import hashlib
 import json
+from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 
 from backends.base import Shape
 from backends.core.errors import InputError, reason
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MistralForCausalLM": "mistral"}
+"""architecture -> its model_type"""
 ROPE_TYPES = ("default", "llama3")
 
 # Attributes of config.json that the code handles, or that do not change what it computes. Any other attribute
@@ -25,7 +27,14 @@ _HANDLED = frozenset([
     "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "unk_token_id",
     "use_cache", "use_sliding_window", "vocab_size",
 ])
+# Of those, what no result follows from; `eos_ids` says which ids end a response.
+_NOT_COMPUTED_WITH = frozenset([
+    "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id", "torch_dtype",
+    "transformers_version", "unk_token_id", "use_cache",
+])
 # fmt: on
+MODEL_HASHES = ("weights_sha256", "config_sha256")
+"""what says that two folders hold the same model"""
 
 
 def read_config(folder: Path) -> dict:
@@ -35,21 +44,36 @@ def read_config(folder: Path) -> dict:
         raise InputError(
             f"{folder} is no model folder (no config.json): give a Hugging Face folder with safetensors"
         )
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return content
 
 
 def check_folder(folder: Path) -> None:
-    """InputError, one line, on a folder that no backend can use: architecture, attribute, weights."""
-    config = read_config(folder)
-    architecture = (config.get("architectures") or ["none named"])[0]
+    """InputError, one line, on a folder that no backend can use: architecture, attribute, size, weights."""
+    path, config = folder / "config.json", read_config(folder)
+    architectures = config.get("architectures") or ["none named"]
+    if not isinstance(architectures, list):
+        raise InputError(f"{path}: architectures = {architectures!r} is no list of names")
+    architecture = str(architectures[0])
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"{folder}: architecture {architecture} is not handled, only {', '.join(ARCHITECTURES)}"
         )
-    _check_attributes(folder / "config.json", config)
+    wanted, found = ARCHITECTURES[architecture], config.get("model_type")
+    if found != wanted:
+        raise InputError(f"{path}: model_type of {architecture} is {wanted!r}, not {found!r}")
+    _check_attributes(path, config)
+    _check_sizes(path, folder_shape(folder))
+    eos_ids(folder)
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors (other weight formats are not read): convert it")
 
@@ -70,9 +94,24 @@ def _check_attributes(path: Path, config: dict) -> None:
             f"{path}: attribute hidden_act = {config['hidden_act']!r} is not handled, only 'silu'"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: the rope parameters are {rope!r}, not names and values")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise InputError(f"{path}: rope_type {kind!r} is not handled, only {' and '.join(ROPE_TYPES)}")
+    for name, value in ({"rope_theta": config.get("rope_theta")} | rope).items():
+        if name not in ("rope_type", "type") and not isinstance(value, int | float | None):
+            raise InputError(f"{path}: rope parameter {name} = {value!r} is no number")
+
+
+def _check_sizes(path: Path, shape: Shape) -> None:
+    if min(astuple(shape)) < 1:
+        raise InputError(f"{path}: sizes must be positive, not {shape}")
+    if shape.heads % shape.kv_heads:
+        raise InputError(
+            f"{path}: num_attention_heads {shape.heads} is no multiple of num_key_value_heads "
+            f"{shape.kv_heads}"
+        )
 
 
 def read_shape(config) -> Shape:
@@ -89,20 +128,28 @@ def read_shape(config) -> Shape:
 
 
 def folder_shape(folder: Path) -> Shape:
-    """Sizes of the model in a folder that `check_folder` has passed; nothing is loaded."""
+    """Sizes of the model in a folder; nothing is loaded. InputError where transformers refuses its
+    config.json."""
     from transformers import AutoConfig
 
-    return read_shape(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the library's checks raise types of their own, the cause in the last line
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"{folder / 'config.json'} cannot be used ({cause})") from None
+    return read_shape(config)
 
 
 def eos_ids(folder: Path) -> list[int]:
-    """Ids that end a response: generation_config.json's, else config.json's."""
+    """Ids that end a response: generation_config.json's, else config.json's. InputError where they are
+    none."""
     generation = folder / "generation_config.json"
-    ends = None
-    if generation.is_file():
-        ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+    ends = _read_object(generation).get("eos_token_id") if generation.is_file() else None
     ends = read_config(folder).get("eos_token_id") if ends is None else ends
-    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int for end in ends):
+        raise InputError(f"{folder}: eos_token_id = {ends!r} is no token id")
+    return ends
 
 
 def sliding_windows(config) -> list[int | None]:
@@ -130,6 +177,22 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def config_sha256(folder: Path) -> str:
+    """One hash over what config.json says of the arithmetic, and the ids that end a response."""
+    config = {
+        name: value
+        for name, value in read_config(folder).items()
+        if not name.startswith("_") and name not in _NOT_COMPUTED_WITH
+    }
+    described = json.dumps([config, sorted(set(eos_ids(folder)))], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def model_hashes(folder: Path) -> dict[str, str]:
+    """MODEL_HASHES of a folder."""
+    return dict(zip(MODEL_HASHES, (weights_sha256(folder), config_sha256(folder)), strict=True))
+
+
 def tokenizer_sha256(folder: Path) -> str:
     """One hash over what decides a text's token ids: the tokenizer's files and the chat template."""
     digest = hashlib.sha256()
@@ -151,11 +214,14 @@ def _tokenizer(folder: Path, files: str):
 
 
 def load_tokenizer(folder: Path, chat: bool = True):
-    """The folder's tokenizer. InputError if it cannot be loaded, or lacks an EOS token, or (`chat`) a chat
-    template."""
+    """The folder's tokenizer. InputError if it cannot be loaded, lacks an EOS token or (`chat`) a chat
+    template, or has ids that the model has no embedding for."""
     tokenizer = _tokenizer(folder, tokenizer_sha256(folder))
     if chat and not tokenizer.chat_template:
         raise InputError(f"{folder}: the tokenizer has no chat template, so this is no instruct model")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token")
+    largest, size = max(tokenizer.get_vocab().values()), folder_shape(folder).vocab
+    if largest >= size:
+        raise InputError(f"{folder}: the tokenizer's ids go up to {largest}, vocab_size is {size} only")
     return tokenizer

@@ -12,12 +12,15 @@ import numpy as np
 import pandas as pd
 
 from backends.core.errors import InputError
+from backends.models import MODEL_HASHES
 from stages.checks.finished import LABELS, FinishedRun, differs, plain, unequal
 from stages.checks.tuning import gains, lora, stored_arms
 from stages.method import metrics
 from stages.method.arms import BASE_RUN, ArmRun
 from stages.run import schemas
 from stages.run.schemas import OWN_MAP, Table
+from stages.run.settings import GROUPS
+from stages.run.store import differences
 from stages.run.sweep import TABLES
 
 
@@ -86,7 +89,8 @@ class Comparison:
     def __init__(self, first: FinishedRun, second: FinishedRun):
         self.first, self.runs = first, (first, second)
         models = [run.manifest("02_conflict")["model"] for run in self.runs]
-        if models[0]["weights_sha256"] != models[1]["weights_sha256"] or first.heads != second.heads:
+        hashes = [[model.get(name) for name in MODEL_HASHES] for model in models]
+        if hashes[0] != hashes[1] or first.heads != second.heads:
             raise InputError(f"{first.folder} and {second.folder} are runs of different models")
         self.half = any(model["dtype"] != "float32" for model in models)
         names = ["layers", "heads", "safety_neurons", "utility_neurons"]
@@ -121,12 +125,21 @@ class Comparison:
         names = self.first.read(schemas.BENCHMARKS)["split"].unique()
         return [name for name in names if self.same_rows(schemas.BENCHMARKS, name)]
 
-    def comparable(self, table: Table) -> bool:
-        """Whether both runs have a table, made of the same calibration rows where it rests on them."""
+    def settings(self) -> str:
+        """The settings in which the runs differ, where they are and what computes them aside; empty: none."""
+        groups = [name for name in GROUPS if name != "run"]
+        return differences(*(run.settings.group(*groups) for run in self.runs))
+
+    def obstacle(self, table: Table) -> str:
+        """Why a table cannot be compared: one run has none, or it rests on other calibration rows or folds;
+        empty: it can."""
+        if not all(run.has(table) for run in self.runs):
+            return "in one run only"
+        if table in CALIBRATED and not self.same_rows(schemas.CALIBRATION):
+            return "other calibration rows"
         if table is schemas.GRADIENTS and len({run.settings.data.folds for run in self.runs}) > 1:
-            return False
-        both = all(run.has(table) for run in self.runs)
-        return both and (table not in CALIBRATED or self.same_rows(schemas.CALIBRATION))
+            return "other folds"
+        return ""
 
     def paired(self, quantity: Quantity, map_name: str = OWN_MAP) -> pd.DataFrame:
         """Rows of both runs by their keys, the other run's columns with "_other"; a row that only one of them
@@ -149,8 +162,8 @@ class Comparison:
 
     def row(self, quantity: Quantity, map_name: str = OWN_MAP) -> Row:
         label = quantity.name if map_name == OWN_MAP else f"{quantity.name} ({map_name})"
-        if not self.comparable(quantity.table):
-            return Row(label, "not compared", note="other calibration rows")
+        if why := self.obstacle(quantity.table):
+            return Row(label, "not compared", note=why)
         table = self.paired(quantity, map_name)
         if table.empty:
             note = (

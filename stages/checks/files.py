@@ -12,7 +12,7 @@ from stages.run.schemas import SCHEMA_VERSION
 from stages.run.store import MANIFEST, RUN_FILE, differences, read_json
 
 LOCK = ".lock"  # what locks' names begin with: a shard and a launch have their own
-SAME_MODEL = ("id", "revision", "weights_sha256", "backend", "dtype")
+SAME_MODEL = ("id", "revision", *models.MODEL_HASHES, "backend", "dtype")
 """what all stages that load the model must agree on; the device may differ"""
 
 
@@ -81,12 +81,14 @@ def model(run: FinishedRun) -> Result:
 
 
 def weights(run: FinishedRun) -> Result:
-    """The model's folder holds the recorded weights, of this many heads."""
+    """The model's folder holds the recorded weights and config, of this many heads."""
     if run.model_folder is None:
         return None, NO_FOLDER
     shape = models.folder_shape(run.model_folder)
     heads = (shape.layers, shape.heads)
     faults = [] if heads == run.heads else [f"{heads} layers x heads, gradients.parquet has {run.heads}"]
-    if models.weights_sha256(run.model_folder) != run.manifest(WITH_UNITS[0])["model"]["weights_sha256"]:
-        faults.append(f"{run.model_folder} holds other weights (sha256)")
+    recorded = run.manifest(WITH_UNITS[0])["model"]
+    for name, digest in models.model_hashes(run.model_folder).items():
+        if recorded.get(name) != digest:
+            faults.append(f"{run.model_folder} holds other {name.partition('_')[0]} (sha256)")
     return faults, f"sha256 as recorded, {heads[0]} layers of {heads[1]} heads"

@@ -44,7 +44,7 @@ def differences(pair: Comparison) -> list[Difference]:
     rows = {row["example_id"]: example(row) for table in tables for row in table.to_dict("records")}
     greedy = [quantity for quantity in QUANTITIES if quantity is BASE or quantity.table in TABLES.values()]
     found = []
-    for answers in (pair.paired(quantity) for quantity in greedy if pair.comparable(quantity.table)):
+    for answers in (pair.paired(quantity) for quantity in greedy if not pair.obstacle(quantity.table)):
         for column in {"prediction", "token_ids"} & set(answers):
             unequal = answers[
                 differs(answers[f"{column}_other"], answers[column]) & (answers["side"] == "both")
@@ -85,7 +85,7 @@ def near_ties(pair: Comparison) -> Row:
         return pair.held(NEAR_TIES, row._replace(largest=0.0))
     if pair.half:
         return row._replace(note="not traced in half precision")
-    if run.model_folder is None or models.weights_sha256(run.model_folder) != model["weights_sha256"]:
+    if run.model_folder is None or not models.model_hashes(run.model_folder).items() <= model.items():
         return row._replace(note=NO_FOLDER)
     backend = backends.load(model["backend"], run.model_folder, dtype=model["dtype"])
     below = [gap(backend, each, run.settings.map.mask) for each in progress(found, desc="near-ties")]

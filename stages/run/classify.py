@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -39,17 +40,34 @@ class Classification:
     evaluation: Evaluation
 
 
-def identity(settings: Settings) -> str | None:
-    """What a manifest says of the classifier: its id and weights; None: the run has none. InputError where it
-    cannot be had."""
+def missing(settings: Settings) -> str | None:
+    """One line on a classifier that the run needs and that cannot be had; nothing is fetched."""
     if settings.evaluation.judge != "wildguard":
         return None
-    name = settings.evaluation.judge_model
-    if problem := models.missing(name, option="--judge-model"):
-        raise InputError(f"--judge wildguard: {problem}")
-    folder = models.local_folder(name)
+    problem = models.missing(settings.evaluation.judge_model, option="--judge-model")
+    return problem and f"--judge wildguard: {problem}"
+
+
+def folder_of(settings: Settings) -> Path | None:
+    """The classifier's folder; None: the run has none. InputError where it cannot be had or used."""
+    if settings.evaluation.judge != "wildguard":
+        return None
+    if problem := missing(settings):
+        raise InputError(problem)
+    folder = models.local_folder(settings.evaluation.judge_model)
     models.check_folder(folder)
-    return f"{name} {models.weights_sha256(folder)[:16]}"
+    models.load_tokenizer(folder, chat=False)
+    return folder
+
+
+def identity(settings: Settings) -> str | None:
+    """What a manifest says of the classifier: its id, weights and config; None: the run has none. InputError
+    where it cannot be had or used."""
+    folder = folder_of(settings)
+    if folder is None:
+        return None
+    hashes = "-".join(digest[:16] for digest in models.model_hashes(folder).values())
+    return f"{settings.evaluation.judge_model} {hashes}"
 
 
 def units(settings: Settings, evaluations: Sequence[Evaluation]) -> dict[str, Classification]:
@@ -57,9 +75,9 @@ def units(settings: Settings, evaluations: Sequence[Evaluation]) -> dict[str, Cl
     which = identity(settings)
     if which is None:
         return {}
-    weights = which.rpartition(" ")[2]
+    hashes = which.rpartition(" ")[2]
     return {
-        f"{evaluation.unit}-classified-{weights}": Classification(evaluation)
+        f"{evaluation.unit}-classified-{hashes}": Classification(evaluation)
         for evaluation in evaluations
         if evaluation.benchmark.side != "utility"
     }
@@ -86,7 +104,7 @@ def compute(job: Job, pending: Mapping[str, Classification]) -> None:
         return
     job.release()  # the classifier wants the place of the run's model on the device
     settings = job.settings
-    folder = models.local_folder(settings.evaluation.judge_model)
+    folder = folder_of(settings)
     backend = backends.load("torch", folder, dtype=settings.model.dtype, device=settings.run.device)
     tokenizer = models.load_tokenizer(folder, chat=False)
     nothing = np.zeros(0, np.int32)

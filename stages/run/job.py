@@ -73,8 +73,10 @@ class Stage:
 
 
 @lru_cache(maxsize=1)
-def _load(name: str, folder: Path, weights: str, dtype: str, device: str, model_parallel: int) -> Backend:
-    """Kept for the next stage of a process that makes several, as long as the weights are these."""
+def _load(
+    name: str, folder: Path, hashes: tuple[str, ...], dtype: str, device: str, model_parallel: int
+) -> Backend:
+    """Kept for the next stage of a process that makes several, as long as the model has these hashes."""
     return backends.load(name, folder, dtype=dtype, device=device, model_parallel=model_parallel)
 
 
@@ -158,19 +160,21 @@ class Job:
 
     @cached_property
     def backend(self) -> Backend:
-        """The run's model, loaded at first use. InputError if its weights or its tokenizer have changed."""
+        """The run's model, loaded at first use. InputError if the model or its tokenizer has changed."""
         chosen, place, folder = self.settings.model, self.settings.run, self.model_folder
         if models.tokenizer_sha256(folder) != self.run.manifest("01_calibrate")["notes"]["tokenizer"]:
             raise InputError(f"the tokenizer in {folder} is not the one stage 01 used: choose another --run")
-        weights = models.weights_sha256(folder)
+        hashes = models.model_hashes(folder)
         for earlier in sorted(self.run.folder.glob(f"*/{MANIFEST}")):
             other = read_json(earlier)["model"]
-            if other and other["weights_sha256"] != weights:
+            if other and (changed := [name for name in hashes if other.get(name) != hashes[name]]):
                 raise InputError(
-                    f"the weights in {folder} are not those of {earlier.parent}: choose another --run"
+                    f"the model in {folder} is not that of {earlier.parent} (another {changed[0]}): choose "
+                    f"another --run"
                 )
-        backend = _load(chosen.backend, folder, weights, chosen.dtype, place.device, place.model_parallel)
-        model = {"id": chosen.model, "revision": chosen.revision, "weights_sha256": weights}
+        known = tuple(hashes.values())
+        backend = _load(chosen.backend, folder, known, chosen.dtype, place.device, place.model_parallel)
+        model = {"id": chosen.model, "revision": chosen.revision} | hashes
         model |= {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
         if (started := self.folder / STARTED).is_file() and (
             changed := differences(read_json(started)["model"], model)
@@ -276,6 +280,8 @@ class Job:
 
     def _made_from(self, unit: str) -> str:
         """What a unit's rows follow from, as a digest that its part carries."""
+        if not self.model and (started := self.folder / STARTED).is_file():
+            self.model = read_json(started)["model"]  # another shard began after `find`
         origin = {"stage": self.stage.name, "unit": unit, "settings": self.rests_on, "inputs": self.inputs}
         return hashlib.sha256(json.dumps(origin | {"model": self.model}, sort_keys=True).encode()).hexdigest()
 

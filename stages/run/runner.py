@@ -40,7 +40,7 @@ def run_stage(stage: Stage, settings: Settings) -> None:
         if pending:
             stage.compute(job, pending)
         if job.shard is not None:
-            done = sum(job.has_part(unit) for unit in units)
+            done = sum(job.part_path(unit).is_file() for unit in units)
             job.say(
                 f"shard {settings.run.shard} is done; {done} of {len(units)} units of the stage are. When "
                 f"all are, `python -m stages.{stage.name} --run {settings.folder}` joins them"

@@ -291,6 +291,8 @@ def check(settings: Settings) -> None:
         *((name, values[name] >= 0, f"must not be negative, not {values[name]}") for name in AT_LEAST_0),
         *((name, values[name], "must not be empty") for name in NOT_EMPTY),
         *((name, 0 <= seed < 2**31, f"must lie in 0 to 2147483647, not {seed}") for name, seed in chosen),
+        ("folds", data.folds >= 2, f"{data.folds}: rows are resampled by folds, at least 2"),
+        ("resamples", settings.map.resamples >= 20, f"{settings.map.resamples}: intervals need at least 20"),
         ("align_rows", data.align_rows % 4 == 0, "must be a multiple of 4 (a quarter of each type)"),
         ("neurons", min(tuning.neurons, default=0) >= 0, "must not be negative"),
         ("lam", all(0 <= lam <= 1 for lam in tuning.lam), "is a share of 1"),
