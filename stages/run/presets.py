@@ -53,7 +53,7 @@ _SMOLLM = {
     "dtype": "float32",  # so that every processor finds the same: bfloat16 moves half of the buckets
     # Gradients repeat themselves at a tenth of the time that ablations take (docs/LOG.md).
     "sensitivity": "gradient",
-    "util_rows": 256,
+    "util_rows": 384,
     "safe_rows": 128,
     "folds": 8,
     "align_rows": 240,

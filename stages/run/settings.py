@@ -28,8 +28,8 @@ class RunSettings:
     """Where a run is and what computes it; no result rests on these."""
 
     preset: str = "smollm"
-    """smollm, smollm-neurons, smollm-paper, llama, qwen, mistral, tiny; or the folder of your own model (Llama,
-    Qwen2 or Mistral architecture)"""
+    """smollm, smollm-neurons, smollm-paper, llama, qwen, mistral, tiny; or the folder of a model of your own
+    (Llama, Qwen2 or Mistral architecture)"""
     run: str = ""
     """folder of this run's artifacts; default: outputs/<preset>"""
     device: str = "auto"
