@@ -20,6 +20,7 @@ from stages.report import (
     claims,
     correlations,
     costs,
+    drawn_arms,
     examples,
     figures,
     findings,
@@ -72,6 +73,13 @@ def compute(job: Job) -> tuple[Results, Responses]:
         # §5.3: does what the buckets were ranked by predict their cost?
         correlations=correlations.correlations(by_seed, means, draws, settings.map.buckets),
         # App. C: refusals of harmless questions, reasoning that is gone
+        predictions=drawn_arms.predictions(
+            by_seed,
+            arms.set_axis(runs_of(arms, by_name)),
+            responses,
+            job.read(HEADS)["layer"].max(),
+            stream(settings.data.seed, "draws", "permutations"),
+        ),
         failures=examples.count_failures(responses),
     )
     return results, responses
@@ -86,6 +94,7 @@ def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
         "costs_mean": results.means,
         "correlations": results.correlations,
         "failures": results.failures,
+        "drawn_arms": results.predictions,
         "layers": tables.layer_table(own),
         "heads_top": tables.extreme_heads(job.read(HEADS)),
         "variants": tables.variant_table(own),

@@ -34,6 +34,8 @@ def test_docstring_examples(module):
         ("bucket2_O", {"kind": "bucket", "bucket": 2, "of": 4, "ranked_by": "O", "map": "util"}),
         ("bucket3of8", {"kind": "bucket", "bucket": 3, "of": 8, "ranked_by": "C", "map": "util"}),
         ("bucket1@mmlu100", {"kind": "bucket", "bucket": 1, "of": 4, "ranked_by": "C", "map": "mmlu100"}),
+        ("draw7of32", {"kind": "draw", "draw": 7, "of": 32, "ranked_by": "C", "map": "util"}),
+        ("draw4of9@x", {"kind": "draw", "draw": 4, "of": 9, "ranked_by": "C", "map": "x"}),
         ("top50", {"kind": "top", "share": 50, "ranked_by": "C", "map": "util"}),
         ("bottom75_S@x", {"kind": "bottom", "share": 75, "ranked_by": "S", "map": "x"}),
         ("neurons256", {"kind": "neurons", "neurons": 256, "lam": 0.5}),
@@ -46,14 +48,14 @@ def test_names(name, fields):
     assert arm == Arm(name, **fields)
     # As pandas gives it back: missing numbers are NaN, whole ones floats.
     row = {key: np.nan if value is None else value for key, value in asdict(arm).items()}
-    row |= {key: float(row[key]) for key in ("bucket", "of", "share", "neurons")}
+    row |= {key: float(row[key]) for key in ("bucket", "of", "share", "neurons", "draw")}
     assert arm_from_row(row | {"arm": name}) == arm
 
 
 UNKNOWN = (
     "Full bucket bucket0 bucket5 bucket9of8 buckets2 top top30 top50of8 full_O random@x bucket1_C neurons"
 )
-UNKNOWN += " neurons01 neurons8_lam2 base bucket1/"
+UNKNOWN += " draw7 draws7 draw9of8 draws32_O draw0of4 neurons01 neurons8_lam2 base bucket1/"
 
 
 @pytest.mark.parametrize("name", ["", *UNKNOWN.split()])
@@ -110,3 +112,27 @@ def test_tasks_of_few_rows_join():
     sources = ["plain", "plain"] + ["role-play"] * 5 + ["format"] * 4 + ["role-play"] * 6 + ["format"] * 3
     found = {task.name: (len(task.harmful), len(task.benign)) for task in neurons.task_rows(types, sources)}
     assert found == {"adversarial": (4, 3), "role-play": (5, 6), "vanilla": (1, 1)}
+
+
+def test_draws_are_a_grid_with_seeds_of_their_own():
+    draws = parse(["draws32"], 4)
+    grid = [arms.preferences(arm.draw, arm.of) for arm in draws]
+    assert len(set(grid)) == 32 and np.corrcoef(np.array(grid).T)[0, 1] == pytest.approx(0, abs=1e-12)
+    runs = arm_runs(parse(["full"], 4), draws, ("sft",), (21, 42))
+    assert [run.seed for run in runs if run.arm.draw is None] == [21, 42]
+    assert len({run.seed for run in runs if run.arm.draw}) == 32 == len(runs) - 2
+
+
+def test_a_draw_prefers_what_it_is_to_and_keeps_every_layers_share():
+    generator = np.random.default_rng(0)
+    conflict, sensitivity = generator.random((2, 10, 8))
+    own = HeadMap(conflict, *np.zeros((2, 10, 8)), sensitivity, conflict, np.ones((10, 8), int), conflict)
+    means = []
+    for arm in parse(["draws36"], 4):
+        heads = np.array(select_heads(arm, own, 4, np.random.default_rng(arm.draw)))
+        assert len(heads) == 20 and (np.bincount(heads[:, 0], minlength=10) == 2).all()
+        assert len({tuple(head) for head in heads}) == 20
+        at = tuple(heads.T)
+        means.append([*arms.preferences(arm.draw, 36), conflict[at].mean(), sensitivity[at].mean()])
+    related = np.corrcoef(np.array(means).T)
+    assert related[0, 2] > 0.9 and related[1, 3] > 0.9 and abs(related[2, 3]) < 0.3

@@ -70,8 +70,11 @@ def chain(run: FinishedRun) -> Result:
 
 
 def model(run: FinishedRun) -> Result:
-    """One model in all stages, that of run.json."""
-    recorded, chosen = {stage: run.manifest(stage)["model"] for stage in WITH_UNITS}, run.settings.model
+    """One model in all stages, that of run.json. A stage without units (a map of gradients) loads none."""
+    chosen = run.settings.model
+    sweeps = run.settings.map.sensitivity != "gradient"
+    stages = [stage for stage in WITH_UNITS if sweeps or stage != "03_sensitivity"]
+    recorded = {stage: run.manifest(stage)["model"] for stage in stages}
     wanted = {name: recorded[WITH_UNITS[0]].get(name) for name in SAME_MODEL}
     wanted |= {"id": chosen.model, "revision": chosen.revision, "backend": chosen.backend}
     wanted |= {"dtype": chosen.dtype} if chosen.dtype != "auto" else {}

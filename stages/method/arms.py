@@ -5,6 +5,8 @@
     bucket1 .. bucketM          a bucket of C; 1 is the Risky Zone, M the Safe Zone (Tables 1, 2, 7)
     bucket1_O, bucket1_S        a bucket of heads ranked by O or by S alone (Tables 7, 8)
     bucket1of8                  a bucket of another number of buckets
+    draws32                     32 quarters of the heads, drawn with preferences along O and along S, each
+                                with a training seed of its own
     top50, bottom75             the 25, 50 or 75 % of heads of highest, of lowest C (Table 9)
     bucket1@mmlu100             by a map from other utility rows (--maps; Tables 10, 11)
     buckets, buckets_O, bucketsof8, buckets@mmlu100         all buckets of a kind
@@ -21,9 +23,9 @@ from typing import Literal
 import numpy as np
 
 from stages.method.heads import HeadMap, Ranking
-from stages.method.metrics import buckets
+from stages.method.metrics import buckets, percentile_rank
 
-Kind = Literal["base", "full", "random", "bucket", "top", "bottom", "neurons", "randomneurons"]
+Kind = Literal["base", "full", "random", "bucket", "top", "bottom", "draw", "neurons", "randomneurons"]
 SHARES = (25, 50, 75)
 """percentages of top and bottom: whole quarters, so that bottom25 is bucket 4 of 4 and is not tuned twice"""
 QUARTERS = 4
@@ -33,9 +35,13 @@ MAML = "maml"
 """the optimizer of arms of neurons"""
 OWN = "util"
 """the run's own map"""
+STRONGEST = 4.0
+"""preference of a draw: a head at one end of a ranking is exp(4) times as likely as one at the other"""
+DRAW_SEEDS = 100_000
+"""a draw's training seed is its number beyond this"""
 
 _HEADS = re.compile(
-    r"(?P<kind>full|random|bucket|buckets|top|bottom)(?P<number>[1-9]\d*)?(?:of(?P<of>[1-9]\d*))?"
+    r"(?P<kind>full|random|bucket|buckets|draw|draws|top|bottom)(?P<number>[1-9]\d*)?(?:of(?P<of>[1-9]\d*))?"
     r"(?:_(?P<ranked_by>[OS]))?(?:@(?P<map>[a-z0-9]+))?"
 )
 _NEURONS = re.compile(r"(?P<kind>neurons|randomneurons)(?P<number>0|[1-9]\d*)(?:_lam(?P<lam>0(?:\.\d+)?|1))?")
@@ -51,7 +57,7 @@ class Arm:
     bucket: int | None = None
     """its number, from 1 (riskiest)"""
     of: int | None = None
-    """how many buckets there are"""
+    """how many buckets, or draws, there are"""
     ranked_by: Ranking | None = None
     """of arms of heads; all heads, and heads at random, count as ranked by C"""
     map: str | None = None
@@ -62,6 +68,8 @@ class Arm:
     """of neurons: how many of each kind"""
     lam: float | None = None
     """of neurons: weight of the safety loss"""
+    draw: int | None = None
+    """its number, from 1, of `of` draws"""
 
     @property
     def of_neurons(self) -> bool:
@@ -108,7 +116,9 @@ def arm_from_row(row: Mapping) -> Arm:
     """The arm of a row of arms.parquet, whose missing values pandas may have turned into NaN."""
     found = {name: None if row[name] is None or row[name] != row[name] else row[name] for name in ARM_FIELDS}
     whole = {
-        name: int(found[name]) for name in ("bucket", "of", "share", "neurons") if found[name] is not None
+        name: int(found[name])
+        for name in ("bucket", "of", "share", "neurons", "draw")
+        if found[name] is not None
     }
     return Arm(row["arm"], **(found | whole))
 
@@ -124,7 +134,7 @@ def head_arm(
     """An arm of heads, in a run of `m` buckets; ValueError where there is none such.
 
     Args:
-        number: of the bucket; of top and bottom the percentage.
+        number: of the bucket or the draw; of top and bottom the percentage.
         of: how many buckets; None: `m`.
 
     >>> head_arm("bottom", 25, 4).name, head_arm("bucket", 1, 4, 4).name, head_arm("top", 25, 8).name
@@ -137,6 +147,9 @@ def head_arm(
         kind, number, of = "bucket", 1 if kind == "top" else QUARTERS, QUARTERS
     if kind in ("top", "bottom") and number in SHARES and of is None:
         return Arm(f"{kind}{number}{suffix}", kind, ranked_by=ranked_by, map=map_name, share=number)
+    if kind == "draw" and number is not None and of is not None and number <= of and ranked_by == "C":
+        grid_of(of)
+        return Arm(f"draw{number}of{of}{suffix}", kind, of=of, ranked_by="C", map=map_name, draw=number)
     of = of or m
     if kind == "bucket" and number is not None and 1 <= number <= of:
         name = f"bucket{number}{f'of{of}' if of != m else ''}{suffix}"
@@ -169,6 +182,8 @@ def _parse(name: str, m: int) -> list[Arm]:
     numbers = [number]
     if kind == "buckets" and number is None:
         kind, numbers = "bucket", range(1, (of or m) + 1)
+    if kind == "draws" and number is not None and of is None:
+        kind, of, numbers = "draw", number, range(1, number + 1)
     try:
         return [
             head_arm(kind, each, m, of, found["ranked_by"] or "C", found["map"] or OWN) for each in numbers
@@ -181,12 +196,14 @@ def arm_runs(
     main: Sequence[Arm], ablations: Sequence[Arm], optimizers: Sequence[str], seeds: Sequence[int]
 ) -> list[ArmRun]:
     """What stage 04 tunes, by seed: `main` by each optimizer, ablations by plain fine-tuning only, arms of
-    neurons by MAML."""
+    neurons by MAML; then every draw once."""
     pairs = [(arm, optimizer) for optimizer in optimizers for arm in main] + [
         (arm, "sft") for arm in ablations
     ]
     pairs = [(arm, MAML if arm.of_neurons else optimizer) for arm, optimizer in pairs]
-    return [ArmRun(arm, optimizer, seed) for seed in seeds for arm, optimizer in dict.fromkeys(pairs)]
+    pairs = dict.fromkeys(pairs)
+    named = [ArmRun(*pair, seed) for seed in seeds for pair in pairs if pair[0].draw is None]
+    return named + [ArmRun(*pair, DRAW_SEEDS + pair[0].draw) for pair in pairs if pair[0].draw is not None]
 
 
 def select_heads(
@@ -197,14 +214,16 @@ def select_heads(
     Args:
         head_map: the one that `arm.map` names.
         m: the run's number of buckets.
-        generator: of the random arm's draw, which is as large as the smallest bucket.
+        generator: of the random arm's draw, and of the draws; both are as large as the smallest bucket.
     """
     ranked = head_map.by(arm.ranked_by)
     every = np.argwhere(np.isfinite(ranked))
+    size = np.bincount(buckets(ranked, m).ravel())[1:].min()
     if arm.kind == "full":
         chosen = every
+    elif arm.kind == "draw":
+        chosen = draw_heads(head_map, size, preferences(arm.draw, arm.of), generator)
     elif arm.kind == "random":
-        size = np.bincount(buckets(ranked, m).ravel())[1:].min()
         chosen = every[generator.choice(len(every), size, replace=False)]
     elif arm.kind == "bucket":
         chosen = np.argwhere(buckets(ranked, arm.of) == arm.bucket)
@@ -214,6 +233,48 @@ def select_heads(
     return sorted((int(layer), int(head)) for layer, head in chosen)
 
 
+def grid_of(count: int) -> tuple[int, int]:
+    """The grid on which draws stand, as square as may be. ValueError where `count` is no product.
+
+    >>> grid_of(32), grid_of(9)
+    ((4, 8), (3, 3))
+    """
+    side = next((side for side in range(int(count**0.5), 1, -1) if count % side == 0), None)
+    if side is None:
+        raise ValueError("no such arm")
+    return side, count // side
+
+
+def preferences(draw: int, count: int) -> tuple[float, float]:
+    """How strongly a draw prefers heads of high O and of high S: the draws are a grid of both, so that
+    neither follows from the other."""
+    grid = grid_of(count)
+    at = divmod(draw - 1, grid[1])
+    return tuple(
+        float(np.linspace(-STRONGEST, STRONGEST, side)[place]) for side, place in zip(grid, at, strict=True)
+    )
+
+
+def draw_heads(
+    head_map: HeadMap, size: int, strengths: tuple[float, float], generator: np.random.Generator
+) -> np.ndarray:
+    """`size` heads, (layer, head) each, with weights exp(strength * rank), ranks from -1/2 to 1/2; every
+    layer has its share of them, so that depth does not follow from the preferences."""
+    layers, heads = head_map.shape
+    of_layer = np.full(layers, size // layers)
+    of_layer[generator.choice(layers, size % layers, replace=False)] += 1
+    preference = sum(
+        strength * (percentile_rank(head_map.by(ranking)) - 0.5)
+        for strength, ranking in zip(strengths, ("O", "S"), strict=True)
+    )
+    weights = np.exp(preference)
+    chosen = []
+    for layer, count in enumerate(of_layer):
+        share = weights[layer] / weights[layer].sum()
+        chosen += [(layer, head) for head in generator.choice(heads, count, replace=False, p=share)]
+    return np.array(chosen).reshape(-1, 2)
+
+
 def required_heads(arms: Iterable[Arm]) -> int:
     """The largest number of buckets that an arm needs: a model has to have as many heads."""
-    return max((arm.of or (QUARTERS if arm.share else 0) for arm in arms), default=0)
+    return max((arm.of if arm.bucket else QUARTERS if arm.share else 0 for arm in arms), default=0)

@@ -3,10 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from stages.method.arms import ArmRun, neuron_arm
+from stages.method.arms import OWN, ArmRun, neuron_arm
 from stages.method.reliability import ENOUGH, WANTED
 from stages.report.claims import PREDICTS, unclear_buckets
-from stages.report.results import FULL, Results
+from stages.report.drawn_arms import TOGETHER
+from stages.report.results import FULL, Results, plain
 from stages.report.words import UNKNOWN, arm_words, percent, points, signed
 
 WORTH_A_WORD = 0.05
@@ -30,7 +31,7 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
             paragraphs[0] += parts
         else:
             paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
-    rest = [_neurons(results), _broken(results)]
+    rest = [_drawn(results), _neurons(results), _broken(results)]
     if own_probability is not None:
         rest.append(
             f"The map itself: when its calibration rows are resampled, a head stays in its bucket "
@@ -119,6 +120,30 @@ def _predicted(results: Results, claims: pd.DataFrame, optimizer: str) -> str:
         sentence += f" The safety gain of {unclear} of them is within sampling error, and so is their cost."
     own = claims[(claims["optimizer"] == optimizer) & (claims["key"] == f"{PREDICTS} ucr")]
     return f"{sentence} The paper's claim that C predicts cost: {own['verdict'].iloc[0]}."
+
+
+def _drawn(results: Results) -> str:
+    """Whether C predicted what drawn arms lost of all utility benchmarks; empty where none were tuned."""
+    rows = results.predictions
+    if rows.empty or not (rows["map"] == OWN).any():
+        return ""
+    own = rows[(rows["map"] == OWN) & (rows["predictor"] == "C") & (rows["outcome"] == "graded")]
+    whole = TOGETHER if (own["benchmark"] == TOGETHER).any() else own["benchmark"].iloc[0]
+    parts = []
+    for row in plain(own[own["benchmark"] == whole]).to_dict("records"):
+        if row["r"] is None:
+            parts.append(f"{row['at']} it cannot be told")
+            continue
+        verdict = "a relation" if row["p"] < 0.05 else "none that can be told from chance"
+        parts.append(
+            f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, permutation "
+            f"p = {row['p']:.3f}: {verdict})"
+        )
+    first = plain(own).iloc[0]
+    return (
+        f"Over {first['n']} arms drawn for it, mean C against the log p of right answers that was lost: "
+        f"{'; '.join(parts)}. |r| of {first['smallest_r']:.2f} would have been seen in four cases of five."
+    )
 
 
 def _neurons(results: Results) -> str:

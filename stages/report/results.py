@@ -46,6 +46,8 @@ class Results:
     draws: Draws
     correlations: pd.DataFrame
     failures: pd.DataFrame
+    predictions: pd.DataFrame
+    """what the map says of drawn arms' costs: drawn_arms.predictions"""
 
     def benchmarks(self, side: str) -> list[str]:
         """Of one side."""

@@ -49,6 +49,8 @@ def arm_words(arm: Arm, m: int) -> str:
     where = f" of map {arm.map}" if arm.map != OWN else ""
     if arm.share:
         return f"{arm.kind} {arm.share} % of {arm.ranked_by}{where}"
+    if arm.draw:
+        return f"draw {arm.draw} of {arm.of}{where}"
     of = f" of {arm.of}" if arm.of != m else ""
     ranked_by = f" by {arm.ranked_by}" if arm.ranked_by != "C" else ""
     return f"bucket {arm.bucket}{of}{ranked_by}{where}"

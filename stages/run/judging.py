@@ -48,7 +48,7 @@ def outcomes(
 
     Args:
         sweeps: judged sweep tables, each the clean model first, then every head in order, with the same rows.
-        column: "correct" or "refused".
+        column: "correct", "refused" or "loglikelihood".
         rows: example ids, in the order wanted.
         heads: (L, H).
 
@@ -56,7 +56,7 @@ def outcomes(
     """
     count = heads[0] * heads[1] + 1
     every = list(np.ndindex(*heads))
-    found: dict[str, np.ndarray] = {}  # example id -> bool [1 + L * H]
+    found: dict[str, np.ndarray] = {}  # example id -> [1 + L * H]
     for sweep in sweeps:
         if len(sweep) % count:
             raise ValueError(f"a sweep has {len(sweep)} rows, which is no multiple of {count} (heads + 1)")
@@ -64,7 +64,7 @@ def outcomes(
         labels = sweep[["layer", "head"]].to_numpy()[ids.shape[1] :: ids.shape[1]]
         if (ids != ids[0]).any() or [tuple(label) for label in labels] != every:
             raise ValueError("a sweep does not hold every head x row once, in order")
-        found |= dict(zip(ids[0], sweep[column].to_numpy(dtype=bool).reshape(count, -1).T, strict=True))
+        found |= dict(zip(ids[0], sweep[column].to_numpy().reshape(count, -1).T, strict=True))
     if missing := [name for name in rows if name not in found]:
         raise ValueError(f"no sweep holds {missing[0]}")
     values = np.stack([found[name] for name in rows], axis=1)  # (1 + L * H, N)

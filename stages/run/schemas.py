@@ -134,7 +134,7 @@ RELIABILITY = _table("03_sensitivity", "reliability", _repeats, nullable="halves
 # 04: arms
 # stages.method.arms.Arm; null where a field does not apply
 _arm = {"kind": _text, "bucket": _int, "of": _int, "ranked_by": _text}
-_arm |= {"map": _text, "share": _int, "neurons": _int, "lam": _float}
+_arm |= {"map": _text, "share": _int, "neurons": _int, "lam": _float, "draw": _int}
 _tuned = {"adapter": _text, "layers": _ids, "heads": _ids, "n_heads": _int, "n_layers": _int}
 _tuned |= {"safety_neurons": _neurons, "utility_neurons": _neurons, "n_neurons": _int}
 _tuned |= {"trainable_parameters": pa.int64()}
