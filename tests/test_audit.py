@@ -226,7 +226,7 @@ TAMPERED = [  # changes that do not hide one another, and what is said of each
         (t.BENCHMARKS, last_gone, "benign: 3 rows, 4 requested"),
         (t.ARMS, cell(1, "trainable_parameters", partial(mul, 2)), f"{LORA}: trainable_parameters is"),
     ],
-    [(t.HEADS, lambda rows: rows.assign(bucket=5 - rows["bucket"]), "bucket is 4, recomputed 1")],
+    [(t.HEADS, lambda rows: rows.assign(bucket=5 - rows["bucket"]), "layer 0, head 0: bucket is")],
 ]
 
 
