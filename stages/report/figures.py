@@ -130,7 +130,7 @@ def conflict_map(heads: HeadMap) -> Figure:
         dark = np.dot(colours[bucket - 1], (0.299, 0.587, 0.114)) < 0.5
         look = {"ha": "center", "va": "center", "color": "white" if dark else INK}
         middle.text(head + 0.5, layer + 0.53, str(bucket), fontsize=min(cell * 34, 8), **look)
-    middle.set(title="Bucket (digit: in 50 % of resamples or more)", xlabel="head")
+    middle.set(title="Bucket (digit: kept in half of resamples)", xlabel="head")
     scale = figure.colorbar(painted, ax=middle, **below)
     scale.set_ticks(range(1, heads.m + 1), labels=[f"$B_{{{number}}}$" for number in range(1, heads.m + 1)])
     scale.ax.tick_params(length=0)
