@@ -230,7 +230,10 @@ class _Draws:
             name, records = benchmark.name, self.pools.records(benchmark.pool)
             drawn[name] = rows = self._draw(records, benchmark.rows, purpose, name)
             if not rows:
-                raise InputError(f"benchmark {name}: no row is left ({len(records)} less those used)")
+                raise InputError(
+                    f"benchmark {name}: no row is left ({len(records)} less those used): calibrate with "
+                    f"fewer (--util-rows, --safe-rows)"
+                )
             if benchmark.new_tokens == 0 and any(record.scoring != "choice" for record in rows):
                 raise InputError(f"--benchmarks: {name} writes its answers, give {name}=rows:new-tokens")
             self.note(name, benchmark.rows, rows, benchmark.pool)

@@ -163,7 +163,7 @@ def test_arms_of_unequal_safety_are_compared_on_the_line_from_the_base_model(saf
 def test_findings_give_the_verdict_of_the_claims(utilities, seeds, verdict):
     results = (run := buckets(utilities, run=Run(seeds=seeds))).results()
     assert run.claim("C predicts the cost")[1] == verdict
-    (paragraph,) = findings(results, verdicts.claims(results), None)
+    _, paragraph = findings(results, verdicts.claims(results), None)
     (sentence,) = [sentence for sentence in paragraph if "claim" in sentence]
     assert sentence.rpartition("predicts cost: ")[2] == f"{verdict}."
 
@@ -175,7 +175,7 @@ def test_what_is_equal_is_named_where_there_is_no_correlation(utilities, x, equa
     run = buckets(utilities, x=(x, 0.5, 0.5, 0.5), run=Run())
     results, said = run.results(), []
     evidence, verdict = run.claim("C predicts the cost")
-    paragraph = findings(results, verdicts.claims(results), None)[0]
+    paragraph = findings(results, verdicts.claims(results), None)[1]
     (row,) = tables.correlation_table(results).rows.to_dict("records")
     correlate.warn_of_limits(SimpleNamespace(warn=said.append), results)
     assert (verdict == UNKNOWN) == bool(equal)

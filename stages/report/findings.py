@@ -22,13 +22,13 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
         f"Before tuning, the model refused {percent(base['safety'])} of harmful prompts and answered "
         f"{percent(base['utility'])} of utility questions rightly."
     )
-    paragraphs = [[_reliability(results), first]]
+    paragraphs = [[_reliability(results)], [first]]
     for optimizer in results.optimizers:
         runs = [run for run in results.main if run.optimizer == optimizer]
         parts = [_full(results, optimizer), _best(results, runs), _predicted(results, claims, optimizer)]
         parts = [sentence for sentence in (*parts, _over_refusal(results, runs)) if sentence]
         if len(results.optimizers) == 1:
-            paragraphs[0] += parts
+            paragraphs[-1] += parts
         else:
             paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
     rest = [_drawn(results), _neurons(results), _broken(results)]
