@@ -25,7 +25,7 @@ from stages.run.pipeline import WITH_UNITS
 CHECKS: dict[str, Callable[[FinishedRun], Result]] = {
     check.__name__.replace("_", " "): check
     for check in (
-        *(files.files, files.manifests, files.chain, files.model, files.weights),
+        *(files.files, files.manifests, files.settings, files.chain, files.model, files.weights),
         *(rows.requested_rows, rows.leaks, rows.token_ids, recomputed.judges, recomputed.keys),
         *(tuning.steps, tuning.adapters, recomputed.texts, recomputed.costs),
     )

@@ -3,6 +3,7 @@
 Where every hash along the chain is made right again, only computing a table again can find a change.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -112,15 +113,18 @@ def test_changed_manifests_and_settings_fail(run, capsys):
         manifest["settings"]["seed"] = 7
         manifest["inputs"].popitem()
         manifest["notes"]["base"]["accuracy"] = 0.9
+        del manifest["git"]
 
     edit_manifest(run, "03_sensitivity", change)
     edit_manifest(run, "04_align", lambda manifest: manifest["model"].update(weights_sha256="0" * 64))
     edit_manifest(run, "05_evaluate", lambda manifest: manifest["notes"].update(judge="0"))
     edit_settings(run, lr=0.25)
+    (run / RUN_FILE).write_text(json.dumps(read_json(run / RUN_FILE)))
     failed = audited(run, capsys)
     for message in (
-        f"{RUN_FILE} against 03_sensitivity: schema 'cast-2' -> 'cast-0', seed 0 -> 7; {RUN_FILE} against "
-        f"04_align: lr 0.25 -> 0.1",
+        "03_sensitivity has other fields: git; 03_sensitivity: schema is 'cast-0'",
+        f"{RUN_FILE} was edited",
+        f"{RUN_FILE} against 03_sensitivity: seed 0 -> 7; {RUN_FILE} against 04_align: lr 0.25 -> 0.1",
         "03_sensitivity does not name its input 02_conflict/gradients.parquet",
         "03_sensitivity joined again: notes: row 0: base.accuracy is 0.9",
         "FAIL model: 04_align: weights_sha256",

@@ -104,7 +104,8 @@ def test_seeds_are_resampled_with_the_rows():
     several, _ = drawn({"full 1": (MOST, MOST), "full 2": (QUARTER, MOST)}, base=(MOST, QUARTER))
     single, _ = drawn({"full 1": (MOST, MOST)}, base=(MOST, QUARTER))
     spreads = [np.std(draws["utility"].iloc[:, 1]) for draws in (several, single)]
-    assert spreads == pytest.approx([0.25, np.sqrt(0.75 * 0.25 / ROWS)], rel=0.1)
+    assert spreads[0] == pytest.approx(0.25, rel=0.05)
+    assert spreads[1] == pytest.approx(np.sqrt(0.75 * 0.25 / ROWS), rel=0.1)
     low, high = costs.interval(several["ucr"].iloc[:, 1])
     assert low < 0.1 and high > 0.9
 

@@ -182,7 +182,7 @@ def test_a_stopped_tuning_leaves_the_model_bare(torch_own):
     ],
 )
 def test_wrong_arguments_are_named(gqa, call, message):
-    with pytest.raises((ValueError, InputError), match=message):
+    with pytest.raises(InputError if "cannot be loaded" in message else ValueError, match=message):
         call(gqa.backend, make_examples(5))
 
 

@@ -1,5 +1,6 @@
 """Checks of files and their chain: hashes, schemas, manifests, settings, inputs, the model."""
 
+import json
 from pathlib import Path
 
 from backends import models
@@ -12,6 +13,11 @@ from stages.run.schemas import SCHEMA_VERSION
 from stages.run.store import MANIFEST, RUN_FILE, differences, read_json
 
 LOCK = ".lock"  # what locks' names begin with: a shard and a launch have their own
+FIELDS = {
+    *("schema", "stage", "settings", "inputs", "model", "outputs", "notes"),
+    *("units", "versions", "git", "wall_seconds", "peak_memory_bytes"),
+}
+"""of a manifest"""
 SAME_MODEL = ("id", "revision", *models.MODEL_HASHES, "backend", "dtype")
 """what all stages that load the model must agree on; the device may differ"""
 
@@ -46,12 +52,26 @@ def files(run: FinishedRun) -> Result:
 
 
 def manifests(run: FinishedRun) -> Result:
-    """Schema id and stage of every manifest; run.json is whole, and agrees with what every stage rests on."""
+    """Schema id, stage and fields of every manifest, laid out as the program writes JSON."""
+    faults = []
+    for stage, manifest in run.manifests.items():
+        if other := sorted(manifest.keys() ^ FIELDS):
+            faults.append(f"{stage} has other fields: {', '.join(other)}")
+        for name, value in (("schema", SCHEMA_VERSION), ("stage", stage)):
+            faults += [f"{stage}: {name} is {manifest.get(name)!r}"] if manifest.get(name) != value else []
+    for relative in (RUN_FILE, *(f"{stage}/{MANIFEST}" for stage in run.manifests)):
+        text = (run.folder / relative).read_text(encoding="utf-8")
+        if text != json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n":
+            faults.append(f"{relative} was edited: it is not laid out as the program writes it")
+    return faults, f"{len(run.manifests)}, all fields"
+
+
+def settings(run: FinishedRun) -> Result:
+    """run.json is whole, and agrees with what every stage rests on."""
     lacking = sorted(run.settings.flat().keys() - read_json(run.folder / RUN_FILE).keys() - {"shard"})
     faults = [f"{RUN_FILE} lacks {name}" for name in lacking]
-    for stage, manifest in run.manifests.items():
-        own = run.settings.group(*declaration(stage).rests_on) | {"schema": SCHEMA_VERSION, "stage": stage}
-        recorded = manifest["settings"] | {name: manifest.get(name) for name in ("schema", "stage")}
+    for stage in run.manifests:
+        own, recorded = run.settings.group(*declaration(stage).rests_on), run.manifest(stage)["settings"]
         if changed := differences(own, {name: recorded.get(name) for name in own}):
             faults.append(f"{RUN_FILE} against {stage}: {changed}")
     return faults, f"{RUN_FILE} and {len(run.manifests)} manifests agree"
