@@ -222,10 +222,12 @@ class Backend(Protocol):
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
     ) -> HeadGradients:
-        """The same Gram matrices, and the gradients in the heads' gates from the same passes.
+        """`gradient_gram`'s matrices, and the gradients in the heads' gates from the same passes.
 
         Args:
             mask: what a gate multiplies: a head's output, or its query.
+
+        Raises ValueError also where a row has no target; else as `gradient_gram`.
         """
         ...
 

@@ -29,12 +29,10 @@ from stages.method.conflict_map import gradient_columns, head_columns
 from stages.method.neurons import ranks
 from stages.run import cli
 from stages.run.job import Job, Stage, Units
-from stages.run.schemas import ATTRIBUTIONS, CALIBRATION, GRADIENTS, GRAM, NEURONS, OWN_MAP
+from stages.run.schemas import ATTRIBUTIONS, CALIBRATION, GRADIENT_LISTS, GRADIENTS, GRAM, NEURONS, OWN_MAP
 
 INCOMPLETE = 0.1
 """share of the losses' change by which attributions may miss it without a warning"""
-GRADIENTS_OF_HEADS = ("gram", "gate_safe", "gate_util")
-"""what a backward pass gives (backends.base.HeadGradients), columns of a unit"""
 BLOCK = 16 * 2**30
 """bytes of fold gradients that a unit holds in memory; fixed, so that units are the same on every machine"""
 
@@ -95,7 +93,7 @@ def differentiate(job: Job, unit: str, work: Gradients) -> None:
     found = job.backend.head_gradients(safe, util, folds, work.layers, job.settings.map.mask)
     columns = head_columns(found.gram.shape[:2])
     columns["layer"] = columns["layer"] + work.layers[0]
-    for name in GRADIENTS_OF_HEADS:
+    for name in GRADIENT_LISTS:
         columns[name] = list(getattr(found, name).reshape(len(columns["head"]), -1))
     job.keep(unit, pd.DataFrame(columns), GRAM)
 
@@ -127,7 +125,7 @@ def join_map(job: Job, map_name: str) -> dict:
     shape, folds = job.shape, job.settings.data.folds
     parts = job.outputs(GRADIENTS, gradient_units(shape, folds, map_name), GRAM, map_name)
     gram = np.stack(parts["gram"]).reshape(shape.layers, shape.heads, 2 * folds, 2 * folds)
-    columns = gradient_columns(gram) | {name: parts[name].to_numpy() for name in GRADIENTS_OF_HEADS}
+    columns = gradient_columns(gram) | {name: parts[name].to_numpy() for name in GRADIENT_LISTS}
     job.write(GRADIENTS, pd.DataFrame(columns), map_name)
     if zero := int(((columns["norm_safe"] == 0) | (columns["norm_util"] == 0)).sum()):
         job.warn(f"{zero} heads have no gradient at all: their O is 0.5 by convention")

@@ -89,9 +89,9 @@ def map_reliability(
     if folds < 2:
         return [Reliability(name, None, None, None) for name in (*QUANTITIES, "bucket")]
     first = [half_counts(folds, generator) for _ in range(2)]
-    count = min(map(len, first))
+    count = len(first[0])
     sides = [
-        draw_maps(gram, effects, tuple(half[:count] for half in halves), variant, m)._asdict()
+        draw_maps(gram, effects, tuple(halves), variant, m)._asdict()
         for halves in (first, [other_halves(half) for half in first])
     ]
     found = []

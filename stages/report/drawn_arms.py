@@ -12,7 +12,7 @@ import pandas as pd
 
 from stages.method.arms import BASE_RUN, ArmRun
 from stages.method.heads import COLUMN
-from stages.method.prediction import FEWEST, predict, smallest_r
+from stages.method.prediction import predict, smallest_r
 from stages.report.responses import Responses
 
 OUTCOMES = {"counted": "verdict", "graded": "loglikelihood"}
@@ -34,7 +34,7 @@ def families(costs: pd.DataFrame) -> dict[str, list[ArmRun]]:
     for run in costs.index[1:]:
         if run.arm.draw is not None:
             found.setdefault(run.arm.map, []).append(run)
-    return {name: runs for name, runs in found.items() if len(runs) >= FEWEST}
+    return found
 
 
 def predictors(means: pd.DataFrame, layers: pd.Series, last: int) -> dict[str, np.ndarray]:

@@ -8,10 +8,7 @@ from stages.method.heads import Sensitivity
 from stages.method.uncertainty import Effects
 from stages.run import judging
 from stages.run.job import Job
-from stages.run.schemas import CALIBRATION, GRADIENTS
-
-LISTS = ("gram", "gate_safe", "gate_util")
-"""columns of gradients.parquet that hold a list for each head"""
+from stages.run.schemas import CALIBRATION, GRADIENT_LISTS, GRADIENTS
 
 
 def read_gradients(job: Job, map_name: str) -> dict[str, np.ndarray]:
@@ -23,7 +20,7 @@ def read_gradients(job: Job, map_name: str) -> dict[str, np.ndarray]:
     if len(gradients) != shape[0] * shape[1]:
         file = GRADIENTS.path(map_name)
         raise InputError(f"{file} has {len(gradients)} heads, the model another number: other --run")
-    found = {name: np.stack(gradients[name]).reshape(*shape, -1) for name in LISTS}
+    found = {name: np.stack(gradients[name]).reshape(*shape, -1) for name in GRADIENT_LISTS}
     side = 2 * job.settings.data.folds
     return found | {"gram": found["gram"].reshape(*shape, side, side)}
 

@@ -74,7 +74,9 @@ BENCHMARKS = Table("01_calibrate", "benchmarks", EXAMPLES)
 
 # 02: gradients, attributions
 # [2F, 2F] by rows; the gradients in the head's gate for each row of D_safe and of D_util, in their order
-_gradients = dict.fromkeys(("gram", "gate_safe", "gate_util"), _floats)
+GRADIENT_LISTS = ("gram", "gate_safe", "gate_util")
+"""columns that hold a list for each head: the fields of backends.base.HeadGradients"""
+_gradients = dict.fromkeys(GRADIENT_LISTS, _floats)
 GRAM = _schema("gram", {**_head, **_gradients})  # a unit's
 _products = dict.fromkeys(("dot", "norm_safe", "norm_util", "optimization_conflict"), _float)
 GRADIENTS = _table("02_conflict", "gradients", {**_head, **_products, **_gradients}, per_map=True)
