@@ -3,8 +3,8 @@
     python -m tests.benchmark_gpu --device cuda
     python -m tests.benchmark_gpu --device cpu --shape small --prompts 8 --tokens 4
 
-One line a quantity, with the extrapolation that a user wants to know. With --profile the kernels that take most
-of a decoding step and of a tuning step.
+One line a quantity, with the extrapolation that a user wants to know; then the kernels that take most of a
+decoding step and of a tuning step.
 """
 
 import gc
@@ -23,7 +23,6 @@ import transformers
 import tyro
 
 import backends
-from backends import models
 from backends.base import Backend, Example, Recipe
 from backends.core.loaded import Loaded
 from backends.torch import continuous, generate
@@ -126,7 +125,8 @@ def sweeps(backend: Backend, options: Options) -> None:
     def told(name: str) -> Callable[[float], str]:
         return lambda seconds: (
             f"{name}: {seconds:.1f} s for {len(heads)} heads of layers {sampled}, "
-            f"{seconds / len(heads):.3f} s a head, {seconds / len(heads) * every / 60:.1f} min for {every} heads"
+            f"{seconds / len(heads):.3f} s a head, "
+            f"{seconds / len(heads) * every / 60:.1f} min for {every} heads"
         )
 
     list(backend.sweep_choices(util[:4], heads[:1]))  # starts the libraries
@@ -171,8 +171,8 @@ def generation(backend: Backend, options: Options) -> None:
 
     def told(name: str, count: int, length: int) -> Callable[[float], str]:
         return lambda seconds: (
-            f"{name}: {count} responses of {length} tokens in {seconds:.1f} s, {count * length / seconds:.0f} "
-            f"tokens a second, {seconds * 2000 * 256 / count / length:.0f} s for 2,000 of 256"
+            f"{name}: {count} responses of {length} tokens in {seconds:.1f} s, "
+            f"{count * length / seconds:.0f} tokens a second, {seconds * 2000 * 256 / count / length:.0f} s for 2,000 of 256"
         )
 
     with timed(options, told("decoder", len(prompts), options.length)):
@@ -193,28 +193,26 @@ def flax(options: Options) -> None:
             made.save_pretrained(folder)
             del made
         for name in ("torch", "flax"):
-            backend = backends.load(name, Path(folder), dtype=options.dtype, device=options.device)
-            shape = backend.shape
-            heads = [(1, head) for head in range(shape.heads)]
-            util, safe = (random_prompts(options.prompts, shape.vocab, *kind) for kind in ((4, 0), (0, 1)))
-            rows = training_rows(options, 16, shape.vocab, 1)
-            for part, work in (
-                ("choices of a layer", lambda: list(backend.sweep_choices(util, heads))),
-                (
-                    "responses of a layer",
-                    lambda: list(backend.sweep_generations(safe, heads, options.tokens)),
-                ),
-                ("two steps", lambda: list(backend.tune(rows, heads, Recipe(max_length=options.row)))),
-            ):
-                took = []
-                for _ in range(2):
-                    backend.kept.drop()
-                    began = time.perf_counter()
-                    work()
-                    took.append(time.perf_counter() - began)
-                print(
-                    f"two layers, {name}: {part} {took[1]:.2f} s (the first time {took[0]:.2f} s)", flush=True
-                )
+            _layers(backends.load(name, Path(folder), dtype=options.dtype, device=options.device), options)
+
+
+def _layers(backend: Backend, options: Options) -> None:
+    shape = backend.shape
+    heads = [(1, head) for head in range(shape.heads)]
+    util, safe = (random_prompts(options.prompts, shape.vocab, *kind) for kind in ((4, 0), (0, 1)))
+    rows, recipe = training_rows(options, 16, shape.vocab, 1), Recipe(max_length=options.row)
+    for part, work in (
+        ("choices of a layer", lambda: list(backend.sweep_choices(util, heads))),
+        ("responses of a layer", lambda: list(backend.sweep_generations(safe, heads, options.tokens))),
+        ("two steps", lambda: list(backend.tune(rows, heads, recipe))),
+    ):
+        took = []
+        for _ in range(2):
+            backend.kept.drop()
+            began = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - began)
+        print(f"two layers, {backend.name}: {part} {took[1]:.2f} s (first {took[0]:.2f} s)", flush=True)
 
 
 def profile(backend: Backend, options: Options) -> None:
@@ -250,7 +248,8 @@ def profile(backend: Backend, options: Options) -> None:
 def main(options: Options) -> None:
     card = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     print(
-        f"{card}, torch {torch.__version__}, transformers {transformers.__version__}; {options.shape}, {options.dtype}"
+        f"{card}, torch {torch.__version__}, transformers {transformers.__version__}; {options.shape}, "
+        f"{options.dtype}"
     )
     parts = set(options.parts)
     if parts - {"flax"}:

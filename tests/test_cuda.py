@@ -1,7 +1,7 @@
 """Every verb on CUDA against the CPU, on tiny random models in float32; bfloat16 against float32.
 
 python -m pytest -m cuda                          # on a machine with a GPU
-CAST_TEST_DEVICE=cpu python -m pytest -m cuda     # the same code without one, which compares a CPU with itself
+CAST_TEST_DEVICE=cpu python -m pytest -m cuda     # the same code without one: a CPU with itself
 """
 
 import os
