@@ -110,6 +110,18 @@ def test_seeds_are_resampled_with_the_rows():
     assert low < 0.1 and high > 0.9
 
 
+def test_arms_with_a_seed_of_their_own_change_no_other_interval():
+    """A draw has a training seed that no other arm has: it is none of those that others' means rest on."""
+    named = {"full 1": (MOST, MOST), "full 2": (QUARTER, MOST)}
+    alone, _ = drawn(named, base=(MOST, QUARTER))
+    beside, _ = drawn(named | {"draw1of32 3": (HALF, MOST)}, base=(MOST, QUARTER))
+    assert beside["utility"].iloc[:, 1].mean() == pytest.approx(0.5, abs=0.02)
+    for column in ("utility", "safety"):
+        ends = [costs.interval(draws[column].iloc[:, 1]) for draws in (alone, beside)]
+        assert ends[1] == pytest.approx(ends[0], abs=0.02)
+    assert np.std(beside["utility"].iloc[:, 2]) == pytest.approx(np.sqrt(0.25 / ROWS), rel=0.1)
+
+
 def test_intervals_hold_their_mean_and_ratios_without_gain_have_none():
     draws, table = drawn({"full 1": (HALF, NO), "bucket1 1": (HALF, YES)}, rows=40)
     assert np.isinf(draws["ucr"].iloc[:, 1]).any() and list(table["ucr_low"].isna()) == [True, True, False]

@@ -132,8 +132,9 @@ def resampled(
     All arms see the same draws, because all answered the same prompts: differences between them are paired.
     Each benchmark has two rows more, one of them passed and one failed (Agresti and Caffo 2000), which one
     being drawn for each arm: 40 of 40 rows are no proof of 100 %, nor equal rows of equal arms. Of S seeds
-    each resample draws S - 1, which gives their mean its right variance (`fold_counts`); a single seed is
-    held fixed. A ratio without a gain in safety is infinite.
+    each resample draws S - 1, which gives their mean its right variance (`fold_counts`); the seed of an arm
+    that has one only (a draw, and every arm of a run with one seed) is held fixed. A ratio without a gain in
+    safety is infinite.
 
     Args:
         responses: `Responses.of`.
@@ -142,10 +143,14 @@ def resampled(
     means = [replace(run, seed=None) for run in responses]
     arms = pd.Index(list(dict.fromkeys(means)), dtype=object)
     member = np.array([arms == mean for mean in means], dtype=float)  # [runs, arms]
-    seeds = list(dict.fromkeys(run.seed for run in responses if run != BASE_RUN))
-    drawn = fold_counts(len(seeds), generator, resamples)  # [R, S]
-    share = dict(zip(seeds, (drawn / drawn.sum(axis=1, keepdims=True)).T, strict=True))
-    weights = np.stack([share.get(run.seed, np.ones(resamples)) for run in responses], axis=1)  # [R, runs]
+    repeated = [run for run, mean in zip(responses, means, strict=True) if means.count(mean) > 1]
+    share = {}
+    if seeds := list(dict.fromkeys(run.seed for run in repeated)):
+        drawn = fold_counts(len(seeds), generator, resamples)  # [R, S]
+        share = dict(zip(seeds, (drawn / drawn.sum(axis=1, keepdims=True)).T, strict=True))
+    fixed = np.ones(resamples)
+    weights = [share[run.seed] if run in repeated else fixed for run in responses]
+    weights = np.stack(weights, axis=1)  # [R, runs]
     draws = {}
     for name in sides:
         passed = verdicts[responses[BASE_RUN]["benchmark"] == name].to_numpy()
