@@ -5,6 +5,7 @@ its hooks on saved tensors), rounded up.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 from backends.base import Shape
 
@@ -27,6 +28,8 @@ class Work:
     """largest share of a row's tokens that are its target"""
     squares: bool = False
     """attention keeps the weights of each pair of tokens"""
+    host: bool = True
+    """there is memory beside the device's"""
 
     @property
     def wide(self) -> int:
@@ -90,10 +93,9 @@ def plan_gradients(work: Work, room: int, most: int) -> Plan:
         most: tokens of a pass that it gains from.
     """
     least = max(work.longest, most // 8)
-    ways = [(again, False, on_device) for again in (False, True) for on_device in (True, False)]
-    if work.itemsize == 4:
-        ways += [(True, True, True), (True, True, False)]
-    for recompute, by_layer, on_device in ways:
+    passes = [(False, False), (True, False)] + [(True, True)] * (work.itemsize == 4)
+    places = [True, False] if work.host else [True]
+    for (recompute, by_layer), on_device in product(passes, places):
         fixed, token = _bytes(work, recompute, by_layer, on_device)
         tokens = (room - fixed) // token
         if tokens >= least:

@@ -52,6 +52,7 @@ def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers:
         longest=max(len(row.prompt_ids) + len(row.target_ids) for row in examples),
         targets=max(len(row.target_ids) / (len(row.prompt_ids) + len(row.target_ids)) for row in examples),
         squares=cuda and decoder.model.dtype == torch.float32,  # no fused attention in float64
+        host=cuda,
     )
     return plan_gradients(work, free_bytes(decoder), TOKENS_CUDA if cuda else TOKENS_CPU)
 
