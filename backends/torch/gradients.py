@@ -1,36 +1,137 @@
 """Gradients of single heads: in their rows of W_q, and in their gates, from one backward pass a row."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from backends.base import Example, HeadGradients
+from backends.core import budgets
+from backends.core.gradient_plan import Plan, Work, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
 from backends.torch.decoder import Decoder
 from backends.torch.loss import padded, target_logits, target_losses
 
 TOKENS_CPU, TOKENS_CUDA = 1024, 8192
-"""padded tokens of one forward and backward pass"""
+"""padded tokens of one forward and backward pass, where memory allows"""
+Weights = dict[int, torch.Tensor]
+"""layer -> W_q, [H * D, E]"""
+Sums = list[list[torch.Tensor]]
+"""of each fold and layer the mean gradient in W_q, float32 [H * D, E]"""
+
+
+# Precision and memory
+
+
+def free_bytes(decoder: Decoder) -> int:
+    """Bytes beside the weights; of several devices, what the fullest one has."""
+    if decoder.device.type != "cuda":
+        return budgets.machine_bytes() // 2 - sum(weight.nbytes for weight in decoder.model.parameters())
+    free = []
+    for place in set(decoder.places):
+        reserved = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        free.append(torch.cuda.mem_get_info(place)[0] + reserved)
+    return int(0.85 * min(free))  # the rest is lost between blocks of memory
+
+
+def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers: Sequence[int]) -> Plan:
+    """How gradients of all these rows fit the devices."""
+    cuda, places = decoder.device.type == "cuda", decoder.places
+    work = Work(
+        decoder.shape,
+        decoder.model.dtype.itemsize,
+        layers=max(map(places.count, places)),
+        wanted=max([places[layer] for layer in layers].count(place) for place in places),
+        folds=folds,
+        longest=max(len(row.prompt_ids) + len(row.target_ids) for row in examples),
+        targets=max(len(row.target_ids) / (len(row.prompt_ids) + len(row.target_ids)) for row in examples),
+        squares=cuda and decoder.model.dtype == torch.float32,  # no fused attention in float64
+        host=cuda,
+    )
+    return plan_gradients(work, free_bytes(decoder), TOKENS_CUDA if cuda else TOKENS_CPU)
+
+
+def _double(value: object) -> object:
+    """A float32 tensor in float64, all else as it is."""
+    wide = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+    return value.double() if wide else value
+
+
+@contextmanager
+def _double_weights(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the module computes with float64 copies of its weights, whose gradients go to them."""
+    own = [(part, name, weight) for part in module.modules() for name, weight in part._parameters.items()]
+    for part, name, weight in own:
+        part._parameters[name] = _double(weight)
+    try:
+        yield
+    finally:
+        for part, name, weight in own:
+            part._parameters[name] = weight
+
+
+@contextmanager
+def _recomputed(modules: Sequence[torch.nn.Module], by_layer: bool) -> Iterator[None]:
+    """Inside the block a backward pass computes these modules again, one at a time, and keeps only what they
+    are given.
+
+    Args:
+        by_layer: in float64, from weights that are so only while the module computes.
+    """
+
+    def run(module, forward, *args, **kwargs):
+        if not by_layer:
+            return forward(*args, **kwargs)
+        args, kwargs = tree_map(_double, (args, kwargs))
+        with _double_weights(module):
+            return forward(*args, **kwargs)
+
+    # A forward function of its own is what accelerate gives a module on one of several devices.
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        again = partial(run, module, module.forward)
+        module.forward = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 @contextmanager
 def _float64(model: torch.nn.Module) -> Iterator[None]:
-    """A float32 model in float64 inside the block; the conversion back is exact.
-
-    Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 moved it by
-    up to 2e-4. In float64 the two backends agree to 2e-7. Half precision is left as it is.
-    """
-    if model.dtype != torch.float32:
-        yield
-        return
+    """The model in float64 inside the block; the conversion back is exact."""
     model.double()
     try:
         yield
     finally:
         model.float()
+
+
+@contextmanager
+def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
+    """The model as it is differentiated: in float64 if it is float32, in half precision as it is.
+
+    Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 moved it by
+    up to 2e-4. In float64 the two backends agree to 2e-7.
+    """
+    layers = list(model.model.layers)
+    with ExitStack() as stack:
+        if plan.by_layer:
+            stack.enter_context(_recomputed([*layers, model.model.norm, model.lm_head], True))
+        elif model.dtype == torch.float32:
+            stack.enter_context(_float64(model))
+        if plan.recompute and not plan.by_layer:
+            stack.enter_context(_recomputed(layers, False))
+        yield
 
 
 @contextmanager
@@ -63,41 +164,99 @@ def gated(model: torch.nn.Module, gates: dict[int, torch.Tensor], mask: str) -> 
             hook.remove()
 
 
+# One pass
+
+
 def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
-    """Each row's log-likelihood as `Backend.loglikelihoods` has it, [N]."""
-    outcomes, place = list(-losses), 0
-    for row, example in enumerate(examples):
-        if len(example.choice_ids):
-            ids = torch.from_numpy(example.choice_ids.astype(np.int64)).to(logits.device)
-            outcomes[row] = logits[place, ids].log_softmax(dim=0)[example.answer]
-        place += len(example.target_ids)
-    return torch.stack(outcomes)
+    """Each row's log-likelihood as `Backend.loglikelihoods` has it, [N], from the logits that predict the
+    targets [M, V]."""
+    first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
+    closed = [row for row, example in enumerate(examples) if len(example.choice_ids)]
+    # The answer's rank among its candidates is its place; a row with fewer of them repeats none: -inf.
+    most = max(len(examples[row].choice_ids) for row in closed)
+    ids, rivals = np.zeros((len(closed), most), np.int64), np.zeros((len(closed), most), bool)
+    for at, row in enumerate(closed):
+        own = examples[row].choice_ids
+        ids[at, : len(own)], rivals[at, : len(own)] = np.roll(own, -examples[row].answer), True
+    ids, rivals, closed, places = (
+        torch.from_numpy(np.asarray(part)).to(logits.device) for part in (ids, rivals, closed, first[closed])
+    )
+    among = logits[places[:, None], ids].masked_fill(~rivals, -torch.inf).log_softmax(dim=1)
+    return (-losses).index_copy(0, closed, among[:, 0])
 
 
 def _differentiate(
-    model: torch.nn.Module, examples: Sequence[Example], weights: dict[int, torch.Tensor], mask: str
-) -> tuple[list[torch.Tensor], np.ndarray]:
+    model: torch.nn.Module, examples: Sequence[Example], weights: Weights, mask: str, gate_dtype: torch.dtype
+) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """Gradients of the sum of losses in each W_q of `weights`, and of each row's log-likelihood in its gates,
-    [l, H, N]."""
+    float64 [l, H, N]."""
     heads = model.config.num_attention_heads
-    wide = torch.promote_types(model.dtype, torch.float32)
     gates = {
-        layer: torch.ones(len(examples), heads, dtype=wide, device=weight.device, requires_grad=True)
+        layer: torch.ones(len(examples), heads, dtype=gate_dtype, device=weight.device, requires_grad=True)
         for layer, weight in weights.items()
     }
+    # The last token predicts none.
+    sequences = [sequence[:-1] for sequence in training_rows(examples)[0]]
     with gated(model, gates, mask):
-        logits = target_logits(model, examples, padded(training_rows(examples)[0]))
-    losses = target_losses(logits, examples)
-    wanted = [*weights.values(), *gates.values()]
-    if any(len(example.choice_ids) for example in examples):
-        # Where choices compete the outcome is another function than the loss.
-        outcomes = _outcomes(logits, losses, examples).sum()
-        of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
-        of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
-    else:
-        found = torch.autograd.grad(losses.sum(), wanted)
-        of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
-    return of_weights, np.stack([own.double().cpu().numpy().T for own in of_gates])
+        logits = target_logits(model, examples, padded(sequences))
+        losses = target_losses(logits, examples)
+        wanted = [*weights.values(), *gates.values()]
+        if any(len(example.choice_ids) for example in examples):
+            # Where choices compete the outcome is another function than the loss.
+            outcomes = _outcomes(logits, losses, examples).sum()
+            of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
+            of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
+        else:
+            found = torch.autograd.grad(losses.sum(), wanted)
+            of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
+    return of_weights, torch.stack([own.T.double().to(model.device) for own in of_gates])
+
+
+# All passes
+
+
+def _fold_sums(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    folds: int,
+    weights: Weights,
+    mask: str,
+    plan: Plan,
+    bar: tqdm,
+) -> tuple[Sums, np.ndarray]:
+    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]. Nothing
+    waits for the device before a fold ends."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    gates = np.zeros((len(weights), model.config.num_attention_heads, len(examples)))
+    sums = []
+    for fold in range(folds):
+        members = np.arange(fold, len(examples), folds)
+        own = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
+        batches, found = by_tokens([examples[row] for row in members], plan.tokens), []
+        for batch in batches:
+            rows = [examples[members[place]] for place in batch]
+            of_weights, of_gates = _differentiate(
+                model, rows, weights, mask, torch.float32 if half else torch.float64
+            )
+            for total, gradient in zip(own, of_weights, strict=True):
+                total.add_(gradient, alpha=1 / len(members))
+            found.append(of_gates)
+            del of_weights
+            bar.update(len(batch))
+        gates[:, :, members[np.concatenate(batches)]] = torch.cat(found, dim=2).cpu().numpy()
+        sums.append(own if plan.sums_on_device else [total.cpu() for total in own])
+    return sums, gates
+
+
+def _gram(sums: Sums, weights: Weights, heads: int) -> np.ndarray:
+    """float64 [l, H, F, F]: inner products of the folds' gradients of each head, a layer at a time on its
+    device."""
+    grams = []
+    for of_layer, weight in zip(zip(*sums, strict=True), weights.values(), strict=True):
+        folds = torch.stack([own.to(weight.device) for own in of_layer])  # (F, H * D, E)
+        each = folds.unflatten(1, (heads, -1)).flatten(2).transpose(0, 1).double()  # (H, F, D * E)
+        grams.append((each @ each.transpose(1, 2)).cpu().numpy())
+    return np.stack(grams)
 
 
 def head_gradients(
@@ -110,32 +269,19 @@ def head_gradients(
     """See Backend.head_gradients. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
     weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
-    budget = TOKENS_CUDA if model.device.type == "cuda" else TOKENS_CPU
-    size = next(iter(weights.values())).shape
-    gradients = torch.zeros(len(weights), 2 * folds, *size)  # (l, 2F, H * D, E)
-    gates = [np.zeros((len(weights), heads, len(examples))) for examples in sides]
-    bar = progress(total=sum(map(len, sides)), desc="gradients", unit="row")
+    plan = make_plan(decoder, [row for side in sides for row in side], folds, layers)
+    print(f"[torch] gradients: {plan}", flush=True)
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        with _float64(model):
-            for side, examples in enumerate(sides):
-                for fold in range(folds):
-                    members = np.arange(fold, len(examples), folds)
-                    for batch in by_tokens([examples[row] for row in members], budget):
-                        rows = members[batch]
-                        batch = [examples[row] for row in rows]
-                        of_weights, of_gates = _differentiate(model, batch, weights, mask)
-                        for layer, gradient in enumerate(of_weights):
-                            gradients[layer, side * folds + fold] += (gradient / len(members)).float().cpu()
-                        gates[side][:, :, rows] = of_gates
-                        bar.update(len(batch))
+        with (
+            prepared(model, plan),
+            progress(total=sum(map(len, sides)), desc="gradients", unit="row") as bar,
+        ):
+            (safe, of_safe), (util, of_util) = (
+                _fold_sums(model, examples, folds, weights, mask, plan, bar) for examples in sides
+            )
     finally:
-        bar.close()
         for weight in weights.values():
             weight.requires_grad_(False)
-    gram = np.empty((len(weights), heads, 2 * folds, 2 * folds))
-    for layer, gradient in enumerate(gradients):
-        each = gradient.reshape(2 * folds, heads, -1).transpose(0, 1).double()  # (H, 2F, D * E)
-        gram[layer] = (each @ each.transpose(1, 2)).numpy()
-    return HeadGradients(gram, *gates)
+    return HeadGradients(_gram(safe + util, weights, heads), of_safe, of_util)
