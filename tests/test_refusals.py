@@ -74,6 +74,7 @@ OPTIONS = [
     ("--folds 0", "--folds must be positive"),
     ("--folds 1", "--folds 1: rows are resampled by folds, at least 2"),
     ("--resamples 19", "--resamples 19: intervals need at least 20"),
+    ("--date 2024-07-26", "--date '2024-07-26': a day as in '26 Jul 2024'"),
     ("--lr nan", "--lr must be positive, not nan"),
     ("--alpha inf", "--alpha must be positive, not inf"),
     ("--seed -1", "--seed must lie in 0 to"),

@@ -145,11 +145,11 @@ def keys_of(entry: Entry, config: Config) -> list[str]:
 
 
 class Checkpoint:
-    """The safetensors files of a folder, read tensor by tensor."""
+    """The weights of a folder, read tensor by tensor."""
 
     def __init__(self, folder: Path):
         self.folder, self.files = folder, {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in models.weight_files(folder):
             try:
                 with safe_open(path, framework="numpy") as file:
                     self.files |= dict.fromkeys(file.keys(), path)

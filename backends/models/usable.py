@@ -33,6 +33,7 @@ _NOT_COMPUTED_WITH = frozenset([
     "transformers_version", "unk_token_id", "use_cache",
 ])
 # fmt: on
+_LFS_POINTER = b"version https://git-lfs"
 MODEL_HASHES = ("weights_sha256", "config_sha256")
 """what says that two folders hold the same model"""
 
@@ -74,8 +75,40 @@ def check_folder(folder: Path) -> None:
     _check_attributes(path, config)
     _check_sizes(path, folder_shape(folder))
     eos_ids(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no *.safetensors (other weight formats are not read): convert it")
+    for file in weight_files(folder):
+        with open(file, "rb") as weights:
+            if weights.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise InputError(f"{file} is a Git LFS pointer, not the weights: `git lfs pull` there")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a folder's weights, as transformers chooses them: model.safetensors,
+    else those that its index names. What else lies there is no part of the model.
+
+    Raises InputError where there are none, one is missing, or the folder holds an adapter beside its model.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter (adapter_config.json), which would be loaded into the model: merge it "
+            f"into the weights, or move it elsewhere"
+        )
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise InputError(
+            f"{folder} has no model.safetensors and no index of its parts (other formats are not read): "
+            f"convert it"
+        )
+    parts = _read_object(index).get("weight_map")
+    if not isinstance(parts, dict) or not parts or not all(type(name) is str for name in parts.values()):
+        raise InputError(f"{index} names no files")
+    files = [folder / name for name in sorted(set(parts.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(files)} weight files are missing, as {missing[0]}"
+        )
+    return files
 
 
 def _check_attributes(path: Path, config: dict) -> None:
@@ -169,9 +202,9 @@ def _file_sha256(path: Path, size: int, modified_ns: int) -> bytes:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash over a folder's safetensors files, by name."""
+    """One hash over the files of a folder's weights, by name."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         status = path.stat()
         digest.update(path.name.encode() + _file_sha256(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()

@@ -16,6 +16,7 @@ import backends
 from backends.base import Optimizer
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
+from data.rendering import is_date
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
@@ -98,7 +99,7 @@ class DataSettings:
     split: Literal["benchmark", "development"] = "benchmark"
     """development: other rows of the same pools, for choosing a preset's rates; no run of seed 0 has them"""
     date: str = "26 Jul 2024"
-    """date given to chat templates that print one"""
+    """date given to chat templates that print one, or ask for today's"""
     system: str = ""
     """system prompt; empty: the template's own default"""
     max_length: int = 1024
@@ -299,6 +300,7 @@ def check(settings: Settings) -> None:
         ("align_rows", data.align_rows % 4 == 0, "must be a multiple of 4 (a quarter of each type)"),
         ("benign_share", 0 < data.benign_share < 1, f"{data.benign_share}: must lie between 0 and 1"),
         ("align_rows", min(rows_of_types(data.align_rows, data.benign_share).values()) > 0, "are too few"),
+        ("date", is_date(data.date), f"{data.date!r}: a day as in '26 Jul 2024'"),
         ("neurons", min(tuning.neurons, default=0) >= 0, "must not be negative"),
         ("lam", all(0 <= lam <= 1 for lam in tuning.lam), "is a share of 1"),
     ]
