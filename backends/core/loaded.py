@@ -68,13 +68,26 @@ class Loaded:
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
     ) -> HeadGradients:
+        (found,) = self.map_gradients(safe, [util], folds, layers, mask)
+        return found
+
+    def map_gradients(
+        self,
+        safe: Sequence[Example],
+        utils: Sequence[Sequence[Example]],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+    ) -> list[HeadGradients]:
         self.kept.drop()
         check_mask(mask)
-        check_folds(folds, safe=safe, util=util)
-        check_targets(*safe, *util)
+        for util in utils:
+            check_folds(folds, safe=safe, util=util)
+            check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
-        found = self._wing("gradients").head_gradients(self.model, (safe, util), folds, layers, mask)
-        check_finite(found, layers)
+        found = self._wing("gradients").head_gradients(self.model, safe, utils, folds, layers, mask)
+        for gradients in found:
+            check_finite(gradients, layers)
         return found
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
