@@ -79,6 +79,8 @@ OPTIONS = [
     ("--seed -1", "--seed must lie in 0 to"),
     ("--seeds 21 99999999999999999999", "--seeds must lie in 0 to"),
     ("--align-rows 6", "multiple of 4"),
+    ("--benign-share 1", "--benign-share 1.0: must lie between 0 and 1"),
+    ("--align-rows 8 --benign-share 0.9", "--align-rows are too few"),
     ("--util-rows 14", "--util-rows must be a multiple of --folds 4"),
     ("--util-rows 2", "--util-rows 2 is fewer than --folds"),
     ("--safe-rows 6", "--safe-rows must be a multiple of --folds 4"),
