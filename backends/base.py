@@ -238,8 +238,9 @@ class Backend(Protocol):
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
-    ) -> list[HeadGradients]:
-        """`head_gradients` of D_safe and each of several D_util; D_safe is differentiated once."""
+    ) -> Iterator[HeadGradients]:
+        """`head_gradients` of D_safe and each of several D_util, one after another; D_safe is differentiated
+        once."""
         ...
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:

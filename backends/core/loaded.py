@@ -25,11 +25,11 @@ from backends.base import (
 )
 from backends.core.checks import (
     check_ablated,
-    check_finite,
     check_folds,
     check_heads,
     check_mask,
     check_targets,
+    finite,
 )
 from backends.core.kept import Kept
 from backends.core.tuning import GainPlan, LoraPlan, Run
@@ -78,7 +78,7 @@ class Loaded:
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
-    ) -> list[HeadGradients]:
+    ) -> Iterator[HeadGradients]:
         self.kept.drop()
         check_mask(mask)
         for util in utils:
@@ -86,9 +86,7 @@ class Loaded:
             check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
         found = self._wing("gradients").head_gradients(self.model, safe, utils, folds, layers, mask)
-        for gradients in found:
-            check_finite(gradients, layers)
-        return found
+        return finite(found, layers)
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
         check_targets(*examples)

@@ -1,6 +1,6 @@
 """Gradients of single heads: in their rows of W_q, and in their gates, from one forward pass a row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -89,13 +89,13 @@ def head_gradients(
     folds: int,
     layers: Sequence[int],
     mask: str,
-) -> list[HeadGradients]:
+) -> Iterator[HeadGradients]:
     """See Backend.map_gradients. A float32 model is differentiated in float64."""
-    layers, found = np.array(layers, np.int32), []
+    layers = np.array(layers, np.int32)
     with progress(total=sum(map(len, (safe, *utils))), desc="gradients", unit="row") as bar:
         own, of_safe = _fold_sums(model, safe, folds, layers, mask, bar)
         for util in utils:
             other, of_util = _fold_sums(model, util, folds, layers, mask, bar)
-            found.append(HeadGradients(_gram(own, other), of_safe, of_util))
+            gram = _gram(own, other)
             del other  # before those of the next map
-    return found
+            yield HeadGradients(gram, of_safe, of_util)

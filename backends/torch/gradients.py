@@ -136,6 +136,18 @@ def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
+def wanted(weights: Weights) -> Iterator[None]:
+    """Inside the block the weights require gradients."""
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+
+
+@contextmanager
 def gated(model: torch.nn.Module, gates: dict[int, torch.Tensor], mask: str) -> Iterator[None]:
     """Inside the block each row's heads are multiplied by its gates.
 
@@ -202,14 +214,13 @@ def _differentiate(
     with gated(model, gates, mask):  # also while layers are computed again
         logits = target_logits(model, examples, padded(sequences))
         losses = target_losses(logits, examples)
-        wanted = [*weights.values(), *gates.values()]
         if any(len(example.choice_ids) for example in examples):
             # Where choices compete the outcome is another function than the loss.
             outcomes = _outcomes(logits, losses, examples).sum()
             of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
             of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
         else:
-            found = torch.autograd.grad(losses.sum(), wanted)
+            found = torch.autograd.grad(losses.sum(), [*weights.values(), *gates.values()])
             of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
     return of_weights, torch.stack([own.T.double().to(model.device) for own in of_gates])
 
@@ -229,26 +240,33 @@ class _Passes:
 
 
 def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tuple[Sums, np.ndarray]:
-    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]. Nothing
-    waits for the device before a fold ends."""
-    weights, plan = passes.weights, passes.plan
-    gates = np.zeros((len(weights), passes.model.config.num_attention_heads, len(examples)))
+    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]."""
+    gates = np.zeros((len(passes.weights), passes.model.config.num_attention_heads, len(examples)))
     sums = []
-    for fold in range(folds):
-        members = np.arange(fold, len(examples), folds)
-        own = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
-        batches, found = by_tokens([examples[row] for row in members], plan.tokens), []
-        for batch in batches:
-            rows = [examples[members[place]] for place in batch]
-            of_weights, of_gates = _differentiate(passes.model, rows, weights, passes.mask)
-            for total, gradient in zip(own, of_weights, strict=True):
-                total.add_(gradient, alpha=1 / len(members))
-            found.append(of_gates)
-            del of_weights, gradient  # before the next pass
-            passes.bar.update(len(batch))
-        gates[:, :, members[np.concatenate(batches)]] = torch.cat(found, dim=2).cpu().numpy()
-        sums.append(own if plan.sums_on_device else [total.cpu() for total in own])
+    with prepared(passes.model, passes.plan), wanted(passes.weights):
+        for fold in range(folds):
+            members = np.arange(fold, len(examples), folds)
+            own, gates[:, :, members] = _mean_gradient(passes, [examples[row] for row in members])
+            sums.append(own if passes.plan.sums_on_device else [total.cpu() for total in own])
     return sums, gates
+
+
+def _mean_gradient(passes: _Passes, examples: Sequence[Example]) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Over rows, in each W_q, and each row's in its gates, [l, H, N]. Nothing waits for the device before the
+    last row."""
+    mean = [torch.zeros_like(weight, dtype=torch.float32) for weight in passes.weights.values()]
+    batches, found = by_tokens(examples, passes.plan.tokens), []
+    for batch in batches:
+        of_weights, of_gates = _differentiate(
+            passes.model, [examples[row] for row in batch], passes.weights, passes.mask
+        )
+        for total, gradient in zip(mean, of_weights, strict=True):
+            total.add_(gradient, alpha=1 / len(examples))
+        found.append(of_gates)
+        del of_weights, gradient  # before the next pass
+        passes.bar.update(len(batch))
+    order = np.argsort(np.concatenate(batches))
+    return mean, torch.cat(found, dim=2).cpu().numpy()[:, :, order]
 
 
 def _gram(sums: Sums, weights: Weights, heads: int) -> np.ndarray:
@@ -269,24 +287,18 @@ def head_gradients(
     folds: int,
     layers: Sequence[int],
     mask: str,
-) -> list[HeadGradients]:
+) -> Iterator[HeadGradients]:
     """See Backend.map_gradients. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
     weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
     rows = [row for side in (safe, *utils) for row in side]
-    plan, found = make_plan(decoder, rows, folds, layers), []
+    plan = make_plan(decoder, rows, folds, layers)
     print(f"[torch] gradients: {plan}", flush=True)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        with prepared(model, plan), progress(total=len(rows), desc="gradients", unit="row") as bar:
-            passes = _Passes(model, weights, mask, plan, bar)
-            own, of_safe = _fold_sums(passes, safe, folds)
-            for util in utils:
-                other, of_util = _fold_sums(passes, util, folds)
-                found.append(HeadGradients(_gram(own + other, weights, heads), of_safe, of_util))
-                del other  # before those of the next map
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    return found
+    with progress(total=len(rows), desc="gradients", unit="row") as bar:
+        passes = _Passes(model, weights, mask, plan, bar)
+        own, of_safe = _fold_sums(passes, safe, folds)
+        for util in utils:
+            other, of_util = _fold_sums(passes, util, folds)
+            gram = _gram(own + other, weights, heads)
+            del other  # before those of the next map
+            yield HeadGradients(gram, of_safe, of_util)
