@@ -185,7 +185,7 @@ def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Exa
     targets [M, V]."""
     first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
     closed = [row for row, example in enumerate(examples) if len(example.choice_ids)]
-    # The answer's rank among its candidates is its place; a row with fewer of them repeats none: -inf.
+    # The answer comes first. A row with fewer candidates than another is filled up with -inf.
     most = max(len(examples[row].choice_ids) for row in closed)
     ids, rivals = np.zeros((len(closed), most), np.int64), np.zeros((len(closed), most), bool)
     for at, row in enumerate(closed):
@@ -246,14 +246,15 @@ def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tupl
     with prepared(passes.model, passes.plan), wanted(passes.weights):
         for fold in range(folds):
             members = np.arange(fold, len(examples), folds)
-            own, gates[:, :, members] = _mean_gradient(passes, [examples[row] for row in members])
-            sums.append(own if passes.plan.sums_on_device else [total.cpu() for total in own])
+            mean, gates[:, :, members] = _mean_gradient(passes, [examples[row] for row in members])
+            sums.append(mean if passes.plan.sums_on_device else [of_layer.cpu() for of_layer in mean])
+            del mean  # before that of the next fold
     return sums, gates
 
 
 def _mean_gradient(passes: _Passes, examples: Sequence[Example]) -> tuple[list[torch.Tensor], np.ndarray]:
-    """Over rows, in each W_q, and each row's in its gates, [l, H, N]. Nothing waits for the device before the
-    last row."""
+    """Over rows, in each W_q, and each row's in its gates, [l, H, N]. The host waits for the device at the
+    end only, and where transformers looks whether a row of a pass is padded."""
     mean = [torch.zeros_like(weight, dtype=torch.float32) for weight in passes.weights.values()]
     batches, found = by_tokens(examples, passes.plan.tokens), []
     for batch in batches:
