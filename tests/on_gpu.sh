@@ -13,7 +13,6 @@ python="${PYTHON:-python3}"
 out="${OUT:-outputs/on_gpu}"
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false XLA_PYTHON_CLIENT_PREALLOCATE=false
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
 device=cuda
 only=""

