@@ -76,7 +76,7 @@ def test_what_a_pass_keeps_is_foreseen(models, dtype):
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         own = {weight.untyped_storage().data_ptr() for weight in decoder.model.parameters()}
-        gradients._differentiate(decoder.model, rows, weights, "output", torch.float32)
+        gradients._differentiate(decoder.model, rows, weights, "output")
     found = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
     foreseen = tokens * (work.layers * work.kept_of_layer + work.kept_of_logits)
     assert foreseen / 3 < found < foreseen

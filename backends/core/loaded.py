@@ -25,11 +25,11 @@ from backends.base import (
 )
 from backends.core.checks import (
     check_ablated,
-    check_finite,
     check_folds,
     check_heads,
     check_mask,
     check_targets,
+    finite,
 )
 from backends.core.kept import Kept
 from backends.core.tuning import GainPlan, LoraPlan, Run
@@ -68,14 +68,25 @@ class Loaded:
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
     ) -> HeadGradients:
+        (found,) = self.map_gradients(safe, [util], folds, layers, mask)
+        return found
+
+    def map_gradients(
+        self,
+        safe: Sequence[Example],
+        utils: Sequence[Sequence[Example]],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+    ) -> Iterator[HeadGradients]:
         self.kept.drop()
         check_mask(mask)
-        check_folds(folds, safe=safe, util=util)
-        check_targets(*safe, *util)
+        for util in utils:
+            check_folds(folds, safe=safe, util=util)
+            check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
-        found = self._wing("gradients").head_gradients(self.model, (safe, util), folds, layers, mask)
-        check_finite(found, layers)
-        return found
+        found = self._wing("gradients").head_gradients(self.model, safe, utils, folds, layers, mask)
+        return finite(found, layers)
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
         check_targets(*examples)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -135,6 +136,18 @@ def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
+def wanted(weights: Weights) -> Iterator[None]:
+    """Inside the block the weights require gradients."""
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+
+
+@contextmanager
 def gated(model: torch.nn.Module, gates: dict[int, torch.Tensor], mask: str) -> Iterator[None]:
     """Inside the block each row's heads are multiplied by its gates.
 
@@ -172,7 +185,7 @@ def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Exa
     targets [M, V]."""
     first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
     closed = [row for row, example in enumerate(examples) if len(example.choice_ids)]
-    # The answer's rank among its candidates is its place; a row with fewer of them repeats none: -inf.
+    # The answer comes first. A row with fewer candidates than another is filled up with -inf.
     most = max(len(examples[row].choice_ids) for row in closed)
     ids, rivals = np.zeros((len(closed), most), np.int64), np.zeros((len(closed), most), bool)
     for at, row in enumerate(closed):
@@ -186,28 +199,28 @@ def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Exa
 
 
 def _differentiate(
-    model: torch.nn.Module, examples: Sequence[Example], weights: Weights, mask: str, gate_dtype: torch.dtype
+    model: torch.nn.Module, examples: Sequence[Example], weights: Weights, mask: str
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """Gradients of the sum of losses in each W_q of `weights`, and of each row's log-likelihood in its gates,
     float64 [l, H, N]."""
     heads = model.config.num_attention_heads
+    wide = torch.float32 if model.dtype.itemsize == 2 else torch.float64
     gates = {
-        layer: torch.ones(len(examples), heads, dtype=gate_dtype, device=weight.device, requires_grad=True)
+        layer: torch.ones(len(examples), heads, dtype=wide, device=weight.device, requires_grad=True)
         for layer, weight in weights.items()
     }
     # The last token predicts none.
     sequences = [sequence[:-1] for sequence in training_rows(examples)[0]]
-    with gated(model, gates, mask):
+    with gated(model, gates, mask):  # also while layers are computed again
         logits = target_logits(model, examples, padded(sequences))
         losses = target_losses(logits, examples)
-        wanted = [*weights.values(), *gates.values()]
         if any(len(example.choice_ids) for example in examples):
             # Where choices compete the outcome is another function than the loss.
             outcomes = _outcomes(logits, losses, examples).sum()
             of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
             of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
         else:
-            found = torch.autograd.grad(losses.sum(), wanted)
+            found = torch.autograd.grad(losses.sum(), [*weights.values(), *gates.values()])
             of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
     return of_weights, torch.stack([own.T.double().to(model.device) for own in of_gates])
 
@@ -215,37 +228,46 @@ def _differentiate(
 # All passes
 
 
-def _fold_sums(
-    model: torch.nn.Module,
-    examples: Sequence[Example],
-    folds: int,
-    weights: Weights,
-    mask: str,
-    plan: Plan,
-    bar: tqdm,
-) -> tuple[Sums, np.ndarray]:
-    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]. Nothing
-    waits for the device before a fold ends."""
-    half = model.dtype in (torch.float16, torch.bfloat16)
-    gates = np.zeros((len(weights), model.config.num_attention_heads, len(examples)))
+@dataclass(frozen=True)
+class _Passes:
+    """How rows go through a model."""
+
+    model: torch.nn.Module
+    weights: Weights
+    mask: str
+    plan: Plan
+    bar: tqdm
+
+
+def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tuple[Sums, np.ndarray]:
+    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]."""
+    gates = np.zeros((len(passes.weights), passes.model.config.num_attention_heads, len(examples)))
     sums = []
-    for fold in range(folds):
-        members = np.arange(fold, len(examples), folds)
-        own = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
-        batches, found = by_tokens([examples[row] for row in members], plan.tokens), []
-        for batch in batches:
-            rows = [examples[members[place]] for place in batch]
-            of_weights, of_gates = _differentiate(
-                model, rows, weights, mask, torch.float32 if half else torch.float64
-            )
-            for total, gradient in zip(own, of_weights, strict=True):
-                total.add_(gradient, alpha=1 / len(members))
-            found.append(of_gates)
-            del of_weights
-            bar.update(len(batch))
-        gates[:, :, members[np.concatenate(batches)]] = torch.cat(found, dim=2).cpu().numpy()
-        sums.append(own if plan.sums_on_device else [total.cpu() for total in own])
+    with prepared(passes.model, passes.plan), wanted(passes.weights):
+        for fold in range(folds):
+            members = np.arange(fold, len(examples), folds)
+            mean, gates[:, :, members] = _mean_gradient(passes, [examples[row] for row in members])
+            sums.append(mean if passes.plan.sums_on_device else [of_layer.cpu() for of_layer in mean])
+            del mean  # before that of the next fold
     return sums, gates
+
+
+def _mean_gradient(passes: _Passes, examples: Sequence[Example]) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Over rows, in each W_q, and each row's in its gates, [l, H, N]. The host waits for the device at the
+    end only, and where transformers looks whether a row of a pass is padded."""
+    mean = [torch.zeros_like(weight, dtype=torch.float32) for weight in passes.weights.values()]
+    batches, found = by_tokens(examples, passes.plan.tokens), []
+    for batch in batches:
+        of_weights, of_gates = _differentiate(
+            passes.model, [examples[row] for row in batch], passes.weights, passes.mask
+        )
+        for total, gradient in zip(mean, of_weights, strict=True):
+            total.add_(gradient, alpha=1 / len(examples))
+        found.append(of_gates)
+        del of_weights, gradient  # before the next pass
+        passes.bar.update(len(batch))
+    order = np.argsort(np.concatenate(batches))
+    return mean, torch.cat(found, dim=2).cpu().numpy()[:, :, order]
 
 
 def _gram(sums: Sums, weights: Weights, heads: int) -> np.ndarray:
@@ -261,27 +283,23 @@ def _gram(sums: Sums, weights: Weights, heads: int) -> np.ndarray:
 
 def head_gradients(
     decoder: Decoder,
-    sides: tuple[Sequence[Example], Sequence[Example]],
+    safe: Sequence[Example],
+    utils: Sequence[Sequence[Example]],
     folds: int,
     layers: Sequence[int],
     mask: str,
-) -> HeadGradients:
-    """See Backend.head_gradients. A float32 model is differentiated in float64."""
+) -> Iterator[HeadGradients]:
+    """See Backend.map_gradients. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
     weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
-    plan = make_plan(decoder, [row for side in sides for row in side], folds, layers)
+    rows = [row for side in (safe, *utils) for row in side]
+    plan = make_plan(decoder, rows, folds, layers)
     print(f"[torch] gradients: {plan}", flush=True)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        with (
-            prepared(model, plan),
-            progress(total=sum(map(len, sides)), desc="gradients", unit="row") as bar,
-        ):
-            (safe, of_safe), (util, of_util) = (
-                _fold_sums(model, examples, folds, weights, mask, plan, bar) for examples in sides
-            )
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    return HeadGradients(_gram(safe + util, weights, heads), of_safe, of_util)
+    with progress(total=len(rows), desc="gradients", unit="row") as bar:
+        passes = _Passes(model, weights, mask, plan, bar)
+        own, of_safe = _fold_sums(passes, safe, folds)
+        for util in utils:
+            other, of_util = _fold_sums(passes, util, folds)
+            gram = _gram(own + other, weights, heads)
+            del other  # before those of the next map
+            yield HeadGradients(gram, of_safe, of_util)
