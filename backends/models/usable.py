@@ -90,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder} holds an adapter (adapter_config.json), which would be loaded too: merge it into the "
-            f"into the weights, or move it elsewhere"
+            f"weights, or move it elsewhere"
         )
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
