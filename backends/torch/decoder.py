@@ -176,7 +176,8 @@ class Decoder:
 
     @property
     def room(self) -> int:
-        """Bytes that a sweep may use beside the weights; of several devices, what the fullest one has."""
+        """Bytes that may be used beside the weights; of several devices, what the fullest one has. Not what
+        is free now: how work is cut, and so how it rounds, must not depend on it."""
         if self.device.type != "cuda":
             return budgets.machine_bytes() // 2 - sum(weight.nbytes for weight in self.model.parameters())
         weights = Counter()

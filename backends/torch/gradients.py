@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from backends.base import Example, HeadGradients
-from backends.core import budgets
 from backends.core.gradient_plan import Plan, Work, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
@@ -30,17 +29,6 @@ Sums = list[list[torch.Tensor]]
 # Precision and memory
 
 
-def free_bytes(decoder: Decoder) -> int:
-    """Bytes beside the weights; of several devices, what the fullest one has."""
-    if decoder.device.type != "cuda":
-        return budgets.machine_bytes() // 2 - sum(weight.nbytes for weight in decoder.model.parameters())
-    free = []
-    for place in set(decoder.places):
-        reserved = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        free.append(torch.cuda.mem_get_info(place)[0] + reserved)
-    return int(0.85 * min(free))  # the rest is lost between blocks of memory
-
-
 def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers: Sequence[int]) -> Plan:
     """How gradients of all these rows fit the devices."""
     cuda, places = decoder.device.type == "cuda", decoder.places
@@ -55,7 +43,7 @@ def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers:
         squares=cuda and decoder.model.dtype == torch.float32,  # no fused attention in float64
         host=cuda,
     )
-    return plan_gradients(work, free_bytes(decoder), TOKENS_CUDA if cuda else TOKENS_CPU)
+    return plan_gradients(work, decoder.room, TOKENS_CUDA if cuda else TOKENS_CPU)
 
 
 def _double(value: object) -> object:
