@@ -55,6 +55,15 @@ def test_architecture_and_attributes_are_refused_by_name(models, scratch, change
     refused(edited(models, scratch, **changes), message)
 
 
+def test_marks_and_labels_of_other_tools_change_nothing(models, scratch):
+    """As in the hub's own SmolLM2, in what unsloth saves, and in configurations of older versions."""
+    marks = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "unsloth_fixed": True}
+    marks |= {"id2label": {"0": "LABEL_0"}, "temperature": 0.6, "do_sample": True, "repetition_penalty": 1.3}
+    folder = edited(models, scratch, **marks)
+    folders.check_folder(folder)
+    assert folders.model_hashes(folder) == folders.model_hashes(models["llama-gqa"])
+
+
 QUERY, EXTRA = "model.layers.1.self_attn.q_proj.weight", "model.layers.7.mlp.up_proj.weight"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -63,15 +72,15 @@ WEIGHTS = [
     (lambda own: own.pop(QUERY), f"1 weights are missing, the first is {QUERY}"),
     (lambda own: own.update({EXTRA: np.ones(2, "f4")}), f"1 weights are unexpected, the first is {EXTRA}"),
     (lambda own: own.update({QUERY: own[QUERY] * np.nan}), f"{QUERY} holds values that are not finite"),
+    (
+        lambda own: own.update({OUTPUT: own[EMBEDDING] + 1}),
+        f"tie_word_embeddings is true, but {OUTPUT} is not {EMBEDDING}",
+    ),
 ]
 """changes of a file's tensors"""
 WEIGHTS_FLAX = [
     # Transposed, it has as many values, and would divide into heads all the same.
     (lambda own: own.update({QUERY: own[QUERY].T.copy()}), r"q_proj.weight has shape \(40, 32\).*it is"),
-    (
-        lambda own: own.update({OUTPUT: own[EMBEDDING] + 1}),
-        f"tie_word_embeddings is true, but {OUTPUT} is not {EMBEDDING}",
-    ),
 ]
 
 

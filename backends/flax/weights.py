@@ -183,9 +183,6 @@ def check(checkpoint: Checkpoint, config: Config) -> None:
             raise InputError(
                 f"{checkpoint.folder}: weight {key} has shape {stored}, by config.json it is {shape}"
             )
-    both = ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tied and both[0] in checkpoint.files and not np.array_equal(*map(checkpoint.read, both)):
-        raise InputError(f"{checkpoint.folder}: tie_word_embeddings is true, but {both[0]} is not {both[1]}")
 
 
 def parameters(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -7,6 +7,10 @@ from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (teaches numpy, and so safetensors, bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from backends.base import Shape
 from backends.core.errors import InputError, reason
 
@@ -32,7 +36,17 @@ _NOT_COMPUTED_WITH = frozenset([
     "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id", "torch_dtype",
     "transformers_version", "unk_token_id", "use_cache",
 ])
+# What other tools and older versions leave in a config.json: marks, labels of classifiers, and settings of
+# generation, which is greedy here whatever they say.
+_INERT = frozenset([
+    "chunk_size_feed_forward", "do_sample", "id2label", "is_decoder", "is_llama_config", "label2id",
+    "max_length", "max_new_tokens", "model_max_length", "name_or_path", "num_beams", "num_labels",
+    "output_attentions", "output_hidden_states", "problem_type", "repetition_penalty", "return_dict",
+    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "transformers.js_config",
+    "unsloth_fixed", "unsloth_version",
+])
 # fmt: on
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
 _LFS_POINTER = b"version https://git-lfs"
 MODEL_HASHES = ("weights_sha256", "config_sha256")
 """what says that two folders hold the same model"""
@@ -79,6 +93,8 @@ def check_folder(folder: Path) -> None:
         with open(file, "rb") as weights:
             if weights.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise InputError(f"{file} is a Git LFS pointer, not the weights: `git lfs pull` there")
+    if config.get("tie_word_embeddings"):
+        _check_tied(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -111,13 +127,33 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _check_tied(folder: Path) -> None:
+    """InputError where the files hold an output matrix that is not the embedding, to which config.json ties
+    it: some loaders take the one, some the other."""
+    holders = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                holders |= {name: path for name in TIED if name in set(file.keys())}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: the weights cannot be loaded ({reason(error)})") from None
+    if len(holders) < len(TIED):
+        return
+    matrices = []
+    for name in TIED:
+        with safe_open(holders[name], framework="numpy") as file:
+            matrices.append(file.get_tensor(name))
+    if not np.array_equal(*matrices):
+        raise InputError(f"{folder}: tie_word_embeddings is true, but {' is not '.join(TIED)}")
+
+
 def _check_attributes(path: Path, config: dict) -> None:
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(config["model_type"])
     for name, value in config.items():
         described = name.startswith("_")  # names and hashes, never arithmetic
-        if described or name in _HANDLED or value is None or value is False:
+        if described or name in _HANDLED | _INERT or value is None or value is False:
             continue
         usual = getattr(default, name, None)
         if value != usual or isinstance(value, bool) != isinstance(usual, bool):  # 0 == False
@@ -215,7 +251,7 @@ def config_sha256(folder: Path) -> str:
     config = {
         name: value
         for name, value in read_config(folder).items()
-        if not name.startswith("_") and name not in _NOT_COMPUTED_WITH
+        if not name.startswith("_") and name not in _NOT_COMPUTED_WITH | _INERT
     }
     described = json.dumps([config, sorted(set(eos_ids(folder)))], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
