@@ -221,11 +221,14 @@ class Backend(Protocol):
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
+        adapter: Path | None = None,
     ) -> HeadGradients:
         """`gradient_gram`'s matrices, and the gradients in the heads' gates from the same passes.
 
         Args:
             mask: what a gate multiplies: a head's output, or its query.
+            adapter: in place, not merged, while gradients are taken; θ_h stay the base's rows of W_q, whose
+                gradient is that of the rows with the adapter merged.
 
         Raises ValueError also where a row has no target; else as `gradient_gram`.
         """

@@ -67,13 +67,15 @@ class Loaded:
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
+        adapter: Path | None = None,
     ) -> HeadGradients:
         self.kept.drop()
         check_mask(mask)
         check_folds(folds, safe=safe, util=util)
         check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
-        found = self._wing("gradients").head_gradients(self.model, (safe, util), folds, layers, mask)
+        wing = self._wing("gradients")
+        found = wing.head_gradients(self.model, (safe, util), folds, layers, mask, adapter)
         check_finite(found, layers)
         return found
 

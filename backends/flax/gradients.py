@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,24 @@ from flax import nnx
 from backends.base import Example, HeadGradients
 from backends.core.packing import by_tokens
 from backends.core.progress import progress
-from backends.flax.decoder import Decoder
+from backends.flax import adapter as adapters
+from backends.flax.decoder import Adapter, Decoder
 from backends.flax.loglikelihood import Batch, log_likelihood, make_batch
 from backends.flax.loss import TOKENS_CPU, TOKENS_DEVICE, recomputes, row_losses, target_logits
 from backends.flax.model import Model
 
 
 @partial(jax.jit, static_argnames=("graph", "mask", "compete", "recompute"))
-def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool, recompute: bool):
+def differentiate(
+    graph,
+    weights,
+    batch: Batch,
+    layers,
+    mask: str,
+    compete: bool,
+    recompute: bool,
+    adapter: Adapter | None = None,
+):
     """Gradients of the sum of losses in W_q of some layers, float32 [l, E, H, D], and of each row's
     log-likelihood in its gates, [R, l, H].
 
@@ -26,13 +37,13 @@ def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool
         compete: choices do in some row, where the outcome is another function than the loss.
     """
     if weights["embedding"][...].dtype == jnp.float32:
-        weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
+        weights, adapter = jax.tree.map(lambda each: each.astype(jnp.float64), (weights, adapter))
 
     def sums(kernel: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of losses, and of log-likelihoods."""
         decoder: Decoder = nnx.merge(graph, weights)
         decoder.layers.attention.query.kernel = nnx.Param(kernel)
-        hidden = decoder.forward(batch.rows.ids, None, recompute, gates, mask)
+        hidden = decoder.forward(batch.rows.ids, adapter, recompute, gates, mask)
         logits = target_logits(decoder, hidden, batch.rows)
         return row_losses(logits, batch.rows).sum(), log_likelihood(logits, batch).sum()
 
@@ -52,12 +63,13 @@ def head_gradients(
     folds: int,
     layers: Sequence[int],
     mask: str,
+    adapter: Path | None = None,
 ) -> HeadGradients:
     """See Backend.head_gradients. A float32 model is differentiated in float64."""
     shape, layers = model.config.shape, np.array(layers, np.int32)
     gradients = np.zeros((2 * folds, len(layers), shape.model_dim, shape.heads, shape.head_dim), np.float32)
     gates = [np.zeros((len(layers), shape.heads, len(examples))) for examples in sides]
-    budget = model.limit(TOKENS_CPU, TOKENS_DEVICE)
+    budget, loaded = model.limit(TOKENS_CPU, TOKENS_DEVICE), adapters.load(model, adapter)
     bar = progress(total=sum(map(len, sides)), desc="gradients", unit="row")
     for side, examples in enumerate(sides):
         for fold in range(folds):
@@ -68,7 +80,7 @@ def head_gradients(
                 compete = any(len(row.choice_ids) for row in rows)
                 recompute = recomputes(model, *batch.rows.ids.shape)
                 with jax.enable_x64(model.config.dtype == "float32"):
-                    found = model.apply(differentiate, batch, layers, mask, compete, recompute)
+                    found = model.apply(differentiate, batch, layers, mask, compete, recompute, loaded)
                 of_kernel, of_gates = (np.asarray(part) for part in found)
                 gradients[side * folds + fold] += of_kernel / len(members)
                 gates[side][:, :, members[some]] = np.moveaxis(of_gates[: len(rows)], 0, -1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ import torch
 from backends.base import Example, HeadGradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
+from backends.torch.adapter import adapted
 from backends.torch.decoder import Decoder
 from backends.torch.loss import padded, target_logits, target_losses
 
@@ -106,8 +108,21 @@ def head_gradients(
     folds: int,
     layers: Sequence[int],
     mask: str,
+    adapter: Path | None = None,
 ) -> HeadGradients:
-    """See Backend.head_gradients. A float32 model is differentiated in float64."""
+    """See Backend.head_gradients."""
+    with adapted(decoder.model, adapter):
+        return _head_gradients(decoder, sides, folds, layers, mask)
+
+
+def _head_gradients(
+    decoder: Decoder,
+    sides: tuple[Sequence[Example], Sequence[Example]],
+    folds: int,
+    layers: Sequence[int],
+    mask: str,
+) -> HeadGradients:
+    """Of the model as it is. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
     weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
     budget = TOKENS_CUDA if model.device.type == "cuda" else TOKENS_CPU
