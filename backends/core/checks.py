@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.base import Example, Head, HeadGradients, Recipe, Selection, Shape, Task
+from backends.base import Example, Head, HeadGradients, Recipe, Redraw, Selection, Shape, Task
 from backends.core.errors import InputError
 
 
@@ -81,6 +81,12 @@ def check_tuning(
     if recipe.optimizer != "sft" and not reference:
         raise ValueError(f"reference: {recipe.optimizer} needs examples to project against")
     return pairs
+
+
+def check_redraw(redraw: Redraw | None) -> None:
+    """It must say after how many steps."""
+    if redraw is not None and redraw.every < 1:
+        raise ValueError(f"redraw: every {redraw.every} steps, must be positive")
 
 
 def check_gains(tasks: Sequence[Task], neurons: Selection, shape: Shape) -> None:

@@ -18,6 +18,7 @@ from backends.base import (
     HeadGradients,
     Mask,
     Recipe,
+    Redraw,
     Selection,
     Shape,
     Task,
@@ -135,9 +136,10 @@ class Loaded:
         heads: Sequence[Head],
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
+        redraw: Redraw | None = None,
     ) -> Tuning:
         self.kept.drop()
-        plan = LoraPlan(self.shape, examples, heads, recipe, reference)
+        plan = LoraPlan(self.shape, examples, heads, recipe, reference, redraw)
         return Run(self._wing("tune").Lora(self.model, plan), plan)
 
     def attribute_neurons(
