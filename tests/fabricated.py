@@ -82,7 +82,7 @@ def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **m
     values |= {"costs": by_seed, "means": means, "draws": draws, "sensitivity": "counted"}
     values["reliability"] = _reliability({OWN_MAP: None}, 0.7)
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
-    values["predictions"] = pd.DataFrame()
+    values |= dict.fromkeys(("predictions", "drift", "drift_layers", "redraws"), pd.DataFrame())
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)
 

@@ -31,7 +31,7 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
             paragraphs[-1] += parts
         else:
             paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
-    rest = [_drawn(results), _neurons(results), _broken(results)]
+    rest = [_drawn(results), _drift(results), _neurons(results), _broken(results)]
     if own_probability is not None:
         rest.append(
             f"The map itself: when its calibration rows are resampled, a head stays in its bucket "
@@ -143,6 +143,24 @@ def _drawn(results: Results) -> str:
     return (
         f"Over {first['n']} arms drawn for it, mean C against the log p of right answers that was lost: "
         f"{'; '.join(parts)}. |r| of {first['smallest_r']:.2f} would have been seen in four cases of five."
+    )
+
+
+def _drift(results: Results) -> str:
+    """How far the maps of the tuned models are from the base model's; empty where it was not measured."""
+    if results.drift.empty:
+        return ""
+    models = results.drift_means[0]
+    known = plain(models[models["rho_conflict_score"].notna()]).sort_values("rho_conflict_score")
+    changed = f"{percent(results.drift['changed'].mean())} of heads are in another bucket (chance: "
+    changed += f"{percent(1 - 1 / results.m)})"
+    if known.empty:
+        return f"After tuning {changed}; C is constant, so that its order cannot be told."
+    ends = [f"{row['rho_conflict_score']:.2f} ({row['label']})" for row in known.to_dict("records")]
+    order = ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
+    return (
+        f"After tuning, on the same rows, C has a rank correlation of {order} with that of the base model, "
+        f"and {changed}."
     )
 
 
