@@ -206,6 +206,7 @@ def _arm(unit: ArmRun, maps: dict[str, HeadMap], m: int) -> dict:
         "utility_neurons": neurons,
         "n_neurons": 2 * len(neurons),
         "trainable_parameters": len(heads) * 100,
+        "entered": [1, 0] if unit.arm.rediagnosed else None,
         "mean_optimization_conflict": float(own.optimization_conflict[at].mean()),
         "mean_functional_sensitivity": float(own.functional_sensitivity[at].mean()),
         "mean_conflict_score": float(own.conflict_score[at].mean()),

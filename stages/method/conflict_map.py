@@ -26,6 +26,11 @@ class HeadScores(NamedTuple):
     conflict_score: FloatArray
     bucket: IntArray
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, H)"""
+        return self.bucket.shape
+
     def by(self, ranking: Ranking) -> FloatArray:
         """What heads are ranked by, [L, H]."""
         return getattr(self, COLUMN[ranking])

@@ -115,7 +115,7 @@ def figure(models: pd.DataFrame, layers: pd.DataFrame) -> Figure:
     left.set(ylim=(len(models), 0), xlabel="Spearman's ρ with the base model's map")
     left.set_title("Heads' order after tuning (1: as before)")
     left.set_yticks(rows, names)
-    left.legend(loc="best")
+    drawing.legend(loc="outside lower left", ncols=len(SHOWN))
     shown = heat_map(right, shares, "Reds", 0.0, 1.0)
     right.set(ylim=(len(models), 0), xlabel="layer", title="Share of a layer's heads that changed bucket")
     right.set_yticks([])
