@@ -144,7 +144,7 @@ def test_a_rediagnosed_bucket_starts_as_the_bucket_and_is_drawn_every_n_steps(dr
 
 
 def test_a_finished_stage_gets_its_drift_and_answers_nothing_again(drifted, scratch, monkeypatch, capsys):
-    """Without --drift, then with it and killed after two units; it ends as if that had been asked at first."""
+    """Without --drift, then with it and killed after two units: it ends as if asked for at first."""
     folder, settings = copied(drifted, scratch)
     plain = settings.replace(drift=False)
     shutil.rmtree(folder / EVALUATE)

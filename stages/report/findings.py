@@ -134,10 +134,10 @@ def _drawn(results: Results) -> str:
         if row["r"] is None:
             parts.append(f"{row['at']} it cannot be told")
             continue
-        verdict = "a relation" if row["p"] < 0.05 else "none that can be told from chance"
+        verdict = "a relation" if row["p_heads"] < 0.05 else "none that can be told from chance"
         parts.append(
-            f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, permutation "
-            f"p = {row['p']:.3f}: {verdict})"
+            f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, p = "
+            f"{row['p_heads']:.3f} where heads have effects of their own: {verdict})"
         )
     first = plain(own).iloc[0]
     return (
