@@ -2,13 +2,14 @@
 every row, and by its invariants."""
 
 import dataclasses
+import doctest
 
 import numpy as np
 import pytest
 import torch
 
 from backends.base import Recipe, Redraw
-from backends.core import checkpoint
+from backends.core import checkpoint, schedules
 from backends.core.errors import InputError
 from backends.core.schedules import learning_rate
 from backends.core.seeds import batch_order
@@ -65,6 +66,11 @@ def by_hand(folder, draws) -> tuple[list[float], np.ndarray]:
     return losses, np.stack(
         [scale * (b @ a).detach().double().numpy().reshape(HEADS, HEAD_DIM, -1) for a, b in pairs]
     )
+
+
+def test_docstring_examples():
+    result = doctest.testmod(schedules)
+    assert result.attempted and not result.failed
 
 
 def test_every_row_moves_as_by_an_adam_that_starts_with_it(gqa, scratch):

@@ -21,7 +21,7 @@ def adam_pace(steps: int, own: np.ndarray) -> np.ndarray:
     zero until their own first step, `own` steps ago (1: this is it), so that they move as by an Adam that
     starts with them: the two differ in the corrections of their moments' bias alone. 1 where both are equal.
 
-    Exact but for Adam's eps. Uncorrected, parameters that join after 1,000 steps take steps of up to six
+    Exact but for Adam's eps. Uncorrected, parameters that join after 1,000 steps take steps of up to five
     times the length.
 
     >>> adam_pace(1000, np.array([1, 1000])).round(3).tolist()
