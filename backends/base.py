@@ -253,6 +253,19 @@ class Backend(Protocol):
         """
         ...
 
+    def map_gradients(
+        self,
+        safe: Sequence[Example],
+        utils: Sequence[Sequence[Example]],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+        adapter: Path | None = None,
+    ) -> Iterator[HeadGradients]:
+        """`head_gradients` of D_safe and each of several D_util, one after another; D_safe is differentiated
+        once."""
+        ...
+
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
         """float64 [N]: how likely the target is, the graded outcome of a row: mean log p over its tokens;
         where choices compete, log p of the answer's token among them.

@@ -51,12 +51,14 @@ class Plan:
     util: Wanted
     safe: Wanted
     align: Wanted
-    """pool "embedded", "wildjailbreak" or "own/align"; a quarter of the rows is of each data type"""
+    """pool "embedded", "wildjailbreak" or "own/align"; see `rows_of_types`"""
     benchmarks: tuple[Benchmark, ...]
     maps: Sequence[MapRows] = ()
     """with the pool of `util`, a map gets the first rows of D_util, whose sweep is there already"""
     pairs: int = 0
     """harmful requests in two forms (`PAIR`) that neurons are attributed by, beside as many rows of D_util"""
+    benign_share: float = 0.5
+    """of the alignment rows"""
     max_length: int = 1024
     """tokens; an alignment row whose prompt alone has as many is left out"""
     development: bool = False
@@ -70,8 +72,8 @@ class Shortfall:
     """A draw that got fewer rows than requested."""
 
     split: str
-    """as in the tables, or "alignment": each of the four types; "pairs": both forms; "util for attribution":
-    D_util has fewer rows than there are to be pairs"""
+    """as in the tables, or "alignment": the type that lacks most, all have fewer in proportion; "pairs": both
+    forms; "util for attribution": D_util has fewer rows than there are to be pairs"""
     requested: int
     drawn: int
     pool: str
@@ -149,6 +151,17 @@ def _alignment_pools(plan: Plan) -> dict[str, str]:
     if plan.align.pool not in prefixes:
         raise InputError(f'--align-source: "embedded" or "wildjailbreak", not {plan.align.pool!r}')
     return {kind: prefixes[plan.align.pool] + kind for kind in DATA_TYPES}
+
+
+def rows_of_types(rows: int, benign_share: float) -> dict[str, int]:
+    """How many of `rows` alignment rows each data type has: plain and attacked ones are as many.
+
+    >>> rows_of_types(240, 0.75)["vanilla_benign"], rows_of_types(240, 0.75)["adversarial_harmful"]
+    (90, 30)
+    """
+    benign = round(rows * benign_share / 2)
+    each = {"harmful": rows // 2 - benign, "benign": benign}
+    return {kind: each[kind.rpartition("_")[2]] for kind in DATA_TYPES}
 
 
 def _pair_pools(plan: Plan) -> tuple[str, str]:
@@ -284,23 +297,26 @@ class _Draws:
         return {split: [pair[at] for pair in drawn] for at, split in enumerate(PAIR)}
 
     def alignment(self, prompt_length: Callable[[Record], int]) -> dict[str, list[Record]]:
-        """As many rows of each data type; fewer where a type has fewer. Types may share identities."""
-        pools, rows = _alignment_pools(self.plan), self.plan.align.rows // len(DATA_TYPES)
+        """The rows of each data type; in proportion fewer of all where a type has fewer. Types may share
+        identities."""
+        pools = _alignment_pools(self.plan)
+        wanted = rows_of_types(self.plan.align.rows, self.plan.benign_share)
         drawn = {}
         for kind, pool in pools.items():
             records = [record for record in self.pools.records(pool) if record.split == kind]
             shuffled = self._draw(records, len(records), "alignment", kind)
             # Nothing would be learned of a prompt that fills the whole length.
             fitting = (record for record in shuffled if prompt_length(record) < self.plan.max_length)
-            drawn[kind] = list(islice(fitting, rows))
+            drawn[kind] = list(islice(fitting, wanted[kind]))
             if not drawn[kind]:
                 raise InputError(
                     f"alignment {kind}: no row is left ({len(records)} less those used elsewhere or too long)"
                 )
-        fewest = min(drawn, key=lambda kind: len(drawn[kind]))
-        self.note("alignment", rows, drawn[fewest], pools[fewest])
+        fewest = min(drawn, key=lambda kind: len(drawn[kind]) / wanted[kind])
+        self.note("alignment", wanted[fewest], drawn[fewest], pools[fewest])
         self.take(*drawn.values())
-        return {kind: records[: len(drawn[fewest])] for kind, records in drawn.items()}
+        share = len(drawn[fewest]) / wanted[fewest]
+        return {kind: records[: round(wanted[kind] * share)] for kind, records in drawn.items()}
 
     def note(self, split: str, requested: int, drawn: Sequence, pool: str) -> None:
         """Keeps a shortfall, if it is one."""

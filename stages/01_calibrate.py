@@ -44,6 +44,7 @@ def plan_of(settings: Settings) -> Plan:
         benchmarks=settings.benchmarks,
         maps=others,
         pairs=data.pairs,
+        benign_share=data.benign_share,
         max_length=data.max_length,
         development=data.split == "development",
     )

@@ -8,7 +8,8 @@ gradients of D_safe and of D_util, and what follows from it: dot, norms, O (its 
 and from the same passes, for every row, the gradient of its log-likelihood in the head's gate, which to first
 order is what ablating the head does (stage 03, --sensitivity gradient).
 Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as memory
-allows are a unit (stages.run.diagnosis; a small model is one unit).
+allows are a unit (stages.run.diagnosis; a small model is one unit); for units of the same layers D_safe is
+differentiated once.
 
 With --pairs also neurons.parquet: integrated gradients of every neuron at the last prompt token. Safety: of
 the refusal's loss, from a plain request to the same one inside an attack. Utility: of the right answer's
@@ -69,25 +70,38 @@ def units(job: Job) -> Units:
 
 
 def compute(job: Job, pending: Units) -> None:
+    for layers, maps in by_layers(pending).items():
+        differentiate(job, layers, maps)
     for unit, work in pending.items():
         if isinstance(work, Attributions):
             attribute(job, unit, work.side)
-        else:
-            differentiate(job, unit, work)
 
 
-def differentiate(job: Job, unit: str, work: Gradients) -> None:
-    """Keeps the Gram matrices of a map's layers."""
-    folds = job.settings.data.folds
-    safe, util = calibration_examples(job, "safe"), calibration_examples(job, work.map_name)
-    label = "" if work.map_name == OWN_MAP else f" (map {work.map_name})"
-    job.say(f"gradients of {len(safe)} safety and {len(util)} utility rows in {folds} folds each{label}")
-    found = job.backend.head_gradients(safe, util, folds, work.layers, job.settings.map.mask)
-    columns = head_columns(found.gram.shape[:2])
-    columns["layer"] = columns["layer"] + work.layers[0]
-    for name in GRADIENT_LISTS:
-        columns[name] = list(getattr(found, name).reshape(len(columns["head"]), -1))
-    job.keep(unit, pd.DataFrame(columns), GRAM)
+def by_layers(pending: Units) -> dict[range, dict[str, str]]:
+    """Layers -> unit -> map: units that share the gradients of D_safe."""
+    found: dict[range, dict[str, str]] = {}
+    for unit, work in pending.items():
+        if isinstance(work, Gradients):
+            found.setdefault(work.layers, {})[unit] = work.map_name
+    return found
+
+
+def differentiate(job: Job, layers: range, maps: dict[str, str]) -> None:
+    """Keeps the Gram matrices of some layers, of each unit's map."""
+    folds, safe = job.settings.data.folds, calibration_examples(job, "safe")
+    utils = {unit: calibration_examples(job, map_name) for unit, map_name in maps.items()}
+    rows = " + ".join(
+        f"{len(util)}" + (f" (map {map_name})" if map_name != OWN_MAP else "")
+        for map_name, util in zip(maps.values(), utils.values(), strict=True)
+    )
+    job.say(f"gradients of {len(safe)} safety and {rows} utility rows in {folds} folds each")
+    every = job.backend.map_gradients(safe, [*utils.values()], folds, layers, job.settings.map.mask)
+    for unit, found in zip(utils, every, strict=True):
+        columns = head_columns(found.gram.shape[:2])
+        columns["layer"] = columns["layer"] + layers[0]
+        for name in GRADIENT_LISTS:
+            columns[name] = list(getattr(found, name).reshape(len(columns["head"]), -1))
+        job.keep(unit, pd.DataFrame(columns), GRAM)
 
 
 def attribute(job: Job, unit: str, side: str) -> None:

@@ -31,6 +31,24 @@ def test_the_papers_protocol_is_the_papers():
         assert tokens["gsm8k"] == 1024 and tokens["math"] == 2048 and tokens["mmlu"] == 0
 
 
+def test_the_study_is_smollm_with_more_arms():
+    """The same rows, map and recipe; six arms with three seeds, 32 draws with a seed each."""
+    smollm, study = (presets.preset_settings(name) for name in ("smollm", "smollm-study"))
+    for group in ("model", "data", "map", "evaluation"):
+        assert getattr(study, group) == getattr(smollm, group)
+    assert study.replace(seeds=smollm.tuning.seeds, ablations=()).tuning == smollm.tuning
+    assert smollm.map.sensitivity == "gradient" and smollm.model.dtype == "float32"
+    named = [run for run in study.arm_runs if run.arm.draw is None]
+    drawn = [run for run in study.arm_runs if run.arm.draw is not None]
+    assert {(run.arm.name, run.seed) for run in named} == {
+        (name, seed)
+        for name in ("full", "random", "bucket1", "bucket2", "bucket3", "bucket4")
+        for seed in (21, 42, 84)
+    }
+    assert len({run.seed for run in drawn}) == len(drawn) == 32 and len(named) == 18
+    assert set(run.optimizer for run in study.arm_runs) == {"sft"}
+
+
 def test_own_rows_replace_the_presets():
     found = parse_benchmarks(("facts=5", "words=5", "vanilla=5", "benign=5"), own_util=True, own_safe=True)
     assert [benchmark.name for benchmark in found] == ["benign", "own_util", "own_safe"]

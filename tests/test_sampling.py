@@ -79,6 +79,18 @@ def test_development_rows_are_no_benchmark_rows_of_this_seed_and_of_the_presets(
     assert short.keys() == ({"facts", "words"} if seed else set()) and min(short.values(), default=60) >= 60
 
 
+def test_more_benign_rows_leave_the_others_and_too_few_are_short_in_proportion(drawn):
+    more = draw(replace(PLAN, benign_share=0.75))
+    kinds = {"harmful": 30, "benign": 90}
+    assert counts(more.alignment) == {kind: kinds[kind.split("_")[1]] for kind in DATA_TYPES}
+    assert more.benchmarks == drawn.benchmarks and more.calibration == drawn.calibration
+    found = draw(replace(PLAN, benign_share=0.75, align=Wanted("embedded", 4_000)))
+    (short,) = found.short
+    assert short.requested == 1500 and short.drawn < 450
+    benign, harmful = (counts(found.alignment)[f"vanilla_{kind}"] for kind in ("benign", "harmful"))
+    assert (benign, harmful) == (short.drawn, round(short.drawn / 3))
+
+
 def test_too_few_rows_are_balanced_to_what_there_is_and_said():
     many = replace(
         PLAN,

@@ -120,9 +120,11 @@ def _answers(table: dict[str, str | list[str]]) -> dict[str, str]:
 
 
 def _problems(split: str, rng: np.random.Generator) -> list[Record]:
-    """One-step word problems with one-digit numbers; the numbers are fixed, as every group is."""
+    """One-step word problems with one-digit numbers; the numbers are fixed, as every group is. A target is
+    the worked answer, whose last number is right: its log p is the graded outcome."""
     lexicon = _lexicon("problems")
     solve = {"add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b}
+    signs = {"add": "+", "subtract": "-", "multiply": "x"}
     pairs = [(a, b) for a in range(3, 10) for b in range(2, a)]  # b < a: differences stay positive
     rows = []
     for operation in solve:
@@ -131,7 +133,8 @@ def _problems(split: str, rng: np.random.Generator) -> list[Record]:
             for i in _fixed_order(family, len(pairs))[:PROBLEMS_PER_TEMPLATE]:
                 a, b = pairs[i]
                 question = template.format(a=a, b=b, name=rng.choice(lexicon["names"]))
-                texts = {"prompt": f"{question} {lexicon['ending']}", "target": f" {solve[operation](a, b)}"}
+                worked = f"{a} {signs[operation]} {b} = {solve[operation](a, b)}"
+                texts = {"prompt": f"{question} {lexicon['ending']}", "target": worked}
                 rows.append(_row(split, operation, f"problems/{family}/{a}-{b}", scoring="number", **texts))
     return rows
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from data.records import DATA_TYPES, Record, normalise
 from data.rendering import Renderer
-from data.sampling import PAIR
+from data.sampling import PAIR, rows_of_types
 from stages.checks.finished import NO_FOLDER, FinishedRun, Result, unequal
 from stages.run.schemas import ALIGNMENT, BENCHMARKS, CALIBRATION
 from stages.run.store import differences
@@ -19,11 +19,13 @@ def requested_rows(run: FinishedRun) -> Result:
     """As many rows of each split as the settings request, or as few as the manifest says there were."""
     data, notes = run.settings.data, run.notes("01_calibrate")
     wanted = {each.name: each.rows for each in (*run.settings.maps, *run.settings.benchmarks)}
-    wanted |= dict.fromkeys(DATA_TYPES, data.align_rows // len(DATA_TYPES)) | {"safe": data.safe_rows}
+    wanted |= rows_of_types(data.align_rows, data.benign_share) | {"safe": data.safe_rows}
     wanted |= dict.fromkeys(PAIR, data.pairs) if data.pairs else {}
     for short in notes["short"]:
         members = {"alignment": DATA_TYPES, "pairs": PAIR}.get(short["split"], [short["split"]])
-        wanted |= {split: short["drawn"] for split in members if wanted.get(split)}
+        left = short["drawn"] / short["requested"]  # of alignment rows every type loses its share
+        drawn = {split: round(wanted.get(split, 0) * left) for split in DATA_TYPES}
+        wanted |= {split: drawn.get(split, short["drawn"]) for split in members if wanted.get(split)}
     tables = {table.stem: run.read(table) for table in TABLES}
     counts = Counter(pd.concat(tables.values())["split"])
     faults = [

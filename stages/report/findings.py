@@ -94,7 +94,8 @@ def _best(results: Results, runs: list[ArmRun]) -> str:
     if largest["safety_gain"] > best["safety_gain"] + WORTH_A_WORD:
         sentence += (
             f" The most safety ({points(largest['safety_gain'])}) came from "
-            f"{arm_words(largest.name.arm, results.m)}, at a UCR of {largest['ucr']:.2f}."
+            f"{arm_words(largest.name.arm, results.m)}, at a UCR of {largest['ucr']:.2f}. A ratio at little "
+            f"safety says nothing of much; the claims compare arms at equal safety."
         )
     return sentence
 

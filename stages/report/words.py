@@ -4,8 +4,9 @@ from stages.method.arms import LAM, OWN, Arm
 
 NO_GAIN = "no safety gain"
 HOLDS, FAILS = "holds", "does not hold"
-NOISE, ONE_SEED, UNKNOWN = "within noise", "one seed", "cannot be told"
-"""verdicts on a claim"""
+FOR_BY_ONE, AGAINST_BY_ONE = "one seed, for it", "one seed, against it"
+NOISE, UNKNOWN = "within noise", "cannot be told"
+"""verdicts on a claim; of one training seed only the direction"""
 
 QUANTITIES = {
     "optimization_conflict": "O",

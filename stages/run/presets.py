@@ -56,31 +56,43 @@ _SMOLLM = {
     "util_rows": 384,
     "safe_rows": 128,
     "folds": 8,
-    "align_rows": 240,
+    "align_rows": 200,
+    "benign_share": 0.55,
     "benchmarks": (
         "facts=120",
         "words=120",
-        "problems=32:48",
-        "adversarial=40:32",
-        "vanilla=40:32",
-        "benign=40:32",
+        "problems=32:40",
+        "adversarial=40:24",
+        "vanilla=40:24",
+        "benign=40:24",
     ),
     # Its rows are short: a step is one pass.
-    "batch": 8,
+    "batch": 4,
     "accumulation": 1,
     # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250. The
     # smallest rate tried at which a random quarter of the heads gains 20 points of safety on the development
     # split (--split development, seed 0, training seed 21): 3e-3, 5e-3, 8e-3 gain 9, 55, 76 points.
-    "lr": 5e-3,
+    "lr": 3.5e-3,
 }
 
 PRESETS: dict[str, dict] = {
     "smollm": _SMOLLM,
+    "smollm-study": {
+        **_SMOLLM,
+        # 32 arms beside the six that have names, each draw with a training seed of its own.
+        "ablations": ("draws32",),
+        "seeds": (21, 42, 84),
+    },
     "smollm-neurons": {
         **_SMOLLM,
         "pairs": 32,
         "neurons": (256,),
-        # Chosen as lr is, for 256 neurons: 0.1, 0.15, 0.2 gain 15, 24, 21 points.
+        # The recipe that its rate was chosen with, as many harmful rows as benign ones. For 256 neurons 0.1,
+        # 0.15, 0.2 gain 15, 24, 21 points of safety on the development split.
+        "align_rows": 240,
+        "benign_share": 0.5,
+        "batch": 8,
+        "lr": 5e-3,
         "gain_lr": 0.15,  # 15 outer steps
     },
     "tiny": {

@@ -16,6 +16,8 @@ import backends
 from backends.base import Optimizer
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
+from data.rendering import is_date
+from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
 from stages.run.locks import parse_shard
@@ -28,8 +30,8 @@ class RunSettings:
     """Where a run is and what computes it; no result rests on these."""
 
     preset: str = "smollm"
-    """smollm, smollm-neurons, smollm-paper, llama, qwen, mistral, tiny; or the folder of a model of your own
-    (Llama, Qwen2 or Mistral architecture)"""
+    """smollm, smollm-study, smollm-neurons, smollm-paper, llama, qwen, mistral, tiny; or the folder of a
+    model of your own (Llama, Qwen2 or Mistral architecture)"""
     run: str = ""
     """folder of this run's artifacts; default: outputs/<preset>"""
     device: str = "auto"
@@ -81,7 +83,9 @@ class DataSettings:
     safe_rows: int = 32
     """rows of D_safe"""
     align_rows: int = 480
-    """rows of D_align, a quarter of each type"""
+    """rows of D_align"""
+    benign_share: float = 0.5
+    """share of D_align that is benign; half of it, and of the harmful rows, is in the form of an attack"""
     folds: int = 8
     """gradient folds, the blocks in which rows are resampled"""
     maps: tuple[str, ...] = ()
@@ -95,7 +99,7 @@ class DataSettings:
     split: Literal["benchmark", "development"] = "benchmark"
     """development: other rows of the same pools, for choosing a preset's rates; no run of seed 0 has them"""
     date: str = "26 Jul 2024"
-    """date given to chat templates that print one"""
+    """date given to chat templates that print one, or ask for today's"""
     system: str = ""
     """system prompt; empty: the template's own default"""
     max_length: int = 1024
@@ -301,6 +305,9 @@ def check(settings: Settings) -> None:
         ("folds", data.folds >= 2, f"{data.folds}: rows are resampled by folds, at least 2"),
         ("resamples", settings.map.resamples >= 20, f"{settings.map.resamples}: intervals need at least 20"),
         ("align_rows", data.align_rows % 4 == 0, "must be a multiple of 4 (a quarter of each type)"),
+        ("benign_share", 0 < data.benign_share < 1, f"{data.benign_share}: must lie between 0 and 1"),
+        ("align_rows", min(rows_of_types(data.align_rows, data.benign_share).values()) > 0, "are too few"),
+        ("date", is_date(data.date), f"{data.date!r}: a day as in '26 Jul 2024'"),
         ("neurons", min(tuning.neurons, default=0) >= 0, "must not be negative"),
         ("lam", all(0 <= lam <= 1 for lam in tuning.lam), "is a share of 1"),
     ]

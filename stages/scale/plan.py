@@ -109,7 +109,9 @@ def gradients(job: Job, backend: Backend, units: Sequence) -> Estimate:
     some = [typical(rows) for rows in (safe, util[OWN_MAP])]
     took = seconds_of(lambda: backend.gradient_gram(*map(examples, some), 1, units[0].layers))
     rate = took / sum(tokens_of(rows, target=True) for rows in some)
-    tokens = sum(tokens_of(safe, target=True) + tokens_of(util[unit.map_name], target=True) for unit in units)
+    # D_safe is differentiated once for the units of the same layers.
+    tokens = len({unit.layers for unit in units}) * tokens_of(safe, target=True)
+    tokens += sum(tokens_of(util[unit.map_name], target=True) for unit in units)
     what = f"gradients of {len(safe)} + {len(util[OWN_MAP])} rows, {len(util)} maps"
     matrix = (2 * job.settings.data.folds) ** 2 * 8
     return (what, rate * tokens, len(util) * job.shape.layers * job.shape.heads * matrix)
