@@ -18,6 +18,7 @@ from backends.base import (
     HeadGradients,
     Mask,
     Recipe,
+    Redraw,
     Selection,
     Shape,
     Task,
@@ -67,8 +68,9 @@ class Loaded:
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
+        adapter: Path | None = None,
     ) -> HeadGradients:
-        (found,) = self.map_gradients(safe, [util], folds, layers, mask)
+        (found,) = self.map_gradients(safe, [util], folds, layers, mask, adapter)
         return found
 
     def map_gradients(
@@ -78,6 +80,7 @@ class Loaded:
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
+        adapter: Path | None = None,
     ) -> Iterator[HeadGradients]:
         self.kept.drop()
         check_mask(mask)
@@ -85,7 +88,8 @@ class Loaded:
             check_folds(folds, safe=safe, util=util)
             check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
-        found = self._wing("gradients").head_gradients(self.model, safe, utils, folds, layers, mask)
+        wing = self._wing("gradients")
+        found = wing.head_gradients(self.model, safe, utils, folds, layers, mask, adapter)
         return finite(found, layers)
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
@@ -144,9 +148,10 @@ class Loaded:
         heads: Sequence[Head],
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
+        redraw: Redraw | None = None,
     ) -> Tuning:
         self.kept.drop()
-        plan = LoraPlan(self.shape, examples, heads, recipe, reference)
+        plan = LoraPlan(self.shape, examples, heads, recipe, reference, redraw)
         return Run(self._wing("tune").Lora(self.model, plan), plan)
 
     def attribute_neurons(

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,25 @@ from tqdm import tqdm
 from backends.base import Example, HeadGradients
 from backends.core.packing import by_tokens
 from backends.core.progress import progress
-from backends.flax.decoder import Decoder
+from backends.flax import adapter as adapters
+from backends.flax.decoder import Adapter, Decoder
 from backends.flax.loglikelihood import Batch, log_likelihood, make_batch
 from backends.flax.loss import TOKENS_CPU, TOKENS_DEVICE, recomputes, row_losses, target_logits
 from backends.flax.model import Model
 
 
+class _Passes(NamedTuple):
+    """What all passes have in common."""
+
+    model: Model
+    adapter: Adapter | None
+    layers: np.ndarray
+    mask: str
+    bar: tqdm
+
+
 @partial(jax.jit, static_argnames=("graph", "mask", "compete", "recompute"))
-def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool, recompute: bool):
+def differentiate(graph, weights, batch: Batch, adapter, layers, mask: str, compete: bool, recompute: bool):
     """Gradients of the sum of losses in W_q of some layers, float32 [l, E, H, D], and of each row's
     log-likelihood in its gates, [R, l, H].
 
@@ -27,13 +40,13 @@ def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool
         compete: choices do in some row, where the outcome is another function than the loss.
     """
     if weights["embedding"][...].dtype == jnp.float32:
-        weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
+        weights, adapter = jax.tree.map(lambda each: each.astype(jnp.float64), (weights, adapter))
 
     def sums(kernel: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of losses, and of log-likelihoods."""
         decoder: Decoder = nnx.merge(graph, weights)
         decoder.layers.attention.query.kernel = nnx.Param(kernel)
-        hidden = decoder.forward(batch.rows.ids, None, recompute, gates, mask)
+        hidden = decoder.forward(batch.rows.ids, adapter, recompute, gates, mask)
         logits = target_logits(decoder, hidden, batch.rows)
         return row_losses(logits, batch.rows).sum(), log_likelihood(logits, batch).sum()
 
@@ -47,11 +60,10 @@ def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool
     return of_kernel[layers].astype(jnp.float32), of_gates[:, layers]
 
 
-def _fold_sums(
-    model: Model, examples: Sequence[Example], folds: int, layers: np.ndarray, mask: str, bar: tqdm
-) -> tuple[np.ndarray, np.ndarray]:
+def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tuple[np.ndarray, np.ndarray]:
     """The mean gradients of folds, float32 [F, l, E, H, D], and the gradients in the gates of all rows,
     float64 [l, H, N]."""
+    model, adapter, layers, mask, bar = passes
     shape = model.config.shape
     sums = np.zeros((folds, len(layers), shape.model_dim, shape.heads, shape.head_dim), np.float32)
     gates = np.zeros((len(layers), shape.heads, len(examples)))
@@ -64,7 +76,7 @@ def _fold_sums(
             compete = any(len(row.choice_ids) for row in rows)
             recompute = recomputes(model, *batch.rows.ids.shape)
             with jax.enable_x64(model.config.dtype == "float32"):
-                found = model.apply(differentiate, batch, layers, mask, compete, recompute)
+                found = model.apply(differentiate, batch, adapter, layers, mask, compete, recompute)
             of_kernel, of_gates = (np.asarray(part) for part in found)
             sums[fold] += of_kernel / len(members)
             gates[:, :, members[some]] = np.moveaxis(of_gates[: len(rows)], 0, -1)
@@ -89,13 +101,15 @@ def head_gradients(
     folds: int,
     layers: Sequence[int],
     mask: str,
+    adapter: Path | None = None,
 ) -> Iterator[HeadGradients]:
     """See Backend.map_gradients. A float32 model is differentiated in float64."""
-    layers = np.array(layers, np.int32)
+    layers, loaded = np.array(layers, np.int32), adapters.load(model, adapter)
     with progress(total=sum(map(len, (safe, *utils))), desc="gradients", unit="row") as bar:
-        own, of_safe = _fold_sums(model, safe, folds, layers, mask, bar)
+        passes = _Passes(model, loaded, layers, mask, bar)
+        own, of_safe = _fold_sums(passes, safe, folds)
         for util in utils:
-            other, of_util = _fold_sums(model, util, folds, layers, mask, bar)
+            other, of_util = _fold_sums(passes, util, folds)
             gram = _gram(own, other)
             del other  # before those of the next map
             yield HeadGradients(gram, of_safe, of_util)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from backends.base import Example, HeadGradients
 from backends.core.gradient_plan import Plan, Work, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
+from backends.torch.adapter import adapted
 from backends.torch.decoder import Decoder
 from backends.torch.loss import padded, target_logits, target_losses
 
@@ -276,8 +278,22 @@ def head_gradients(
     folds: int,
     layers: Sequence[int],
     mask: str,
+    adapter: Path | None = None,
 ) -> Iterator[HeadGradients]:
-    """See Backend.map_gradients. A float32 model is differentiated in float64."""
+    """See Backend.map_gradients."""
+    with adapted(decoder.model, adapter):
+        yield from _head_gradients(decoder, safe, utils, folds, layers, mask)
+
+
+def _head_gradients(
+    decoder: Decoder,
+    safe: Sequence[Example],
+    utils: Sequence[Sequence[Example]],
+    folds: int,
+    layers: Sequence[int],
+    mask: str,
+) -> Iterator[HeadGradients]:
+    """Of the model as it is. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
     weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
     rows = [row for side in (safe, *utils) for row in side]

@@ -54,7 +54,8 @@ def arm_words(arm: Arm, m: int) -> str:
         return f"draw {arm.draw} of {arm.of}{where}"
     of = f" of {arm.of}" if arm.of != m else ""
     ranked_by = f" by {arm.ranked_by}" if arm.ranked_by != "C" else ""
-    return f"bucket {arm.bucket}{of}{ranked_by}{where}"
+    again = ", re-diagnosed" if arm.rediagnosed else ""
+    return f"bucket {arm.bucket}{of}{ranked_by}{where}{again}"
 
 
 def family_words(arm: Arm, m: int) -> str:
