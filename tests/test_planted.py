@@ -30,7 +30,7 @@ DRAWS, FOLDS = 24, 4
 
 def write_wired(folder: Path) -> np.ndarray:
     """A model of attention alone, whose heads read harmful words with weight 1 - w and the words of questions
-    with weight w. Returns w [L, H]."""
+    with weight w: 0.9 of half of them, the risky ones, and 0.1 of the others. Returns w [L, H]."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=48,
@@ -46,7 +46,7 @@ def write_wired(folder: Path) -> np.ndarray:
         pad_token_id=0,
     )
     draw = np.random.default_rng(7)
-    wired = draw.permuted(np.linspace(0, 1, LAYERS * HEADS)).reshape(LAYERS, HEADS)
+    wired = draw.permuted(np.repeat([0.1, 0.9], LAYERS * HEADS // 2)).reshape(LAYERS, HEADS)
     model = transformers.AutoModelForCausalLM.from_config(config)
 
     def random(rows: int, columns: int, at, scale: float = 1.0) -> np.ndarray:
@@ -153,7 +153,7 @@ def test_an_effect_of_c_is_found_and_none_of_a_shuffled_c(scratch, monkeypatch):
     for run in arm_runs(parse([f"draws{DRAWS}"], 4), (), ("sft",), (21,)):
         tuned[run] = select_heads(run.arm, scores, 4, np.random.default_rng(run.seed))
         recipe = Recipe(
-            rank=2, alpha=4.0, lr=0.05, batch=8, accumulation=1, seed=run.seed, folder=scratch / run.name
+            rank=2, alpha=4.0, lr=0.1, batch=8, accumulation=1, seed=run.seed, folder=scratch / run.name
         )
         assert len(list(backend.tune(align, tuned[run], recipe))) == 4
         outcomes[run] = backend.loglikelihoods(benchmark, recipe.folder)

@@ -77,7 +77,8 @@ def predict(
     nothing = Prediction(len(x), *[None] * 7)
     if len(x) < FEWEST or constant(x) or constant(cost):
         return nothing
-    base = np.column_stack([*fixed.values()]) if fixed else np.empty((len(x), 0))
+    held = [own for own in fixed.values() if not constant(own)]
+    base = np.column_stack(held) if held else np.empty((len(x), 0))
     a, b = residuals(x, base), residuals(cost, base)
     if constant(a + np.abs(x).max()) or constant(b + np.abs(cost).max()):
         return nothing
