@@ -5,7 +5,7 @@ T tokens, V vocabulary, N examples, P paths, r LoRA's rank. Layers, heads and ne
 `gradient_gram` F is the number of folds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -77,6 +77,24 @@ class Recipe:
     """where the PEFT folder is written; None: a new temporary folder"""
     checkpoint: Path | None = None
     """file that keeps the run's state, about once a minute; a run continues from an existing one"""
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """How the heads that a tuning moves are drawn anew while it runs.
+
+    Rows of B that are no longer drawn keep what they have and stop moving. (LoRA's A is shared by a layer's
+    heads and moves on where one of them is drawn, and with it what such rows add to W_q.) Rows that are drawn
+    for the first time start to move with the steps of an Adam that starts then. While a row is not drawn,
+    Adam sees zero gradients of it. Where the same heads are drawn again, nothing changes.
+    """
+
+    every: int
+    """before step `every`, 2 * `every`, …"""
+    draw: Callable[[Path], Sequence[Head]]
+    """the heads, given the PEFT folder of the adapter so far; it may call the backend"""
+    rows: Sequence[Example] = ()
+    """all that `draw` reads: a checkpoint is of a run with these"""
 
 
 @dataclass(frozen=True)
@@ -168,8 +186,9 @@ class Tuning(Protocol):
     """A tuning run: iterate it for a record per step, then read `adapter`. A run that continues from a
     checkpoint repeats the records of the steps before.
 
-    A record has step, loss, util_loss, cos, projected, lr, tokens; util_loss and cos are NaN without a
-    reference.
+    A record has step, loss, util_loss, cos, projected, lr, tokens, drawn; util_loss and cos are NaN without a
+    reference; drawn is the heads, where they were drawn before this step (`Redraw`; at step 0 the first
+    ones), else None.
     """
 
     repeated: int
@@ -221,14 +240,30 @@ class Backend(Protocol):
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
+        adapter: Path | None = None,
     ) -> HeadGradients:
         """`gradient_gram`'s matrices, and the gradients in the heads' gates from the same passes.
 
         Args:
             mask: what a gate multiplies: a head's output, or its query.
+            adapter: in place, not merged, while gradients are taken; θ_h stay the base's rows of W_q, whose
+                gradient is that of the rows with the adapter merged.
 
         Raises ValueError also where a row has no target; else as `gradient_gram`.
         """
+        ...
+
+    def map_gradients(
+        self,
+        safe: Sequence[Example],
+        utils: Sequence[Sequence[Example]],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+        adapter: Path | None = None,
+    ) -> Iterator[HeadGradients]:
+        """`head_gradients` of D_safe and each of several D_util, one after another; D_safe is differentiated
+        once."""
         ...
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
@@ -288,9 +323,11 @@ class Backend(Protocol):
         heads: Sequence[Head],
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
+        redraw: Redraw | None = None,
     ) -> Tuning:
         """LoRA on W_q; rows of B outside `heads` stay exactly zero. PCGrad's utility gradient is that of
-        `reference` (D_util)."""
+        `reference` (D_util). With `redraw` other heads may be drawn on the way: the adapter has all layers,
+        and rows of B that were never drawn stay exactly zero."""
         ...
 
     def attribute_neurons(

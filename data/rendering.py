@@ -1,6 +1,8 @@
 """From text to tokens: chat template, targets, choices."""
 
+import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -9,18 +11,46 @@ from backends.base import Example
 from backends.core.errors import InputError, reason
 from data.records import Record
 
+DATE = "%d %b %Y"
+"""how a run's date is written"""
+
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def _without_clock(template: str, date: str) -> str:
+    """The template with the run's date where it asks for today's, by which it would make other prompts every
+    day. (transformers lets no function of ours into a template.)"""
+    day = datetime.strptime(date, DATE)
+    template = _CLOCK.sub(lambda found: repr(day.strftime(found[2])), template)
+    if "strftime_now(" in template:
+        raise InputError(
+            "the chat template asks for today's date in a way that is not handled: write the date"
+        )
+    return template
+
+
+def is_date(text: str) -> bool:
+    try:
+        datetime.strptime(text, DATE)
+    except ValueError:
+        return False
+    return True
+
 
 class Renderer:
     """Renders records with one tokenizer, one date and one system prompt.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template and an EOS token.
-        date: given to templates that print one (Llama's would print today's otherwise).
+        date: as "26 Jul 2024", given to templates that print one, or ask the clock (Llama's would print
+            today's otherwise).
         system: system prompt; empty: the template's own default.
     """
 
     def __init__(self, tokenizer, date: str, system: str = ""):
         self.tokenizer, self.date, self.system = tokenizer, date, system
+        self.template = _without_clock(tokenizer.get_chat_template(), date)
         self.eos = tokenizer.eos_token_id
         plain = tokenizer("x").input_ids
         bos = tokenizer.bos_token_id
@@ -33,7 +63,11 @@ class Renderer:
         messages.append({"role": "user", "content": record.prompt})
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string=self.date
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=self.date,
+                chat_template=self.template,
             )
         except Exception as error:  # templates raise by their own rules, e.g. "system role not supported"
             mend = "is --system allowed?" if self.system else "mend the tokenizer's template"

@@ -7,8 +7,9 @@ Reads calibration.parquet; writes gradients.parquet: for each head the Gram matr
 gradients of D_safe and of D_util, and what follows from it: dot, norms, O (its interval is in heads.parquet);
 and from the same passes, for every row, the gradient of its log-likelihood in the head's gate, which to first
 order is what ablating the head does (stage 03, --sensitivity gradient).
-Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as BLOCK bytes of
-gradients allow are a unit (a small model is one unit).
+Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as memory
+allows are a unit (stages.run.diagnosis; a small model is one unit); for units of the same layers D_safe is
+differentiated once.
 
 With --pairs also neurons.parquet: integrated gradients of every neuron at the last prompt token. Safety: of
 the refusal's loss, from a plain request to the same one inside an attack. Utility: of the right answer's
@@ -22,19 +23,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from backends.base import Example, Shape
-from data.rendering import example
+from backends.base import Shape
 from data.sampling import PAIR
 from stages.method.conflict_map import gradient_columns, head_columns
 from stages.method.neurons import ranks
 from stages.run import cli
+from stages.run.diagnosis import calibration_examples, layer_blocks
 from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ATTRIBUTIONS, CALIBRATION, GRADIENT_LISTS, GRADIENTS, GRAM, NEURONS, OWN_MAP
 
 INCOMPLETE = 0.1
 """share of the losses' change by which attributions may miss it without a warning"""
-BLOCK = 16 * 2**30
-"""bytes of fold gradients that a unit holds in memory; fixed, so that units are the same on every machine"""
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,11 @@ class Attributions:
 
 def gradient_units(shape: Shape, folds: int, map_name: str) -> dict[str, Gradients]:
     """A map's units."""
-    layer = 2 * folds * shape.heads * shape.head_dim * shape.model_dim * 4  # bytes
-    size = max(1, BLOCK // layer)
-    blocks = [range(first, min(first + size, shape.layers)) for first in range(0, shape.layers, size)]
     prefix = "" if map_name == OWN_MAP else f"{map_name}-"
-    return {f"{prefix}layers{block[0]:03d}-{block[-1]:03d}": Gradients(map_name, block) for block in blocks}
+    return {
+        f"{prefix}layers{block[0]:03d}-{block[-1]:03d}": Gradients(map_name, block)
+        for block in layer_blocks(shape, folds)
+    }
 
 
 def units(job: Job) -> Units:
@@ -70,44 +69,51 @@ def units(job: Job) -> Units:
     return found
 
 
-def examples(job: Job, split: str) -> list[Example]:
-    """The calibration rows of a split."""
-    rows = job.read(CALIBRATION)
-    return [example(row) for row in rows[rows["split"] == split].to_dict("records")]
-
-
 def compute(job: Job, pending: Units) -> None:
+    for layers, maps in by_layers(pending).items():
+        differentiate(job, layers, maps)
     for unit, work in pending.items():
         if isinstance(work, Attributions):
             attribute(job, unit, work.side)
-        else:
-            differentiate(job, unit, work)
 
 
-def differentiate(job: Job, unit: str, work: Gradients) -> None:
-    """Keeps the Gram matrices of a map's layers."""
-    folds = job.settings.data.folds
-    safe, util = examples(job, "safe"), examples(job, work.map_name)
-    label = "" if work.map_name == OWN_MAP else f" (map {work.map_name})"
-    job.say(f"gradients of {len(safe)} safety and {len(util)} utility rows in {folds} folds each{label}")
-    found = job.backend.head_gradients(safe, util, folds, work.layers, job.settings.map.mask)
-    columns = head_columns(found.gram.shape[:2])
-    columns["layer"] = columns["layer"] + work.layers[0]
-    for name in GRADIENT_LISTS:
-        columns[name] = list(getattr(found, name).reshape(len(columns["head"]), -1))
-    job.keep(unit, pd.DataFrame(columns), GRAM)
+def by_layers(pending: Units) -> dict[range, dict[str, str]]:
+    """Layers -> unit -> map: units that share the gradients of D_safe."""
+    found: dict[range, dict[str, str]] = {}
+    for unit, work in pending.items():
+        if isinstance(work, Gradients):
+            found.setdefault(work.layers, {})[unit] = work.map_name
+    return found
+
+
+def differentiate(job: Job, layers: range, maps: dict[str, str]) -> None:
+    """Keeps the Gram matrices of some layers, of each unit's map."""
+    folds, safe = job.settings.data.folds, calibration_examples(job, "safe")
+    utils = {unit: calibration_examples(job, map_name) for unit, map_name in maps.items()}
+    rows = " + ".join(
+        f"{len(util)}" + (f" (map {map_name})" if map_name != OWN_MAP else "")
+        for map_name, util in zip(maps.values(), utils.values(), strict=True)
+    )
+    job.say(f"gradients of {len(safe)} safety and {rows} utility rows in {folds} folds each")
+    every = job.backend.map_gradients(safe, [*utils.values()], folds, layers, job.settings.map.mask)
+    for unit, found in zip(utils, every, strict=True):
+        columns = head_columns(found.gram.shape[:2])
+        columns["layer"] = columns["layer"] + layers[0]
+        for name in GRADIENT_LISTS:
+            columns[name] = list(getattr(found, name).reshape(len(columns["head"]), -1))
+        job.keep(unit, pd.DataFrame(columns), GRAM)
 
 
 def attribute(job: Job, unit: str, side: str) -> None:
     """Keeps one side's score of every neuron, and what the attributions sum to beside what the loss did."""
     shape, steps = job.backend.shape, job.settings.map.attribution_steps
-    plain, attacked = (examples(job, split) for split in PAIR)
+    plain, attacked = (calibration_examples(job, split) for split in PAIR)
     job.say(f"{side} attributions of {shape.layers * shape.mlp_dim} neurons")
     began = time.monotonic()
     if side == "safety":
         found = job.backend.attribute_neurons(attacked, plain, steps)
     else:
-        found = job.backend.attribute_neurons(examples(job, OWN_MAP)[: len(plain)], None, steps)
+        found = job.backend.attribute_neurons(calibration_examples(job, OWN_MAP)[: len(plain)], None, steps)
     layer, neuron = np.indices(found.score.shape).reshape(2, -1)
     frame = pd.DataFrame({"layer": layer, "neuron": neuron, f"{side}_score": found.score.ravel()})
     job.keep(unit, frame, ATTRIBUTIONS[side], seconds=round(time.monotonic() - began, 2), gap=found.gap)

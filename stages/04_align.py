@@ -8,6 +8,9 @@ trained differs; rows, order, steps and LoRA's start do not. `pcgrad` projects a
 (§4.2). NeuronTune's arms tune gains of MLP neurons on the same rows, by meta-learning over families of
 attacks (stages/method/neurons.py).
 
+With --rediagnose N the arms bucketM-rediagnosed draw their bucket anew every N steps, by the map by gradients
+of the model as it is then (backends.base.Redraw says how rows leave and enter).
+
 Reads alignment.parquet, calibration.parquet, the maps and neurons.parquet; writes
 adapters/<arm>-<optimizer>-<seed>/ (PEFT's format), training.parquet (a row a step) and arms.parquet. Each arm
 x optimizer x seed is a unit.
@@ -15,6 +18,7 @@ x optimizer x seed is a unit.
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +32,8 @@ from stages.method.arms import ARM_FIELDS, ArmRun, select_heads
 from stages.method.heads import COLUMN, HeadMap
 from stages.method.neurons import choose_neurons
 from stages.run import cli
-from stages.run.adapters import gain_recipe, lora_recipe, run_tuning, tasks_of
+from stages.run.adapters import drawn_heads, gain_recipe, lora_recipe, redraw_of, run_tuning, tasks_of
+from stages.run.diagnosis import calibration_examples
 from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ALIGNMENT, ARMS, CALIBRATION, HEADS, NEURONS, OWN_MAP, TRAINING
 
@@ -59,9 +64,9 @@ def head_maps(job: Job) -> dict[str, HeadMap]:
 
 
 def compute(job: Job, pending: Units) -> None:
-    rows, calibration, maps = job.read(ALIGNMENT), job.read(CALIBRATION), head_maps(job)
+    rows, maps = job.read(ALIGNMENT), head_maps(job)
     examples = [example(row) for row in rows.to_dict("records")]
-    util = [example(row) for row in calibration[calibration["split"] == OWN_MAP].to_dict("records")]
+    util = calibration_examples(job, OWN_MAP)
     tasks = tasks_of(rows, examples)
     for run in pending.values():
         if run.arm.of_neurons:
@@ -76,11 +81,12 @@ def tune_heads(
     """LoRA on the rows of W_q of an arm's heads."""
     recipe = lora_recipe(job.settings, run)
     reference = None if run.optimizer == "sft" else util
+    redraw = redraw_of(job, run) if run.arm.rediagnosed else None
     steps = -(-len(examples) // (recipe.batch * recipe.accumulation)) * recipe.epochs
 
     def start(folder: Path, checkpoint: Path) -> Tuning:
         own = replace(recipe, folder=folder, checkpoint=checkpoint)
-        return job.backend.tune(examples, heads, own, reference)
+        return job.backend.tune(examples, heads, own, reference, redraw)
 
     run_tuning(job, run, f"{len(heads)} heads", steps, start)
 
@@ -97,8 +103,12 @@ def tune_gains(job: Job, run: ArmRun, tasks: list[Task]) -> None:
     run_tuning(job, run, count, steps, start)
 
 
-def arm_row(job: Job, run: ArmRun, maps: Mapping[str, HeadMap]) -> dict:
-    """An arm in arms.parquet."""
+def arm_row(job: Job, run: ArmRun, maps: Mapping[str, HeadMap], draws: list[list[Head]]) -> dict:
+    """An arm in arms.parquet. The heads of a re-diagnosed one are all that it ever drew.
+
+    Args:
+        draws: `drawn_heads`.
+    """
     arm = {name: value for name, value in asdict(run.arm).items() if name in ARM_FIELDS}
     row = dict.fromkeys(ARMS.schema.names) | run.labels | arm | {"adapter": f"adapters/{run.name}"}
     if run.arm.of_neurons:
@@ -115,6 +125,10 @@ def arm_row(job: Job, run: ArmRun, maps: Mapping[str, HeadMap]) -> dict:
             "trainable_parameters": len(neurons),
         }
     heads, head_map = heads_of(job, run, maps), maps[run.arm.map]
+    if draws:
+        heads = sorted({head for drawn in draws for head in drawn})
+        entered = [len(set(new) - set(old)) for old, new in pairwise(draws)]
+        row |= {"entered": entered}
     at = tuple(np.array(heads).T)
     means = {ranking: float(head_map.by(ranking)[at].mean()) for ranking in COLUMN}
     return row | {
@@ -142,7 +156,8 @@ def join(job: Job) -> dict:
     runs, maps = job.settings.arm_runs, head_maps(job)
     training = job.outputs(TRAINING, (run.name for run in runs), TRAINING.schema)
     job.write(TRAINING, training)
-    job.write(ARMS, pd.DataFrame([arm_row(job, run, maps) for run in runs]))
+    arms = [arm_row(job, run, maps, drawn_heads(training, run)) for run in runs]
+    job.write(ARMS, pd.DataFrame(arms))
     return {"arms": len(runs), "steps": len(training), "tokens": int(training["tokens"].sum())}
 
 

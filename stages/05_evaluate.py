@@ -2,11 +2,15 @@
 
     python -m stages.05_evaluate --run outputs/smollm
     python -m stages.05_evaluate --run outputs/llama --judge wildguard      # judges the kept responses again
+    python -m stages.05_evaluate --run outputs/llama --drift                # and how far each arm's map moved
 
 Knowledge is scored by the next token, all else by generated text (data/scoring.py). Reads
 benchmarks.parquet and the adapters; writes responses.parquet (every prompt, output, verdict) and
 scores.parquet. Each arm x benchmark is a unit. Judging comes after the units and reads their outputs only:
 with another judge, or another version of it, a finished stage is judged again and nothing is generated.
+
+With --drift also drift.parquet: the map by gradients of every tuned model, on the rows of
+calibration.parquet; some layers of an arm are a unit. A finished stage computes only that.
 """
 
 import time
@@ -18,10 +22,11 @@ from backends.core.progress import progress
 from data import refusal_judge
 from data.rendering import example
 from stages.method.arms import BASE_RUN, ArmRun
-from stages.run import classify, cli, judging
+from stages.run import classify, cli, drift, judging
 from stages.run.classify import Classification, Evaluation
+from stages.run.drift import Diagnosis
 from stages.run.job import Job, Stage, Units
-from stages.run.schemas import ARMS, BENCHMARKS, CLASSIFIED, OUTPUTS, RESPONSES, SCORES
+from stages.run.schemas import ARMS, BENCHMARKS, CALIBRATION, CLASSIFIED, DRIFT, OUTPUTS, RESPONSES, SCORES
 from stages.run.settings import Settings
 
 
@@ -38,14 +43,17 @@ def evaluations(settings: Settings) -> list[Evaluation]:
 def units(job: Job) -> Units:
     own = evaluations(job.settings)
     answering = {} if job.judging_again else {evaluation.unit: evaluation for evaluation in own}
-    return answering | classify.units(job.settings, own)
+    return answering | drift.units(job) | classify.units(job.settings, own)
 
 
 def compute(job: Job, pending: Units) -> None:
     answering = {unit: work for unit, work in pending.items() if isinstance(work, Evaluation)}
+    diagnosing = {unit: work for unit, work in pending.items() if isinstance(work, Diagnosis)}
     classifying = {unit: work for unit, work in pending.items() if isinstance(work, Classification)}
     if answering:
         answer(job, answering)
+    if diagnosing:
+        drift.compute(job, diagnosing)
     if classifying:
         classify.compute(job, classifying)
 
@@ -123,19 +131,22 @@ def join(job: Job) -> dict:
         job.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
     job.write(RESPONSES, judged)
     job.write(SCORES, scores)
+    drift.join(job)
     return {"responses": len(judged)}
 
 
 def judge(settings: Settings) -> dict:
-    """What a manifest says of the judges."""
-    return {"judge": refusal_judge.KEYWORD_JUDGE_VERSION, "classifier": classify.identity(settings)}
+    """What a manifest says of the judges, and of drift where that is asked for: a finished stage without it
+    gets it, one with it keeps it."""
+    judges = {"judge": refusal_judge.KEYWORD_JUDGE_VERSION, "classifier": classify.identity(settings)}
+    return judges | ({"drift": True} if settings.evaluation.drift else {})
 
 
 STAGE = Stage(
     name="05_evaluate",
     rests_on=("model", "data", "map", "tuning"),
-    reads=(BENCHMARKS, ARMS),
-    writes=(RESPONSES, SCORES),
+    reads=(CALIBRATION, BENCHMARKS, ARMS),
+    writes=(RESPONSES, SCORES, DRIFT),
     units=units,
     compute=compute,
     join=join,

@@ -21,6 +21,7 @@ from stages.report import (
     correlations,
     costs,
     drawn_arms,
+    drift,
     examples,
     figures,
     findings,
@@ -32,7 +33,7 @@ from stages.report.responses import Responses, read_responses, runs_of
 from stages.report.results import Results
 from stages.run import cli
 from stages.run.job import Job, Stage
-from stages.run.schemas import ARMS, BENCHMARKS, HEADS, RELIABILITY, RESPONSES, SCORES
+from stages.run.schemas import ARMS, BENCHMARKS, DRIFT, HEADS, RELIABILITY, RESPONSES, SCORES
 from stages.run.settings import Settings
 from stages.run.store import RunFolder
 
@@ -81,6 +82,8 @@ def compute(job: Job) -> tuple[Results, Responses]:
             stream(settings.data.seed, "draws", "permutations"),
         ),
         failures=examples.count_failures(responses),
+        # §7: does the map move while a model is tuned?
+        **drift.fields(job, by_name),
     )
     return results, responses
 
@@ -95,6 +98,9 @@ def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
         "correlations": results.correlations,
         "failures": results.failures,
         "drawn_arms": results.predictions,
+        "drift": results.drift,
+        "drift_layers": results.drift_layers,
+        "redraws": results.redraws,
         "layers": tables.layer_table(own),
         "heads_top": tables.extreme_heads(job.read(HEADS)),
         "variants": tables.variant_table(own),
@@ -108,6 +114,8 @@ def draw_figures(job: Job, results: Results) -> None:
     with matplotlib.style.context(figures.STYLE, after_reset=True):
         drawings = {"figure7_conflict_map": figures.conflict_map(own)}
         drawings["conflict_sensitivity"] = figures.conflict_against_sensitivity(own)
+        if len(results.drift):
+            drawings["drift"] = drift.figure(*results.drift_means)
         for name, drawing in (drawings | trade_offs.all_figures(results)).items():
             figures.save(drawing, job.folder / "figures", name)
 
@@ -172,7 +180,7 @@ def judges(settings: Settings) -> dict:
 STAGE = Stage(
     name="06_correlate",
     rests_on=GROUPS,
-    reads=(BENCHMARKS, HEADS, RELIABILITY, ARMS, SCORES, RESPONSES),
+    reads=(BENCHMARKS, HEADS, RELIABILITY, ARMS, SCORES, RESPONSES, DRIFT),
     writes=(),
     join=join,
     also_rests_on=judges,

@@ -25,7 +25,7 @@ import tyro
 import backends
 from backends.base import Backend, Example, Recipe
 from backends.core.loaded import Loaded
-from backends.torch import continuous, generate
+from backends.torch import devices
 from backends.torch.decoder import Decoder
 from tests.benchmark_sweep import NAMES, SHAPES, random_prompts
 
@@ -63,6 +63,7 @@ def random_backend(options: Options, layers: int | None = None) -> Backend:
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
         )
+    devices.prepare()
     decoder = Decoder(model.eval().requires_grad_(False))
     return Loaded("torch", decoder, options.dtype, options.device, decoder.shape)
 
@@ -167,19 +168,17 @@ def tuning(backend: Backend, options: Options) -> None:
 
 
 def generation(backend: Backend, options: Options) -> None:
-    prompts = random_prompts(options.responses, backend.shape.vocab, 0, 5)
-
-    def told(name: str, count: int, length: int) -> Callable[[float], str]:
-        return lambda seconds: (
-            f"{name}: {count} responses of {length} tokens in {seconds:.1f} s, "
-            f"{count * length / seconds:.0f} tokens a second, {seconds * 2000 * 256 / count / length:.0f} s for 2,000 of 256"
-        )
-
-    with timed(options, told("decoder", len(prompts), options.length)):
-        generate.side_by_side(backend.model, prompts, options.length)
-    few, short = prompts[: max(1, len(prompts) // 4)], max(1, options.length // 4)
-    with timed(options, told("continuous batching", len(few), short)):
-        continuous.generate(backend.model.model, few, short, backend.model.eos)
+    count, length = options.responses, options.length
+    prompts = random_prompts(count, backend.shape.vocab, 0, 5)
+    with timed(
+        options,
+        lambda seconds: (
+            f"{count} responses of {length} tokens in {seconds:.1f} s, "
+            f"{count * length / seconds:.0f} tokens a second, "
+            f"{seconds * 2000 * 256 / count / length:.0f} s for 2,000 of 256"
+        ),
+    ):
+        backend.generate(prompts, length)
 
 
 def flax(options: Options) -> None:
@@ -229,7 +228,7 @@ def profile(backend: Backend, options: Options) -> None:
     list(backend.sweep_generations(safe, middle, 10))
     for name, work in (
         ("ten decoding steps of a sweep", lambda: list(backend.sweep_generations(safe, middle, 10))),
-        ("ten decoding steps of responses", lambda: generate.side_by_side(backend.model, prompts, 10)),
+        ("ten decoding steps of responses", lambda: backend.generate(prompts, 10)),
         ("a step of tuning", lambda: list(backend.tune(rows, heads, Recipe(max_length=options.row)))),
     ):
         synchronize(options)

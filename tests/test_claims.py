@@ -13,7 +13,7 @@ from stages.report import claims as verdicts
 from stages.report import costs, tables
 from stages.report.findings import findings
 from stages.report.results import Results
-from stages.report.words import FAILS, HOLDS, NOISE, ONE_SEED, UNKNOWN
+from stages.report.words import AGAINST_BY_ONE, FAILS, FOR_BY_ONE, HOLDS, NOISE, UNKNOWN
 from stages.run.maps import MapSpec
 from tests.fabricated import correlate, results_of
 
@@ -98,8 +98,8 @@ ALL_HEADS = "keeps more utility than tuning all heads"
         (zones("pcgrad", full=0.5, bucket1=0.6, bucket4=0.7), "(RQ2)", HOLDS),
         (zones("pcgrad", full=0.5, bucket1=0.6, bucket4=0.7), ALL_HEADS, HOLDS),
         # One seed decides nothing.
-        (zones(bucket4=0.7, bottom50=0.75, seeds=1), "(F.2)", ONE_SEED),
-        (zones(bucket4=0.7, full=0.5, seeds=1), ALL_HEADS, ONE_SEED),
+        (zones(bucket4=0.7, bottom50=0.75, seeds=1), "(F.2)", AGAINST_BY_ONE),
+        (zones(bucket4=0.7, full=0.5, seeds=1), ALL_HEADS, FOR_BY_ONE),
         (zones(bucket4=0.7, full=0.69, noise=0.1, seeds=1), ALL_HEADS, NOISE),
         # Which bucket keeps most: of 4, an inner one.
         (buckets(UP, "@m"), "(F.3)", HOLDS),
@@ -158,7 +158,7 @@ def test_arms_of_unequal_safety_are_compared_on_the_line_from_the_base_model(saf
 
 @pytest.mark.parametrize(
     ("utilities", "seeds", "verdict"),
-    [(UP, 2, HOLDS), (DOWN, 2, FAILS), (MIXED, 2, NOISE), (UP, 1, ONE_SEED), (DOWN, 1, ONE_SEED)],
+    [(UP, 2, HOLDS), (DOWN, 2, FAILS), (MIXED, 2, NOISE), (UP, 1, FOR_BY_ONE), (DOWN, 1, AGAINST_BY_ONE)],
 )
 def test_findings_give_the_verdict_of_the_claims(utilities, seeds, verdict):
     results = (run := buckets(utilities, run=Run(seeds=seeds))).results()

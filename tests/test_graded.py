@@ -1,10 +1,13 @@
 """Graded outcomes of both backends: log-likelihoods, their sweep, and gradients in the heads' gates, against
 transformers' own loss with a hook, one row at a time, float32."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
+from backends.core.packing import by_tokens
 from tests import reference
 from tests.conftest import ALL_HEADS, make_examples
 
@@ -63,6 +66,22 @@ def test_gates_of_some_layers_and_the_same_gram(gqa):
     np.testing.assert_allclose(some.gate_util, whole.gate_util[[2, 0]], rtol=1e-9)
     gram = gqa.backend.gradient_gram(EXAMPLES[:4], EXAMPLES[4:8], 2)
     np.testing.assert_allclose(gram, whole.gram, rtol=1e-6)
+
+
+def test_maps_are_those_of_one_at_a_time_and_share_the_gradients_of_safe_rows(gqa, monkeypatch):
+    safe, utils = EXAMPLES[:4], [EXAMPLES[4:8], EXAMPLES[5:9], EXAMPLES[5:7]]
+    apart = [gqa.backend.head_gradients(safe, util, 2) for util in utils]
+    wing, passed = importlib.import_module(f"backends.{gqa.backend.name}.gradients"), []
+
+    def counted(examples, budget):
+        passed.extend(example.example_id for example in examples)
+        return by_tokens(examples, budget)
+
+    monkeypatch.setattr(wing, "by_tokens", counted)
+    for found, expected in zip(gqa.backend.map_gradients(safe, utils, 2), apart, strict=True):
+        for name in ("gram", "gate_safe", "gate_util"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert len(passed) == 4 + 4 + 4 + 2
 
 
 def test_an_adapter_changes_them(gqa, scratch):

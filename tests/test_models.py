@@ -11,13 +11,14 @@ from unittest import mock
 import huggingface_hub
 import numpy as np
 import pytest
+import transformers
 from huggingface_hub import errors
 
 import backends
 from backends import models as folders
 from backends.core.errors import InputError
 from backends.models import sources
-from tests.conftest import BACKENDS, change_tensors, edited
+from tests.conftest import BACKENDS, change_tensors, edited, make_examples
 
 
 @pytest.fixture()
@@ -54,6 +55,15 @@ def test_architecture_and_attributes_are_refused_by_name(models, scratch, change
     refused(edited(models, scratch, **changes), message)
 
 
+def test_marks_and_labels_of_other_tools_change_nothing(models, scratch):
+    """As in the hub's own SmolLM2, in what unsloth saves, and in configurations of older versions."""
+    marks = {"is_llama_config": True, "transformers.js_config": {"dtype": "q4"}, "unsloth_fixed": True}
+    marks |= {"id2label": {"0": "LABEL_0"}, "temperature": 0.6, "do_sample": True, "repetition_penalty": 1.3}
+    folder = edited(models, scratch, **marks)
+    folders.check_folder(folder)
+    assert folders.model_hashes(folder) == folders.model_hashes(models["llama-gqa"])
+
+
 QUERY, EXTRA = "model.layers.1.self_attn.q_proj.weight", "model.layers.7.mlp.up_proj.weight"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -62,15 +72,15 @@ WEIGHTS = [
     (lambda own: own.pop(QUERY), f"1 weights are missing, the first is {QUERY}"),
     (lambda own: own.update({EXTRA: np.ones(2, "f4")}), f"1 weights are unexpected, the first is {EXTRA}"),
     (lambda own: own.update({QUERY: own[QUERY] * np.nan}), f"{QUERY} holds values that are not finite"),
+    (
+        lambda own: own.update({OUTPUT: own[EMBEDDING] + 1}),
+        f"tie_word_embeddings is true, but {OUTPUT} is not {EMBEDDING}",
+    ),
 ]
 """changes of a file's tensors"""
 WEIGHTS_FLAX = [
     # Transposed, it has as many values, and would divide into heads all the same.
     (lambda own: own.update({QUERY: own[QUERY].T.copy()}), r"q_proj.weight has shape \(40, 32\).*it is"),
-    (
-        lambda own: own.update({OUTPUT: own[EMBEDDING] + 1}),
-        f"tie_word_embeddings is true, but {OUTPUT} is not {EMBEDDING}",
-    ),
 ]
 
 
@@ -85,10 +95,37 @@ def test_weights_that_do_not_fit_or_are_damaged_are_named(model, backend):
     weights.write_bytes(content[: len(content) // 2])
     refused(model, "weights cannot be loaded", backend)
     weights.unlink()
-    refused(model, "no [*].safetensors", backend)
+    refused(model, "no model.safetensors and no index", backend)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(model, "is a Git LFS pointer", backend)
     weights.write_bytes(content)
     (model / "config.json").write_text("{")
     refused(model, "config.json cannot be read", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_models_own_files_are_its_weights(model, scratch, backend):
+    """A stray file is neither computed with nor hashed; parts are those of the index, and an adapter in the
+    folder, which transformers would load too, is refused."""
+    examples = make_examples(4)
+    expected, named = (
+        backends.load(backend, model, device="cpu").logits(examples),
+        folders.weights_sha256(model),
+    )
+    shutil.copy(model / "model.safetensors", model / "zz.safetensors")
+    change_tensors(model / "zz.safetensors", lambda own: own.update({QUERY: own[QUERY] + 1}))
+    np.testing.assert_array_equal(backends.load(backend, model, device="cpu").logits(examples), expected)
+    assert folders.weights_sha256(model) == named
+    parts = scratch / "parts"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model)
+    plain.save_pretrained(parts, max_shard_size="20KB")
+    shutil.copy(model / "zz.safetensors", parts / "zz.safetensors")
+    assert len(folders.weight_files(parts)) > 2
+    np.testing.assert_array_equal(backends.load(backend, parts, device="cpu").logits(examples), expected)
+    folders.weight_files(parts)[1].unlink()
+    refused(parts, "weight files are missing, as model-00002", backend)
+    (model / "adapter_config.json").write_text("{}")
+    refused(model, "holds an adapter", backend)
 
 
 def test_a_tokenizer_without_chat_template(scratch):

@@ -58,6 +58,13 @@ def test_exactly_one_bos_where_the_model_uses_one():
         render(template="{{ bos_token }}" + TEMPLATE)
 
 
+def test_a_template_that_asks_the_clock_gets_the_runs_date():
+    asks = TEMPLATE.replace("{{ date_string }}", "{{ strftime_now('%Y-%m-%d') }}")
+    assert "(2024-07-26)" in render(template=asks)["rendered"]
+    with pytest.raises(InputError, match="asks for today's date in a way"):
+        render(template=asks.replace("'%Y-%m-%d'", "bos_token"))
+
+
 def test_completions_end_with_eos_and_next_token_answers_do_not():
     assert render()["target_ids"][-1] != 258
     safe = dataclasses.replace(RECORD, scoring="refusal", prefix="", target="No.")

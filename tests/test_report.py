@@ -151,7 +151,7 @@ def test_report_of_one_seed(scratch):
     assert INJECTED not in text and "&lt;script&gt;" in text and "\x07" not in text
     assert "4 points are few" in text and "alone, because one training seed was run" in text
     verdicts = re.findall(r'<td class="nowrap [a-z]*">([^<]+)</td></tr>', text)
-    assert verdicts and set(verdicts) <= {words.NOISE, words.ONE_SEED}
+    assert verdicts and set(verdicts) <= {words.NOISE, words.FOR_BY_ONE, words.AGAINST_BY_ONE}
     assert "/home/me" not in text and str(scratch) not in text
     loads = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)|@import""", text)
     assert loads and all(address.startswith(("data:image/svg+xml", "#")) for address, _ in loads)

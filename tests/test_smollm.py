@@ -6,7 +6,7 @@ import pytest
 import backends
 from backends import models as folders
 from backends.base import Recipe
-from backends.torch import continuous
+from backends.torch import generate
 from data.embedded import generate as embedded
 from data.rendering import Renderer, example
 from stages.method import gradients, metrics
@@ -35,13 +35,14 @@ def rows(smollm):
     return of
 
 
-def test_generation_and_continuous_batching_are_transformers_generate(real, rows):
-    """The second as on CUDA: few rows side by side, prompts cut, one response ending while others go on."""
+def test_generation_is_transformers_generate(real, rows, monkeypatch):
+    """Also where few rows go side by side and one that ends makes room for the next prompt."""
     prompts = rows("safe", 4) + rows("facts", 2)
     expected = reference.generate(real.model.model, prompts, 24)
     assert len({len(tokens) for tokens in expected}) > 1, "all of one length"
     assert_same(real.generate(prompts, 24), expected)
-    assert_same(continuous.generate(real.model.model, prompts, 24, real.model.eos), expected)
+    monkeypatch.setattr(generate, "ROWS_CPU", 2)
+    assert_same(real.generate(prompts, 24), expected)
 
 
 def test_ablated_heads_answer_as_in_the_plain_loop(real, rows):

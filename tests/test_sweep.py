@@ -1,9 +1,15 @@
 """The sweep, choices and generation of both backends against the hook-and-loop reference: token for token,
 float32."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
+import backends
+from backends.base import Recipe
 from backends.core import budgets
 from backends.flax import generate as flax_generate
 from backends.flax import sweep as flax_sweep
@@ -11,7 +17,16 @@ from backends.torch import decoder as torch_decoder
 from backends.torch import generate as torch_generate
 from backends.torch import sweep as torch_sweep
 from tests import reference
-from tests.conftest import ALL_HEADS, HEAD_DIM, assert_same, change_tensors, edited, load_pair, make_examples
+from tests.conftest import (
+    ALL_HEADS,
+    HEAD_DIM,
+    VOCABULARY,
+    assert_same,
+    change_tensors,
+    edited,
+    load_pair,
+    make_examples,
+)
 
 
 def assert_plain_generations(pair, examples, heads, tokens, mask="output") -> list:
@@ -134,6 +149,68 @@ def test_guesses_save_steps_and_change_nothing(gqa, monkeypatch):
     monkeypatch.setattr(module, "STEP_CPU", 10**6)
     assert swept(gqa.backend, examples, 12) == expected
     assert set(plain) == {1} and max(widths) > 1 and len(widths) < len(plain)
+
+
+def test_rows_that_end_make_room(models, scratch, monkeypatch):
+    """Three rows side by side, with ends of responses at once, on the way, and at the budget; also through an
+    adapter."""
+    ends = list(range(0, VOCABULARY, 5))
+    own = load_pair("torch", edited(models, scratch, eos_token_id=ends))
+    prompts = make_examples(24, seed=5)
+    expected = own.backend.generate(prompts, 12)
+    assert_same(expected, reference.generate(own.plain, prompts, 12))
+    assert {len(tokens) for tokens in expected} >= {1, 2, 12}
+    recipe = Recipe(rank=4, lr=0.1, folder=scratch / "adapter")
+    list(own.backend.tune(make_examples(8), ALL_HEADS, recipe))
+    adapted = own.backend.generate(prompts, 12, recipe.folder)
+    assert [list(tokens) for tokens in adapted] != [list(tokens) for tokens in expected]
+    monkeypatch.setattr(torch_generate, "ROWS_CPU", 3)
+    monkeypatch.setattr(torch_sweep, "TOKENS_CPU", 30)
+    assert_same(own.backend.generate(prompts, 12), expected)
+    assert_same(own.backend.generate(prompts, 12, recipe.folder), adapted)
+
+
+# Half precision
+
+
+def idle_model(models, folder) -> Path:
+    """A model whose head (1, 2) has no effect."""
+    copy = folder / "idle"
+    shutil.copytree(models["llama-gqa"], copy)
+
+    def silence(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight"][:, 2 * HEAD_DIM : 3 * HEAD_DIM] = 0
+
+    change_tensors(copy / "model.safetensors", silence)
+    return copy
+
+
+def assert_idle(backend, mask: str) -> None:
+    """What head (1, 2) does is what the clean model does, to the last; other heads do something."""
+    for choices in (0, 4):
+        examples = make_examples(40, seed=3, choices=choices)
+        found = dict(backend.sweep_choices(examples, ALL_HEADS, mask))
+        np.testing.assert_array_equal(found[1, 2], backend.choices(examples)[0])
+        graded = dict(backend.sweep_loglikelihoods(examples, ALL_HEADS, mask))
+        np.testing.assert_array_equal(graded[1, 2], backend.loglikelihoods(examples))
+        assert any(not np.array_equal(found[head], found[1, 2]) for head in ALL_HEADS)
+    prompts = make_examples(24, seed=4)
+    responses = dict(backend.sweep_generations(prompts, ALL_HEADS, 24, mask))
+    assert_same(responses[1, 2], backend.generate(prompts, 24))
+
+
+@pytest.mark.parametrize("mask", ["output", "query"])
+def test_a_head_without_effect_shows_none(models, scratch, mask):
+    """In bfloat16, whose rounding differs with what is beside it."""
+    assert_idle(backends.load("torch", idle_model(models, scratch), device="cpu", dtype="bfloat16"), mask)
+
+
+def test_logits_are_not_rounded_to_half_precision(models):
+    """Float32 holds eight times and more values between two of bfloat16; ties of letters go with it."""
+    half = backends.load("torch", models["llama-gqa"], device="cpu", dtype="bfloat16")
+    found = half.logits(make_examples(24, seed=6))
+    rounded = torch.from_numpy(found).to(torch.bfloat16).float().numpy()
+    assert (rounded != found).mean() > 0.9
 
 
 @pytest.mark.parametrize("gqa", ["torch", pytest.param("flax", marks=pytest.mark.long)], indirect=True)

@@ -54,7 +54,9 @@ def plan_responses(shape: Shape, itemsize: int, room: int, prompts: int, tokens:
             f"two responses of {tokens} tokens take {2 * row / 2**30:.2f} GiB to decode, and "
             f"{room / 2**30:.2f} GiB are free beside the weights: fewer --sweep-tokens, or a larger machine"
         )
-    block = min(prompts, rows // 2, max(1, int(0.2 * room) // clean))
+    # In half precision a clean response goes beside the ablated ones of its prompt: with few heads to a block
+    # it would be half of the work.
+    block = min(prompts, max(1, rows // (8 if itemsize < 4 else 2)), max(1, int(0.2 * room) // clean))
     return Plan(rows, block, prompts * clean <= 0.2 * room)
 
 

@@ -1,11 +1,12 @@
 """Checks of a backend's arguments. Each raises ValueError that names the argument."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from backends.base import Example, Head, HeadGradients, Recipe, Selection, Shape, Task
+from backends.base import Example, Head, HeadGradients, Recipe, Redraw, Selection, Shape, Task
 from backends.core.errors import InputError
 
 
@@ -56,15 +57,19 @@ def check_targets(*examples: Example) -> None:
             raise ValueError(f"example {example.example_id}: answer {example.answer} is none of its choices")
 
 
-def check_finite(gradients: HeadGradients, layers: Sequence[int]) -> None:
-    """InputError names a head of `layers` whose gradient is not finite."""
-    for values in (gradients.gram, gradients.gate_safe, gradients.gate_util):
-        wrong = ~np.isfinite(values.reshape(*values.shape[:2], -1)).all(axis=-1)
-        if wrong.any():
-            at, head = np.argwhere(wrong)[0]
-            raise InputError(
-                f"the gradient of head ({layers[at]}, {head}) is not finite: try --dtype float32"
-            )
+def finite(found: Generator[HeadGradients], layers: Sequence[int]) -> Iterator[HeadGradients]:
+    """Gradients as they come; ends `found`, which may hold an adapter in place, however it ends itself.
+    InputError names a head of `layers` whose gradient is not finite."""
+    with closing(found):
+        for gradients in found:
+            for values in (gradients.gram, gradients.gate_safe, gradients.gate_util):
+                wrong = ~np.isfinite(values.reshape(*values.shape[:2], -1)).all(axis=-1)
+                if wrong.any():
+                    at, head = np.argwhere(wrong)[0]
+                    raise InputError(
+                        f"the gradient of head ({layers[at]}, {head}) is not finite: try --dtype float32"
+                    )
+            yield gradients
 
 
 def check_tuning(
@@ -81,6 +86,12 @@ def check_tuning(
     if recipe.optimizer != "sft" and not reference:
         raise ValueError(f"reference: {recipe.optimizer} needs examples to project against")
     return pairs
+
+
+def check_redraw(redraw: Redraw | None) -> None:
+    """It must say after how many steps."""
+    if redraw is not None and redraw.every < 1:
+        raise ValueError(f"redraw: every {redraw.every} steps, must be positive")
 
 
 def check_gains(tasks: Sequence[Task], neurons: Selection, shape: Shape) -> None:

@@ -8,7 +8,7 @@ clean response for rows on it; for others what other heads' responses continued 
 step: greedy, so still exact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -121,20 +121,31 @@ class Settings:
     """half precision: in a sweep a clean response decodes beside the ablated ones"""
 
 
+Refill = Callable[[list[int]], tuple[list[Row], list[int]]]
+
+
 class Decoding:
     """Rows that decode side by side.
 
     Args:
         rows: whose prompts the engine holds.
+        refill: given the places of rows that have ended, puts waiting prompts there, and returns their rows
+            and first tokens (fewer than places where none wait).
         pairs: in half precision, for each row the row of the same prompt in which nothing is ablated.
             Rounding differs with the shape of a product, so that near a tie a row may leave the clean
             response without cause; the clean model's token in the same product decides.
     """
 
     def __init__(
-        self, engine: Engine, rows: Sequence[Row], settings: Settings, pairs: list[int] | None = None
+        self,
+        engine: Engine,
+        rows: Sequence[Row],
+        settings: Settings,
+        pairs: list[int] | None = None,
+        refill: Refill | None = None,
     ):
-        self.engine, self.rows, self.settings, self.pairs = engine, list(rows), settings, pairs
+        self.engine, self.rows, self.settings = engine, list(rows), settings
+        self.pairs, self.refill = pairs, refill
         self.off = [] if rows and rows[0].on else list(range(len(rows)))
 
     def run(self, first: Sequence[int]) -> None:
@@ -184,12 +195,26 @@ class Decoding:
                 row.node = row.draft.known.add(row.node, row.tokens[began:])
             if was_on and not row.on and row.active:
                 leaving.append(line)
-        if 0 < sum(row.active for row in self.rows) <= KEPT * len(self.rows):
-            leaving = self._pack(leaving)
+        if sum(row.active for row in self.rows) <= KEPT * len(self.rows):
+            if self.refill is not None:
+                self._admit(self.refill)
+            if 0 < sum(row.active for row in self.rows) <= KEPT * len(self.rows):
+                leaving = self._pack(leaving)
         if leaving:
             slots = range(len(self.off), len(self.off) + len(leaving))
             self.engine.leave([self.rows[line] for line in leaving], slots)
             self.off += leaving
+
+    def _admit(self, refill: Refill) -> None:
+        """Prompts that wait take the places of rows that have ended, also of those that end at once."""
+        while places := [place for place, row in enumerate(self.rows) if not row.active]:
+            rows, first = refill(places)
+            if not rows:
+                return
+            for place, row, token in zip(places, rows, first, strict=False):
+                row.tokens.append(token)
+                row.active = token not in self.settings.eos and len(row.tokens) < self.settings.budget
+                self.rows[place] = row
 
     def _pack(self, leaving: list[int]) -> list[int]:
         """Drops rows that have ended. Returns the new numbers of `leaving`."""

@@ -18,6 +18,7 @@ from backends.base import (
     HeadGradients,
     Mask,
     Recipe,
+    Redraw,
     Selection,
     Shape,
     Task,
@@ -25,11 +26,11 @@ from backends.base import (
 )
 from backends.core.checks import (
     check_ablated,
-    check_finite,
     check_folds,
     check_heads,
     check_mask,
     check_targets,
+    finite,
 )
 from backends.core.kept import Kept
 from backends.core.tuning import GainPlan, LoraPlan, Run
@@ -67,15 +68,29 @@ class Loaded:
         folds: int = 4,
         layers: Sequence[int] | None = None,
         mask: Mask = "output",
+        adapter: Path | None = None,
     ) -> HeadGradients:
+        (found,) = self.map_gradients(safe, [util], folds, layers, mask, adapter)
+        return found
+
+    def map_gradients(
+        self,
+        safe: Sequence[Example],
+        utils: Sequence[Sequence[Example]],
+        folds: int = 4,
+        layers: Sequence[int] | None = None,
+        mask: Mask = "output",
+        adapter: Path | None = None,
+    ) -> Iterator[HeadGradients]:
         self.kept.drop()
         check_mask(mask)
-        check_folds(folds, safe=safe, util=util)
-        check_targets(*safe, *util)
+        for util in utils:
+            check_folds(folds, safe=safe, util=util)
+            check_targets(*safe, *util)
         layers = range(self.shape.layers) if layers is None else layers
-        found = self._wing("gradients").head_gradients(self.model, (safe, util), folds, layers, mask)
-        check_finite(found, layers)
-        return found
+        wing = self._wing("gradients")
+        found = wing.head_gradients(self.model, safe, utils, folds, layers, mask, adapter)
+        return finite(found, layers)
 
     def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
         check_targets(*examples)
@@ -133,9 +148,10 @@ class Loaded:
         heads: Sequence[Head],
         recipe: Recipe,
         reference: Sequence[Example] | None = None,
+        redraw: Redraw | None = None,
     ) -> Tuning:
         self.kept.drop()
-        plan = LoraPlan(self.shape, examples, heads, recipe, reference)
+        plan = LoraPlan(self.shape, examples, heads, recipe, reference, redraw)
         return Run(self._wing("tune").Lora(self.model, plan), plan)
 
     def attribute_neurons(

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from backends.base import Example, GainRecipe, Head, Recipe, Selection, Shape, Task
+from backends.base import Example, GainRecipe, Head, Recipe, Redraw, Selection, Shape, Task
 from backends.core import schedules, seeds
 from backends.core.checkpoint import Checkpoint, identity
-from backends.core.checks import check_gains, check_tuning
+from backends.core.checks import check_gains, check_heads, check_redraw, check_tuning
 from backends.core.errors import InputError
 from backends.core.packing import cut_rows
 
-FIELDS = ("step", "loss", "util_loss", "cos", "projected", "lr", "tokens")
+FIELDS = ("step", "loss", "util_loss", "cos", "projected", "lr", "tokens", "drawn")
 
 
 class Engine(Protocol):
@@ -36,7 +36,8 @@ class Engine(Protocol):
 
 
 class LoraEngine(Engine, Protocol):
-    """A and B of LoRA on W_q, of which only the chosen heads' rows move."""
+    """A and B of LoRA on W_q, of which only the chosen heads' rows move: `LoraPlan.free` when it is opened,
+    each as fast as `LoraPlan.pace` says."""
 
     def gradients(self, rows: Sequence[Example]) -> tuple[float, Any]:
         """Mean loss over the rows, and its gradient."""
@@ -89,10 +90,10 @@ class Run:
 
     def __iter__(self) -> Iterator[dict]:
         engine, plan, recipe = self.engine, self.plan, self.plan.recipe
+        checkpoint = Checkpoint(recipe.checkpoint, identity(engine.name, recipe, plan.chosen, plan.rows))
+        plan.recall(checkpoint.records)
         engine.open()
         try:
-            of = identity(engine.name, recipe, plan.chosen, plan.rows)
-            checkpoint = Checkpoint(recipe.checkpoint, of)
             if checkpoint.arrays:
                 engine.restore(checkpoint.arrays)
             records = checkpoint.records
@@ -120,17 +121,69 @@ class LoraPlan:
         heads: Sequence[Head],
         recipe: Recipe,
         reference: Sequence[Example] | None,
+        redraw: Redraw | None = None,
     ):
-        self.recipe = recipe
-        self.chosen = self.heads = check_tuning(examples, heads, recipe, reference, shape)
+        self.shape, self.recipe, self.redraw = shape, recipe, redraw
+        check_redraw(redraw)
+        self.heads = check_tuning(examples, heads, recipe, reference, shape)
+        self.chosen = self.heads if redraw is None else [self.heads, redraw.every]
         self.examples, self.reference = cut_rows(examples, recipe.max_length), list(reference or ())
-        self.rows = [*self.examples, *self.reference]
+        self.rows = [*self.examples, *self.reference, *(redraw.rows if redraw else ())]
         self.order = seeds.batch_order(len(self.examples), recipe)
         self.steps = len(self.order)
+        touched = {layer for layer, _ in self.heads} if redraw is None else range(shape.layers)
+        self.layers = sorted(touched)
+        """that have LoRA"""
+        self.recall([])
+
+    def recall(self, records: Sequence[dict]) -> None:
+        """Where steps that were taken before left off: which heads are free, and since when each moves."""
+        self.free, self.since = self.heads, np.full((2, self.shape.layers, self.shape.heads), self.steps)
+        self._draw(self.heads, 0)
+        for record in records:
+            if record["drawn"] is not None:
+                self._draw([tuple(head) for head in record["drawn"]], record["step"])
+
+    def _draw(self, heads: Sequence[Head], number: int) -> None:
+        self.free = sorted(check_heads(heads, self.shape))
+        layers, at = np.array(self.free).T
+        of_layer, of_head = self.since  # the first step of A, for each head of its layer; and of rows of B
+        of_layer[layers] = np.minimum(of_layer[layers], number)
+        of_head[layers, at] = np.minimum(of_head[layers, at], number)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """float32 [L, H]: 1 where a head is free."""
+        mask = np.zeros((self.shape.layers, self.shape.heads), np.float32)
+        mask[tuple(np.array(self.free).T)] = 1
+        return mask
+
+    def pace(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """What step `number` of the optimizer is multiplied by, float32: for A [L], and for rows of B [L, H].
+        0: what is not free; 1: what has been from the start (`schedules.adam_pace`)."""
+        of_layer, of_head = schedules.adam_pace(number + 1, np.maximum(number + 1 - self.since, 1))
+        pace = (of_layer.max(axis=1) * self.mask.max(axis=1), of_head * self.mask)
+        return tuple(own.astype(np.float32) for own in pace)
+
+    def _redraw(self, engine: LoraEngine, number: int) -> list[Head] | None:
+        """Draws heads anew where it is time, while the model is bare. Returns them, or None."""
+        if self.redraw is None or number % self.redraw.every:
+            return None
+        if number:
+            state = engine.state()
+            with tempfile.TemporaryDirectory(prefix="cast-adapter-") as folder:
+                engine.save(Path(folder))
+                engine.close()
+                try:
+                    self._draw(self.redraw.draw(Path(folder)), number)
+                finally:
+                    engine.open()
+            engine.restore(state)
+        return self.free
 
     def take(self, engine: LoraEngine, number: int) -> dict:
         """Takes a step. Returns its record; InputError on a gradient that is not finite."""
-        recipe = self.recipe
+        recipe, drawn = self.recipe, self._redraw(engine, number)
         batch = [self.examples[row] for row in self.order[number]]
         loss, gradients = engine.gradients(batch)
         util_loss, cos, projected = math.nan, math.nan, False
@@ -143,7 +196,8 @@ class LoraPlan:
             raise InputError(f"step {number}: the gradient is not finite: lower --lr or use --dtype float32")
         lr = schedules.learning_rate(number, self.steps, recipe)
         tokens = schedules.step_tokens(batch, recipe)
-        return dict(zip(FIELDS, (number, loss, util_loss, cos, projected, lr, tokens), strict=True))
+        values = (number, loss, util_loss, cos, projected, lr, tokens, drawn)
+        return dict(zip(FIELDS, values, strict=True))
 
 
 def project(
@@ -190,6 +244,9 @@ class GainPlan:
         self.rows = [row for task in self.tasks for row in (*task.safe, *task.util)]
         self.steps = schedules.outer_steps(tasks, neurons, recipe)
 
+    def recall(self, records: Sequence[dict]) -> None:
+        """A step follows from the gains alone."""
+
     def take(self, engine: GainEngine, number: int) -> dict:
         """Takes an outer step. Returns its record; InputError on a gradient that is not finite."""
         recipe = self.recipe
@@ -206,7 +263,8 @@ class GainPlan:
         clipped = engine.step(gradient, number)
         lr = schedules.learning_rate(number, self.steps, recipe)
         tokens = schedules.gain_step_tokens(support, query, recipe)
-        return dict(zip(FIELDS, (number, loss, util_loss, cos, clipped, lr, tokens), strict=True))
+        values = (number, loss, util_loss, cos, clipped, lr, tokens, None)
+        return dict(zip(FIELDS, values, strict=True))
 
     def _objective(self, engine: GainEngine, rows: Task, gains: Any) -> tuple[float, float, float, Any]:
         """At some gains: the safety and the utility loss, the cosine of their gradients in the free gains,

@@ -154,7 +154,7 @@ class Layer(nnx.Module):
         x = self.before_attention(x)
         query = self.attention.query(x)
         if at.a is not None:
-            low = jnp.einsum("...e,re->...r", x.astype(jnp.float32), at.a, precision=PRECISION)
+            low = jnp.einsum("...e,re->...r", wide(x), at.a, precision=PRECISION)
             added = jnp.einsum("...r,hdr->...hd", low, at.b, precision=PRECISION) * scale
             query = (query + added).astype(query.dtype)
         if at.keep is not None and mask == "query":

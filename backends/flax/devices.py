@@ -79,9 +79,11 @@ def model_axis(count: int, heads: int, weight_bytes: int, memory: int | None) ->
 def describe(mesh: Mesh) -> str:
     """ "cpu:0", or "cuda x 8 (data 4, model 2)"."""
     devices = mesh.devices.ravel()
+    # JAX calls every GPU "gpu"; the kind is in what its client says of itself.
+    platform = "cuda" if "cuda" in devices[0].client.platform_version else devices[0].platform
     if len(devices) == 1:
-        return f"{devices[0].platform}:{devices[0].id}"
-    return f"{devices[0].platform} x {len(devices)} (data {mesh.shape['data']}, model {mesh.shape['model']})"
+        return f"{platform}:{devices[0].id}"
+    return f"{platform} x {len(devices)} (data {mesh.shape['data']}, model {mesh.shape['model']})"
 
 
 def place(mesh: Mesh, array: np.ndarray, axis: int | None = None) -> jax.Array:

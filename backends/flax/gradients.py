@@ -1,24 +1,38 @@
 """Gradients of single heads: in their rows of W_q, and in their gates, from one forward pass a row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from backends.base import Example, HeadGradients
 from backends.core.packing import by_tokens
 from backends.core.progress import progress
-from backends.flax.decoder import Decoder
+from backends.flax import adapter as adapters
+from backends.flax.decoder import Adapter, Decoder
 from backends.flax.loglikelihood import Batch, log_likelihood, make_batch
 from backends.flax.loss import TOKENS_CPU, TOKENS_DEVICE, recomputes, row_losses, target_logits
 from backends.flax.model import Model
 
 
+class _Passes(NamedTuple):
+    """What all passes have in common."""
+
+    model: Model
+    adapter: Adapter | None
+    layers: np.ndarray
+    mask: str
+    bar: tqdm
+
+
 @partial(jax.jit, static_argnames=("graph", "mask", "compete", "recompute"))
-def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool, recompute: bool):
+def differentiate(graph, weights, batch: Batch, adapter, layers, mask: str, compete: bool, recompute: bool):
     """Gradients of the sum of losses in W_q of some layers, float32 [l, E, H, D], and of each row's
     log-likelihood in its gates, [R, l, H].
 
@@ -26,13 +40,13 @@ def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool
         compete: choices do in some row, where the outcome is another function than the loss.
     """
     if weights["embedding"][...].dtype == jnp.float32:
-        weights = jax.tree.map(lambda weight: weight.astype(jnp.float64), weights)
+        weights, adapter = jax.tree.map(lambda each: each.astype(jnp.float64), (weights, adapter))
 
     def sums(kernel: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of losses, and of log-likelihoods."""
         decoder: Decoder = nnx.merge(graph, weights)
         decoder.layers.attention.query.kernel = nnx.Param(kernel)
-        hidden = decoder.forward(batch.rows.ids, None, recompute, gates, mask)
+        hidden = decoder.forward(batch.rows.ids, adapter, recompute, gates, mask)
         logits = target_logits(decoder, hidden, batch.rows)
         return row_losses(logits, batch.rows).sum(), log_likelihood(logits, batch).sum()
 
@@ -46,37 +60,56 @@ def differentiate(graph, weights, batch: Batch, layers, mask: str, compete: bool
     return of_kernel[layers].astype(jnp.float32), of_gates[:, layers]
 
 
+def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean gradients of folds, float32 [F, l, E, H, D], and the gradients in the gates of all rows,
+    float64 [l, H, N]."""
+    model, adapter, layers, mask, bar = passes
+    shape = model.config.shape
+    sums = np.zeros((folds, len(layers), shape.model_dim, shape.heads, shape.head_dim), np.float32)
+    gates = np.zeros((len(layers), shape.heads, len(examples)))
+    budget = model.limit(TOKENS_CPU, TOKENS_DEVICE)
+    for fold in range(folds):
+        members = np.arange(fold, len(examples), folds)
+        for some in by_tokens([examples[row] for row in members], budget):
+            rows = [examples[row] for row in members[some]]
+            batch = make_batch(model, rows)
+            compete = any(len(row.choice_ids) for row in rows)
+            recompute = recomputes(model, *batch.rows.ids.shape)
+            with jax.enable_x64(model.config.dtype == "float32"):
+                found = model.apply(differentiate, batch, adapter, layers, mask, compete, recompute)
+            of_kernel, of_gates = (np.asarray(part) for part in found)
+            sums[fold] += of_kernel / len(members)
+            gates[:, :, members[some]] = np.moveaxis(of_gates[: len(rows)], 0, -1)
+            bar.update(len(rows))
+    return sums, gates
+
+
+def _gram(safe: np.ndarray, util: np.ndarray) -> np.ndarray:
+    """float64 [l, H, 2F, 2F]: inner products of the folds' gradients of each head, a layer at a time."""
+    grams = []
+    for layer in range(safe.shape[1]):
+        folds = np.concatenate([safe[:, layer], util[:, layer]])  # (2F, E, H, D)
+        each = folds.transpose(2, 0, 1, 3).reshape(folds.shape[2], len(folds), -1).astype(np.float64)
+        grams.append(each @ each.transpose(0, 2, 1))
+    return np.stack(grams)
+
+
 def head_gradients(
     model: Model,
-    sides: tuple[Sequence[Example], Sequence[Example]],
+    safe: Sequence[Example],
+    utils: Sequence[Sequence[Example]],
     folds: int,
     layers: Sequence[int],
     mask: str,
-) -> HeadGradients:
-    """See Backend.head_gradients. A float32 model is differentiated in float64."""
-    shape, layers = model.config.shape, np.array(layers, np.int32)
-    gradients = np.zeros((2 * folds, len(layers), shape.model_dim, shape.heads, shape.head_dim), np.float32)
-    gates = [np.zeros((len(layers), shape.heads, len(examples))) for examples in sides]
-    budget = model.limit(TOKENS_CPU, TOKENS_DEVICE)
-    bar = progress(total=sum(map(len, sides)), desc="gradients", unit="row")
-    for side, examples in enumerate(sides):
-        for fold in range(folds):
-            members = np.arange(fold, len(examples), folds)
-            for some in by_tokens([examples[row] for row in members], budget):
-                rows = [examples[row] for row in members[some]]
-                batch = make_batch(model, rows)
-                compete = any(len(row.choice_ids) for row in rows)
-                recompute = recomputes(model, *batch.rows.ids.shape)
-                with jax.enable_x64(model.config.dtype == "float32"):
-                    found = model.apply(differentiate, batch, layers, mask, compete, recompute)
-                of_kernel, of_gates = (np.asarray(part) for part in found)
-                gradients[side * folds + fold] += of_kernel / len(members)
-                gates[side][:, :, members[some]] = np.moveaxis(of_gates[: len(rows)], 0, -1)
-                bar.update(len(rows))
-    bar.close()
-    gram = np.empty((len(layers), shape.heads, 2 * folds, 2 * folds))
-    for at in range(len(layers)):
-        each = gradients[:, at].transpose(2, 0, 1, 3).reshape(shape.heads, 2 * folds, -1)  # (H, 2F, E * D)
-        each = each.astype(np.float64)
-        gram[at] = each @ each.transpose(0, 2, 1)
-    return HeadGradients(gram, *gates)
+    adapter: Path | None = None,
+) -> Iterator[HeadGradients]:
+    """See Backend.map_gradients. A float32 model is differentiated in float64."""
+    layers, loaded = np.array(layers, np.int32), adapters.load(model, adapter)
+    with progress(total=sum(map(len, (safe, *utils))), desc="gradients", unit="row") as bar:
+        passes = _Passes(model, loaded, layers, mask, bar)
+        own, of_safe = _fold_sums(passes, safe, folds)
+        for util in utils:
+            other, of_util = _fold_sums(passes, util, folds)
+            gram = _gram(own, other)
+            del other  # before those of the next map
+            yield HeadGradients(gram, of_safe, of_util)

@@ -14,7 +14,7 @@ from flax import nnx
 from backends.base import Example
 from backends.core import seeds
 from backends.core.packing import passes
-from backends.core.schedules import learning_rate
+from backends.core.schedules import BETAS, learning_rate
 from backends.core.tuning import LoraPlan
 from backends.flax import adapter
 from backends.flax.decoder import Adapter
@@ -44,9 +44,8 @@ class Lora:
 
     def open(self) -> None:
         model, recipe, shape = self.model, self.recipe, self.model.config.shape
-        chosen = np.zeros((shape.layers, shape.heads, 1, 1), np.float32)
-        chosen[tuple(np.array(self.plan.heads).T)] = 1
-        self.free = Trained(model.put(chosen.max(axis=1)), model.put(chosen))  # [L, 1, 1] and [L, H, 1, 1]
+        mask = self.plan.mask
+        self.free = self.factors(mask.max(axis=1), mask)
         self.trained = Trained(
             model.put(seeds.lora_a(recipe.seed, shape.layers, recipe.rank, shape.model_dim)),
             model.put(np.zeros((shape.layers, shape.heads, shape.head_dim, recipe.rank), np.float32)),
@@ -55,8 +54,7 @@ class Lora:
             optax.clip_by_global_norm(recipe.clip),
             optax.adamw(
                 lambda step: learning_rate(step, self.plan.steps, recipe),
-                b1=0.9,
-                b2=0.999,
+                *BETAS,
                 eps=1e-8,
                 weight_decay=0.0,
             ),
@@ -66,6 +64,11 @@ class Lora:
 
     def close(self) -> None:
         pass  # the weights of the model were never changed
+
+    def factors(self, of_layer: np.ndarray, of_head: np.ndarray) -> Trained:
+        """Of A [L] and of heads' rows of B [L, H], as [L, 1, 1] and [L, H, 1, 1]."""
+        put = self.model.put
+        return Trained(put(of_layer[:, None, None]), put(of_head[:, :, None, None]))
 
     def gradients(self, rows: Sequence[Example]) -> tuple[float, Trained]:
         """Accumulated over forward passes of `recipe.batch` rows; fewer are padded, since each number of rows
@@ -95,8 +98,9 @@ class Lora:
 
     def step(self, gradients: Trained, number: int) -> float:
         """The optimizer counts its steps itself."""
+        pace = self.free if self.plan.redraw is None else self.factors(*self.plan.pace(number))
         self.trained, self.optimizer_state, norm = self.update(
-            self.trained, self.optimizer_state, gradients, self.free
+            self.trained, self.optimizer_state, gradients, pace
         )
         return float(norm)
 
@@ -109,8 +113,8 @@ class Lora:
         )
 
     def save(self, folder: Path) -> None:
-        layers = sorted({layer for layer, _ in self.plan.heads})
-        adapter.write(folder, np.asarray(self.trained.a), np.asarray(self.trained.b), layers, self.recipe)
+        a, b = (np.asarray(part) for part in self.trained)
+        adapter.write(folder, a, b, self.plan.layers, self.recipe)
 
 
 def state(tree) -> dict[str, np.ndarray]:
@@ -137,8 +141,9 @@ def lora_gradients(graph, weights, trained, scale, free, rows, recompute: bool):
     return value, jax.tree.map(jnp.multiply, gradients, free)
 
 
-def _update(optimizer, trained, state, gradients, free):
-    """One step of the optimizer, and the norm of the gradient before clipping."""
+def _update(optimizer, trained, state, gradients, pace):
+    """One step of the optimizer, times `pace` (0 where nothing is free), and the norm of the gradient before
+    clipping."""
     updates, state = optimizer.update(gradients, state, trained)
-    updates = jax.tree.map(jnp.multiply, updates, free)
+    updates = jax.tree.map(jnp.multiply, updates, pace)
     return optax.apply_updates(trained, updates), state, optax.tree.norm(gradients)

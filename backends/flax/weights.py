@@ -145,11 +145,11 @@ def keys_of(entry: Entry, config: Config) -> list[str]:
 
 
 class Checkpoint:
-    """The safetensors files of a folder, read tensor by tensor."""
+    """The weights of a folder, read tensor by tensor."""
 
     def __init__(self, folder: Path):
         self.folder, self.files = folder, {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in models.weight_files(folder):
             try:
                 with safe_open(path, framework="numpy") as file:
                     self.files |= dict.fromkeys(file.keys(), path)
@@ -183,9 +183,6 @@ def check(checkpoint: Checkpoint, config: Config) -> None:
             raise InputError(
                 f"{checkpoint.folder}: weight {key} has shape {stored}, by config.json it is {shape}"
             )
-    both = ("lm_head.weight", "model.embed_tokens.weight")
-    if config.tied and both[0] in checkpoint.files and not np.array_equal(*map(checkpoint.read, both)):
-        raise InputError(f"{checkpoint.folder}: tie_word_embeddings is true, but {both[0]} is not {both[1]}")
 
 
 def parameters(config: Config) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -12,6 +12,7 @@ from backends.models.usable import (
     read_shape,
     sliding_windows,
     tokenizer_sha256,
+    weight_files,
     weights_sha256,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "read_shape",
     "sliding_windows",
     "tokenizer_sha256",
+    "weight_files",
     "weights_sha256",
     "without_progress_bars",
 ]

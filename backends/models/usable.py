@@ -7,6 +7,10 @@ from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 (teaches numpy, and so safetensors, bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from backends.base import Shape
 from backends.core.errors import InputError, reason
 
@@ -32,7 +36,18 @@ _NOT_COMPUTED_WITH = frozenset([
     "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id", "torch_dtype",
     "transformers_version", "unk_token_id", "use_cache",
 ])
+# What other tools and older versions leave in a config.json: marks, labels of classifiers, and settings of
+# generation, which is greedy here whatever they say.
+_INERT = frozenset([
+    "chunk_size_feed_forward", "do_sample", "id2label", "is_decoder", "is_llama_config", "label2id",
+    "max_length", "max_new_tokens", "model_max_length", "name_or_path", "num_beams", "num_labels",
+    "output_attentions", "output_hidden_states", "problem_type", "repetition_penalty", "return_dict",
+    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "transformers.js_config",
+    "unsloth_fixed", "unsloth_version",
+])
 # fmt: on
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+_LFS_POINTER = b"version https://git-lfs"
 MODEL_HASHES = ("weights_sha256", "config_sha256")
 """what says that two folders hold the same model"""
 
@@ -74,8 +89,62 @@ def check_folder(folder: Path) -> None:
     _check_attributes(path, config)
     _check_sizes(path, folder_shape(folder))
     eos_ids(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no *.safetensors (other weight formats are not read): convert it")
+    for file in weight_files(folder):
+        with open(file, "rb") as weights:
+            if weights.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise InputError(f"{file} is a Git LFS pointer, not the weights: `git lfs pull` there")
+    if config.get("tie_word_embeddings"):
+        _check_tied(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a folder's weights, as transformers chooses them: model.safetensors,
+    else those that its index names. What else lies there is no part of the model.
+
+    Raises InputError where there are none, one is missing, or the folder holds an adapter beside its model.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter (adapter_config.json), which would be loaded too: merge it into the "
+            f"weights, or move it elsewhere"
+        )
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise InputError(
+            f"{folder} has no model.safetensors and no index of its parts (other formats are not read): "
+            f"convert it"
+        )
+    parts = _read_object(index).get("weight_map")
+    if not isinstance(parts, dict) or not parts or not all(type(name) is str for name in parts.values()):
+        raise InputError(f"{index} names no files")
+    files = [folder / name for name in sorted(set(parts.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(files)} weight files are missing, as {missing[0]}"
+        )
+    return files
+
+
+def _check_tied(folder: Path) -> None:
+    """InputError where the files hold an output matrix that is not the embedding, to which config.json ties
+    it: some loaders take the one, some the other."""
+    holders = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                holders |= {name: path for name in TIED if name in set(file.keys())}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: the weights cannot be loaded ({reason(error)})") from None
+    if len(holders) < len(TIED):
+        return
+    matrices = []
+    for name in TIED:
+        with safe_open(holders[name], framework="numpy") as file:
+            matrices.append(file.get_tensor(name))
+    if not np.array_equal(*matrices):
+        raise InputError(f"{folder}: tie_word_embeddings is true, but {' is not '.join(TIED)}")
 
 
 def _check_attributes(path: Path, config: dict) -> None:
@@ -84,7 +153,7 @@ def _check_attributes(path: Path, config: dict) -> None:
     default = AutoConfig.for_model(config["model_type"])
     for name, value in config.items():
         described = name.startswith("_")  # names and hashes, never arithmetic
-        if described or name in _HANDLED or value is None or value is False:
+        if described or name in _HANDLED | _INERT or value is None or value is False:
             continue
         usual = getattr(default, name, None)
         if value != usual or isinstance(value, bool) != isinstance(usual, bool):  # 0 == False
@@ -169,9 +238,9 @@ def _file_sha256(path: Path, size: int, modified_ns: int) -> bytes:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash over a folder's safetensors files, by name."""
+    """One hash over the files of a folder's weights, by name."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         status = path.stat()
         digest.update(path.name.encode() + _file_sha256(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
@@ -182,7 +251,7 @@ def config_sha256(folder: Path) -> str:
     config = {
         name: value
         for name, value in read_config(folder).items()
-        if not name.startswith("_") and name not in _NOT_COMPUTED_WITH
+        if not name.startswith("_") and name not in _NOT_COMPUTED_WITH | _INERT
     }
     described = json.dumps([config, sorted(set(eos_ids(folder)))], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()

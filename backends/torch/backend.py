@@ -39,6 +39,7 @@ def load(model_dir: Path, dtype: str, device: str, model_parallel: int) -> Loade
             raise InputError(f"{model_dir}: {len(keys)} weights are {problem}, the first is {keys[0]}")
     if places[0].type == "cpu" and sum(weight.numel() for weight in model.parameters()) < SMALL:
         torch.set_num_threads(1)
+    devices.prepare()
     if not several:
         model.to(places[0])
     model.eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from backends import models
 from backends.core import budgets, packing
 
 PIECE = 1024
-"""tokens of the vocabulary whose logits are computed together"""
+"""tokens of the vocabulary whose logits are computed together on a CPU"""
 Pair = tuple[torch.Tensor, torch.Tensor]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -93,6 +93,27 @@ class Ablation:
         return per_head * (every != self.heads[:, None])[:, None, :, None]
 
 
+class Masks:
+    """What a pass adds to its scores, one mask for each sliding window among its layers: 0 where a query sees
+    a key, else -inf; [n or 1, 1, G * M, C].
+
+    Args:
+        distance: query minus key position, [n or 1, M, C].
+        group: G, query heads that share a key.
+    """
+
+    def __init__(self, distance: torch.Tensor, group: int, dtype: torch.dtype):
+        self.distance, self.group, self.dtype = distance, group, dtype
+        self.made: dict[int | None, torch.Tensor] = {}
+
+    def of(self, window: int | None) -> torch.Tensor:
+        if window not in self.made:
+            hidden = self.distance < 0 if window is None else (self.distance < 0) | (self.distance >= window)
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+            self.made[window] = mask.masked_fill_(hidden, -torch.inf).repeat(1, self.group, 1)[:, None]
+        return self.made[window]
+
+
 class Cache:
     """Keys and values of some layers, [n, C, K, D] each, each on its layer's device; a token's column is its
     position.
@@ -155,7 +176,8 @@ class Decoder:
 
     @property
     def room(self) -> int:
-        """Bytes that a sweep may use beside the weights; of several devices, what the fullest one has."""
+        """Bytes that may be used beside the weights; of several devices, what the fullest one has. Not what
+        is free now: how work is cut, and so how it rounds, must not depend on it."""
         if self.device.type != "cuda":
             return budgets.machine_bytes() // 2 - sum(weight.nbytes for weight in self.model.parameters())
         weights = Counter()
@@ -175,25 +197,28 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [..., V] from the last layer's residual stream, or [..., m] for the m tokens of
-        `vocabulary`."""
-        hidden = self.model.model.norm(hidden)
-        if vocabulary is None:
-            return self.model.lm_head(hidden).float()
-        return torch.nn.functional.linear(hidden, self.model.lm_head.weight[vocabulary]).float()
+        `vocabulary`. Never rounded to half precision, in which 16 and 16.1 are one number and letters tie."""
+        hidden, weight = self.model.model.norm(hidden), self.model.lm_head.weight
+        if vocabulary is not None:
+            weight = weight[vocabulary]
+        if self.device.type == "cpu" or self.model.dtype == torch.float32:
+            return torch.nn.functional.linear(hidden.float(), weight.float())
+        found = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+        return found.unflatten(0, hidden.shape[:-1])
 
     def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
         """The token of the largest logit, int64 [...], from the last layer's residual stream; of several, the
         first one."""
-        if self.device.type != "cpu" or self.model.dtype != torch.float32:
+        if self.device.type != "cpu":
             return self.logits(hidden).argmax(dim=-1)
         # A piece of the vocabulary at a time, whose logits stay in the cache, and tokens as columns: for the
         # few rows of a decoding step MKL takes a third to a half less time than for all logits at once.
-        columns = self.model.model.norm(hidden).flatten(0, -2).t().contiguous()  # (E, M)
+        columns = self.model.model.norm(hidden).flatten(0, -2).float().t().contiguous()  # (E, M)
         token = torch.zeros(columns.shape[1], dtype=torch.long)
         most = torch.full(token.shape, -torch.inf)
         weight = self.model.lm_head.weight
         for start in range(0, len(weight), PIECE):
-            likely, at = (weight[start : start + PIECE] @ columns).max(dim=0)
+            likely, at = (weight[start : start + PIECE].float() @ columns).max(dim=0)
             token = torch.where(likely > most, at + start, token)
             most = torch.maximum(most, likely)
         return token.view(hidden.shape[:-1])
@@ -220,37 +245,52 @@ class Decoder:
         for place, layers in self.stretches(range(start, stop)):
             hidden, line, rotary = hidden.to(place), batch.to(place), to(turns, place)
             ablated = ablation and ablation.to(place)
+            at = torch.arange(line.columns.shape[1], device=place)
+            own = self.masks((at[:, None] - at)[None])  # (1, C, C)
+            ends = self.masks((line.lengths - 1)[:, None, None] - at)  # (R, 1, C)
             for index in layers:
                 last = line.last if index == self.layers - 1 and not batch.whole else None
 
-                def attend(index, queries, keys, values, line=line, last=last):
+                def attend(index, queries, keys, values, line=line, last=last, own=own, ends=ends):
                     if keep is not None:
                         keep(index, keys, values)
+                    window = self.windows[index]
                     if last is None:
-                        return self._attend_all(line, index, queries, keys, values)
-                    return self._attend_last(line, index, queries, keys, values)
+                        return self._attend_all(line, index, queries, keys, values, own.of(window))
+                    return self._attend_last(line, index, queries, keys, values, ends.of(window))
 
                 hidden = self.layer(index, hidden, rotary, attend, ablated, last)
         return hidden.to(self.device)
 
+    def masks(self, distance: torch.Tensor) -> Masks:
+        return Masks(distance, self.shape.heads // self.shape.kv_heads, self.model.dtype)
+
     def extend(
-        self, cache: Cache, hidden: torch.Tensor, positions: torch.Tensor, ablation: Ablation | None = None
+        self,
+        cache: Cache,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        width: int,
+        ablation: Ablation | None = None,
     ) -> torch.Tensor:
         """The cache's layers for w further tokens of each row, [n, w, E] at positions [n, w], which it then
-        holds."""
-        turns, width = self.rotary(hidden, positions), int(positions.max()) + 1
+        holds.
+
+        Args:
+            width: columns of the cache that any of them sees, one more than the largest position.
+        """
+        turns = self.rotary(hidden, positions)
         for place, layers in self.stretches(cache.layers):
             hidden, at, rotary = hidden.to(place), positions.to(place), to(turns, place)
             ablated = ablation and ablation.to(place)
             lines = torch.arange(len(hidden), device=place)[:, None]
-            columns = torch.arange(width, device=place)
-            distance = at[:, :, None] - columns  # query minus key position, (n, w, C)
+            masks = self.masks(at[:, :, None] - torch.arange(width, device=place))  # (n, w, C)
 
-            def attend(index, queries, keys, values, lines=lines, at=at, distance=distance):
+            def attend(index, queries, keys, values, lines=lines, at=at, masks=masks):
                 cache.keys[index][lines, at] = keys
                 cache.values[index][lines, at] = values
                 known, held = (kept[index][: len(lines), :width] for kept in (cache.keys, cache.values))
-                return self._attention(index, queries, known, held, distance)
+                return self._attention(index, queries, known, held, masks.of(self.windows[index]))
 
             for index in layers:
                 hidden = self.layer(index, hidden, rotary, attend, ablated)
@@ -288,20 +328,18 @@ class Decoder:
         hidden = hidden + attention.o_proj(mixed.flatten(-2))
         return hidden + module.mlp(module.post_attention_layernorm(hidden))
 
-    def _attention(self, index, queries, keys, values, distance) -> torch.Tensor:
-        """Queries [n, M, H, D] on keys and values [n, C, K, D]; distance: query minus key position,
-        [n or 1, M, C].
+    def _attention(self, index, queries, keys, values, mask) -> torch.Tensor:
+        """Queries [n, M, H, D] on keys and values [n, C, K, D], with one of `Masks`.
 
         Heads that share a key are queries of one head here, so that no key is copied.
         """
-        window, group = self.windows[index], self.shape.heads // self.shape.kv_heads
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        group = self.shape.heads // self.shape.kv_heads
         grouped = queries.unflatten(2, (self.shape.kv_heads, group)).permute(0, 2, 3, 1, 4)  # (n, K, G, M, D)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             grouped.flatten(2, 3),  # (n, K, G * M, D)
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            attn_mask=visible.repeat(1, group, 1)[:, None],
+            attn_mask=mask,
             scale=self.model.model.layers[index].self_attn.scaling,
         )
         return mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, M, H, D)
@@ -332,31 +370,27 @@ class Decoder:
         mixed = mixed + torch.einsum("nkgwv,nvkd->nwkgd", share[..., prefix:], values)
         return mixed.flatten(2, 3)  # (n, w, H, D)
 
-    def _attend_all(self, batch: Batch, index, queries, keys, values) -> torch.Tensor:
+    def _attend_all(self, batch: Batch, index, queries, keys, values, mask) -> torch.Tensor:
         """Every token of a line on what stands before it in its own prompt, [n, T, H, D]."""
-        prefix, copies = batch.prefix, len(queries)
-        at = torch.arange(batch.columns.shape[1], device=queries.device)
-        distance = (at[:, None] - at)[None]
+        prefix, copies, group = batch.prefix, len(queries), self.shape.heads // self.shape.kv_heads
+        mask = mask.unflatten(2, (group, -1))  # (1, 1, G, C, C)
         # Each prompt's own, (n * R, C, K, D) and (n * R, C - P, H, D); shared tokens are answered more than
         # once and picked once.
         known, held = (part[:, batch.columns].flatten(0, 1) for part in (keys, values))
         own_queries = queries[:, batch.columns[:, prefix:]].flatten(0, 1)
-        own = self._attention(index, own_queries, known, held, distance[:, prefix:])
+        own = self._attention(index, own_queries, known, held, mask[:, :, :, prefix:].flatten(2, 3))
         own = own.unflatten(0, (copies, -1)).flatten(1, 2)[:, batch.picks]  # (n, T - P, H, D)
         if not prefix:
             return own
-        before = distance[:, :prefix, :prefix]
+        before = mask[:, :, :, :prefix, :prefix].flatten(2, 3)
         first = self._attention(index, *(part[:, :prefix] for part in (queries, keys, values)), before)
         return torch.cat([first, own], dim=1)
 
-    def _attend_last(self, batch: Batch, index, queries, keys, values) -> torch.Tensor:
+    def _attend_last(self, batch: Batch, index, queries, keys, values, mask) -> torch.Tensor:
         """The prompts' last tokens on their prompts, [n, R, H, D]."""
-        at = torch.arange(batch.columns.shape[1], device=queries.device)
-        distance = (batch.lengths - 1)[:, None, None] - at  # (R, 1, C)
         known, held = (part[:, batch.columns].flatten(0, 1) for part in (keys, values))
-        mixed = self._attention(
-            index, queries.flatten(0, 1)[:, None], known, held, distance.repeat(len(queries), 1, 1)
-        )
+        own = queries.flatten(0, 1)[:, None]
+        mixed = self._attention(index, own, known, held, mask.repeat(len(queries), 1, 1, 1))
         return mixed[:, 0].unflatten(0, (len(queries), -1))
 
 

@@ -1,36 +1,140 @@
 """Gradients of single heads: in their rows of W_q, and in their gates, from one backward pass a row."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from backends.base import Example, HeadGradients
+from backends.core.gradient_plan import Plan, Work, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
+from backends.torch.adapter import adapted
 from backends.torch.decoder import Decoder
 from backends.torch.loss import padded, target_logits, target_losses
 
 TOKENS_CPU, TOKENS_CUDA = 1024, 8192
-"""padded tokens of one forward and backward pass"""
+"""padded tokens of one forward and backward pass, where memory allows"""
+Weights = dict[int, torch.Tensor]
+"""layer -> W_q, [H * D, E]"""
+Sums = list[list[torch.Tensor]]
+"""of each fold and layer the mean gradient in W_q, float32 [H * D, E]"""
+
+
+# Precision and memory
+
+
+def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers: Sequence[int]) -> Plan:
+    """How gradients of all these rows fit the devices."""
+    cuda, places = decoder.device.type == "cuda", decoder.places
+    work = Work(
+        decoder.shape,
+        decoder.model.dtype.itemsize,
+        layers=max(map(places.count, places)),
+        wanted=max([places[layer] for layer in layers].count(place) for place in places),
+        folds=folds,
+        longest=max(len(row.prompt_ids) + len(row.target_ids) for row in examples),
+        targets=max(len(row.target_ids) / (len(row.prompt_ids) + len(row.target_ids)) for row in examples),
+        squares=cuda and decoder.model.dtype == torch.float32,  # no fused attention in float64
+        host=cuda,
+    )
+    return plan_gradients(work, decoder.room, TOKENS_CUDA if cuda else TOKENS_CPU)
+
+
+def _double(value: object) -> object:
+    """A float32 tensor in float64, all else as it is."""
+    wide = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+    return value.double() if wide else value
+
+
+@contextmanager
+def _double_weights(module: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the module computes with float64 copies of its weights, whose gradients go to them."""
+    own = [(part, name, weight) for part in module.modules() for name, weight in part._parameters.items()]
+    for part, name, weight in own:
+        part._parameters[name] = _double(weight)
+    try:
+        yield
+    finally:
+        for part, name, weight in own:
+            part._parameters[name] = weight
+
+
+@contextmanager
+def _recomputed(modules: Sequence[torch.nn.Module], by_layer: bool) -> Iterator[None]:
+    """Inside the block a backward pass computes these modules again, one at a time, and keeps only what they
+    are given.
+
+    Args:
+        by_layer: in float64, from weights that are so only while the module computes.
+    """
+
+    def run(module, forward, *args, **kwargs):
+        if not by_layer:
+            return forward(*args, **kwargs)
+        args, kwargs = tree_map(_double, (args, kwargs))
+        with _double_weights(module):
+            return forward(*args, **kwargs)
+
+    # A forward function of its own is what accelerate gives a module on one of several devices.
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        again = partial(run, module, module.forward)
+        module.forward = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 @contextmanager
 def _float64(model: torch.nn.Module) -> Iterator[None]:
-    """A float32 model in float64 inside the block; the conversion back is exact.
-
-    Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 moved it by
-    up to 2e-4. In float64 the two backends agree to 2e-7. Half precision is left as it is.
-    """
-    if model.dtype != torch.float32:
-        yield
-        return
+    """The model in float64 inside the block; the conversion back is exact."""
     model.double()
     try:
         yield
     finally:
         model.float()
+
+
+@contextmanager
+def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
+    """The model as it is differentiated: in float64 if it is float32, in half precision as it is.
+
+    Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 moved it by
+    up to 2e-4. In float64 the two backends agree to 2e-7.
+    """
+    layers = list(model.model.layers)
+    with ExitStack() as stack:
+        if plan.by_layer:
+            stack.enter_context(_recomputed([*layers, model.model.norm, model.lm_head], True))
+        elif model.dtype == torch.float32:
+            stack.enter_context(_float64(model))
+        if plan.recompute and not plan.by_layer:
+            stack.enter_context(_recomputed(layers, False))
+        yield
+
+
+@contextmanager
+def wanted(weights: Weights) -> Iterator[None]:
+    """Inside the block the weights require gradients."""
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
 
 
 @contextmanager
@@ -63,79 +167,143 @@ def gated(model: torch.nn.Module, gates: dict[int, torch.Tensor], mask: str) -> 
             hook.remove()
 
 
+# One pass
+
+
 def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
-    """Each row's log-likelihood as `Backend.loglikelihoods` has it, [N]."""
-    outcomes, place = list(-losses), 0
-    for row, example in enumerate(examples):
-        if len(example.choice_ids):
-            ids = torch.from_numpy(example.choice_ids.astype(np.int64)).to(logits.device)
-            outcomes[row] = logits[place, ids].log_softmax(dim=0)[example.answer]
-        place += len(example.target_ids)
-    return torch.stack(outcomes)
+    """Each row's log-likelihood as `Backend.loglikelihoods` has it, [N], from the logits that predict the
+    targets [M, V]."""
+    first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
+    closed = [row for row, example in enumerate(examples) if len(example.choice_ids)]
+    # The answer comes first. A row with fewer candidates than another is filled up with -inf.
+    most = max(len(examples[row].choice_ids) for row in closed)
+    ids, rivals = np.zeros((len(closed), most), np.int64), np.zeros((len(closed), most), bool)
+    for at, row in enumerate(closed):
+        own = examples[row].choice_ids
+        ids[at, : len(own)], rivals[at, : len(own)] = np.roll(own, -examples[row].answer), True
+    ids, rivals, closed, places = (
+        torch.from_numpy(np.asarray(part)).to(logits.device) for part in (ids, rivals, closed, first[closed])
+    )
+    among = logits[places[:, None], ids].masked_fill(~rivals, -torch.inf).log_softmax(dim=1)
+    return (-losses).index_copy(0, closed, among[:, 0])
 
 
 def _differentiate(
-    model: torch.nn.Module, examples: Sequence[Example], weights: dict[int, torch.Tensor], mask: str
-) -> tuple[list[torch.Tensor], np.ndarray]:
+    model: torch.nn.Module, examples: Sequence[Example], weights: Weights, mask: str
+) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """Gradients of the sum of losses in each W_q of `weights`, and of each row's log-likelihood in its gates,
-    [l, H, N]."""
+    float64 [l, H, N]."""
     heads = model.config.num_attention_heads
-    wide = torch.promote_types(model.dtype, torch.float32)
+    wide = torch.float32 if model.dtype.itemsize == 2 else torch.float64
     gates = {
         layer: torch.ones(len(examples), heads, dtype=wide, device=weight.device, requires_grad=True)
         for layer, weight in weights.items()
     }
-    with gated(model, gates, mask):
-        logits = target_logits(model, examples, padded(training_rows(examples)[0]))
-    losses = target_losses(logits, examples)
-    wanted = [*weights.values(), *gates.values()]
-    if any(len(example.choice_ids) for example in examples):
-        # Where choices compete the outcome is another function than the loss.
-        outcomes = _outcomes(logits, losses, examples).sum()
-        of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
-        of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
-    else:
-        found = torch.autograd.grad(losses.sum(), wanted)
-        of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
-    return of_weights, np.stack([own.double().cpu().numpy().T for own in of_gates])
+    # The last token predicts none.
+    sequences = [sequence[:-1] for sequence in training_rows(examples)[0]]
+    with gated(model, gates, mask):  # also while layers are computed again
+        logits = target_logits(model, examples, padded(sequences))
+        losses = target_losses(logits, examples)
+        if any(len(example.choice_ids) for example in examples):
+            # Where choices compete the outcome is another function than the loss.
+            outcomes = _outcomes(logits, losses, examples).sum()
+            of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
+            of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
+        else:
+            found = torch.autograd.grad(losses.sum(), [*weights.values(), *gates.values()])
+            of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
+    return of_weights, torch.stack([own.T.double().to(model.device) for own in of_gates])
+
+
+# All passes
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How rows go through a model."""
+
+    model: torch.nn.Module
+    weights: Weights
+    mask: str
+    plan: Plan
+    bar: tqdm
+
+
+def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tuple[Sums, np.ndarray]:
+    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]."""
+    gates = np.zeros((len(passes.weights), passes.model.config.num_attention_heads, len(examples)))
+    sums = []
+    with prepared(passes.model, passes.plan), wanted(passes.weights):
+        for fold in range(folds):
+            members = np.arange(fold, len(examples), folds)
+            mean, gates[:, :, members] = _mean_gradient(passes, [examples[row] for row in members])
+            sums.append(mean if passes.plan.sums_on_device else [of_layer.cpu() for of_layer in mean])
+            del mean  # before that of the next fold
+    return sums, gates
+
+
+def _mean_gradient(passes: _Passes, examples: Sequence[Example]) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Over rows, in each W_q, and each row's in its gates, [l, H, N]. The host waits for the device at the
+    end only, and where transformers looks whether a row of a pass is padded."""
+    mean = [torch.zeros_like(weight, dtype=torch.float32) for weight in passes.weights.values()]
+    batches, found = by_tokens(examples, passes.plan.tokens), []
+    for batch in batches:
+        of_weights, of_gates = _differentiate(
+            passes.model, [examples[row] for row in batch], passes.weights, passes.mask
+        )
+        for total, gradient in zip(mean, of_weights, strict=True):
+            total.add_(gradient, alpha=1 / len(examples))
+        found.append(of_gates)
+        del of_weights, gradient  # before the next pass
+        passes.bar.update(len(batch))
+    order = np.argsort(np.concatenate(batches))
+    return mean, torch.cat(found, dim=2).cpu().numpy()[:, :, order]
+
+
+def _gram(sums: Sums, weights: Weights, heads: int) -> np.ndarray:
+    """float64 [l, H, F, F]: inner products of the folds' gradients of each head, a layer at a time on its
+    device."""
+    grams = []
+    for of_layer, weight in zip(zip(*sums, strict=True), weights.values(), strict=True):
+        folds = torch.stack([own.to(weight.device) for own in of_layer])  # (F, H * D, E)
+        each = folds.unflatten(1, (heads, -1)).flatten(2).transpose(0, 1).double()  # (H, F, D * E)
+        grams.append((each @ each.transpose(1, 2)).cpu().numpy())
+    return np.stack(grams)
 
 
 def head_gradients(
     decoder: Decoder,
-    sides: tuple[Sequence[Example], Sequence[Example]],
+    safe: Sequence[Example],
+    utils: Sequence[Sequence[Example]],
     folds: int,
     layers: Sequence[int],
     mask: str,
-) -> HeadGradients:
-    """See Backend.head_gradients. A float32 model is differentiated in float64."""
+    adapter: Path | None = None,
+) -> Iterator[HeadGradients]:
+    """See Backend.map_gradients."""
+    with adapted(decoder.model, adapter):
+        yield from _head_gradients(decoder, safe, utils, folds, layers, mask)
+
+
+def _head_gradients(
+    decoder: Decoder,
+    safe: Sequence[Example],
+    utils: Sequence[Sequence[Example]],
+    folds: int,
+    layers: Sequence[int],
+    mask: str,
+) -> Iterator[HeadGradients]:
+    """Of the model as it is. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
     weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
-    budget = TOKENS_CUDA if model.device.type == "cuda" else TOKENS_CPU
-    size = next(iter(weights.values())).shape
-    gradients = torch.zeros(len(weights), 2 * folds, *size)  # (l, 2F, H * D, E)
-    gates = [np.zeros((len(weights), heads, len(examples))) for examples in sides]
-    bar = progress(total=sum(map(len, sides)), desc="gradients", unit="row")
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        with _float64(model):
-            for side, examples in enumerate(sides):
-                for fold in range(folds):
-                    members = np.arange(fold, len(examples), folds)
-                    for batch in by_tokens([examples[row] for row in members], budget):
-                        rows = members[batch]
-                        batch = [examples[row] for row in rows]
-                        of_weights, of_gates = _differentiate(model, batch, weights, mask)
-                        for layer, gradient in enumerate(of_weights):
-                            gradients[layer, side * folds + fold] += (gradient / len(members)).float().cpu()
-                        gates[side][:, :, rows] = of_gates
-                        bar.update(len(batch))
-    finally:
-        bar.close()
-        for weight in weights.values():
-            weight.requires_grad_(False)
-    gram = np.empty((len(weights), heads, 2 * folds, 2 * folds))
-    for layer, gradient in enumerate(gradients):
-        each = gradient.reshape(2 * folds, heads, -1).transpose(0, 1).double()  # (H, 2F, D * E)
-        gram[layer] = (each @ each.transpose(1, 2)).numpy()
-    return HeadGradients(gram, *gates)
+    rows = [row for side in (safe, *utils) for row in side]
+    plan = make_plan(decoder, rows, folds, layers)
+    print(f"[torch] gradients: {plan}", flush=True)
+    with progress(total=len(rows), desc="gradients", unit="row") as bar:
+        passes = _Passes(model, weights, mask, plan, bar)
+        own, of_safe = _fold_sums(passes, safe, folds)
+        for util in utils:
+            other, of_util = _fold_sums(passes, util, folds)
+            gram = _gram(own + other, weights, heads)
+            del other  # before those of the next map
+            yield HeadGradients(gram, of_safe, of_util)

@@ -15,10 +15,10 @@ from backends.base import Example, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Decoder, make_batches
-from backends.torch.sweep import Frontier, token_limit
+from backends.torch.decoder import Ablation, Batch, Decoder
+from backends.torch.sweep import Candidates, Frontier, copies, find_candidates, line_batches
 
-LOGITS = 256
+LOGITS_CPU, LOGITS_CUDA = 256, 2048
 """places whose logits over the vocabulary are held together"""
 
 
@@ -32,8 +32,8 @@ class Places:
     """predicted, [M]"""
     counts: list[int]
     """places of each row, [R]"""
-    choices: dict[int, torch.Tensor]
-    """place -> token ids that compete there, the answer among them"""
+    candidates: Candidates
+    """what competes at each place, the answer among them"""
 
 
 def predicted(example: Example) -> np.ndarray:
@@ -49,36 +49,35 @@ def read_sequences(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def find_places(batch: Batch, examples: Sequence[Example]) -> Places:
-    device = batch.ids.device
-    at, tokens, counts, choices = [], [], [], {}
+    at, tokens, counts, choices = [], [], [], []
     for row, columns in zip(batch.rows, batch.columns.cpu(), strict=True):
         example, wanted = examples[row], predicted(examples[row])
-        if len(example.choice_ids):
-            choices[len(tokens)] = torch.from_numpy(example.choice_ids.astype(np.int64)).to(device)
+        choices += [example.choice_ids] * len(wanted)
         start = len(example.prompt_ids) - 1
         at.append(columns[start : start + len(wanted)])
         tokens += wanted.tolist()
         counts.append(len(wanted))
+    device = batch.ids.device
     return Places(
-        torch.cat(at).to(batch.ids.device), torch.tensor(tokens).to(batch.ids.device), counts, choices
+        torch.cat(at).to(device),
+        torch.tensor(tokens, device=device),
+        counts,
+        find_candidates(choices, None, device),
     )
 
 
 def log_likelihood(decoder: Decoder, hidden: torch.Tensor, places: Places) -> np.ndarray:
     """float64 [n, R] from the last layer's residual stream of copies of a line, [n, T, E]."""
-    found = torch.empty(len(hidden), len(places.at))
+    size = LOGITS_CUDA if decoder.device.type == "cuda" else LOGITS_CPU
+    found = torch.empty(len(hidden), len(places.at), device=decoder.device)
     for copy, stream in enumerate(hidden):
-        for start in range(0, len(places.at), LOGITS):
-            some = slice(start, start + LOGITS)
-            logits = decoder.logits(stream[places.at[some]])  # (m, V)
-            found[copy, some] = -torch.nn.functional.cross_entropy(
-                logits, places.tokens[some], reduction="none"
-            )
-            for place, ids in places.choices.items():
-                if start <= place < start + LOGITS:
-                    line = logits[place - start]
-                    found[copy, place] = line[places.tokens[place]] - line[ids].logsumexp(dim=0)
-    parts = found.double().split(places.counts, dim=1)
+        for some in torch.arange(len(places.at), device=decoder.device).split(size):
+            logits, tokens = decoder.logits(stream[places.at[some]]), places.tokens[some]  # (m, V), (m,)
+            own = places.candidates.take(some)
+            whole = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+            among = logits.gather(-1, tokens[:, None])[:, 0] - own.of(logits).logsumexp(dim=-1)
+            found[copy, some] = torch.where(own.free, whole, among)
+    parts = found.double().cpu().split(places.counts, dim=1)
     return torch.stack([part.mean(dim=1) for part in parts], dim=1).numpy()
 
 
@@ -88,12 +87,17 @@ class _Line:
     def __init__(self, decoder: Decoder, batch: Batch, examples: Sequence[Example]):
         self.frontier = Frontier(decoder, replace(batch, whole=True))
         self.places = find_places(batch, examples)
+        self.clean = np.zeros(0)
+
+    def read(self, decoder: Decoder) -> None:
+        """Sets `clean`, the clean model's log-likelihoods [R]."""
+        self.frontier.move(decoder.layers)
+        self.clean = log_likelihood(decoder, self.frontier.hidden, self.places)[0]
+        self.frontier.release()
 
 
 def lines(decoder: Decoder, examples: Sequence[Example]) -> list[_Line]:
-    sequences = read_sequences(examples)
-    shared = min(map(len, sequences), default=0)
-    batches = make_batches(sequences, decoder.device, token_limit(decoder), shared)
+    batches = line_batches(decoder, read_sequences(examples))
     return [_Line(decoder, batch, examples) for batch in batches]
 
 
@@ -103,8 +107,8 @@ def loglikelihoods(decoder: Decoder, examples: Sequence[Example], adapter: Path 
     found = np.zeros(len(examples))
     with adapted(decoder.model, adapter):
         for line in lines(decoder, examples):
-            line.frontier.move(decoder.layers)
-            found[line.frontier.batch.rows] = log_likelihood(decoder, line.frontier.hidden, line.places)[0]
+            line.read(decoder)
+            found[line.frontier.batch.rows] = line.clean
     return found
 
 
@@ -113,21 +117,28 @@ def sweep_loglikelihoods(
     decoder: Decoder, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
 ) -> Iterator[tuple[Head, np.ndarray]]:
     """See Backend.sweep_loglikelihoods."""
-    targets = tuple(example.target_ids.tobytes() for example in examples)
-    every = kept.of(examples, ("loglikelihoods", targets), lambda: lines(decoder, examples))
+    half = decoder.itemsize < 4
+
+    def make() -> list[_Line]:
+        made = lines(decoder, examples)
+        for line in made if half else []:
+            line.read(decoder)
+        return made
+
+    wanted = tuple((row.target_ids.tobytes(), row.choice_ids.tobytes(), row.answer) for row in examples)
+    every = kept.of(examples, ("loglikelihoods", wanted), make)
     tokens = sum(len(line.frontier.batch.ids) for line in every)
     keep = budgets.keeps_choices(decoder.shape, decoder.itemsize, decoder.room, tokens)
     for layer, group in packing.by_layer(heads):
         found = np.zeros((len(group), len(examples)))
-        ablated = torch.tensor(group, device=decoder.device)
         for line in every:
             frontier, batch = line.frontier, line.frontier.batch
             frontier.move(layer)
-            for some in packing.even_slices(len(group), token_limit(decoder) // len(batch.ids))[1]:
-                ablation = Ablation(layer, ablated[some], mask)
-                hidden = frontier.hidden.expand(len(ablation.heads), -1, -1)
-                hidden = decoder.run(batch, hidden, layer, decoder.layers, ablation)  # (n, T, E)
-                found[some, batch.rows] = log_likelihood(decoder, hidden, line.places)
+            for some, ablated in copies(decoder, group, len(batch.ids)):
+                hidden = frontier.hidden.expand(len(ablated), -1, -1)
+                hidden = decoder.run(batch, hidden, layer, decoder.layers, Ablation(layer, ablated, mask))
+                own = log_likelihood(decoder, hidden, line.places)  # (n, R)
+                found[some, batch.rows] = line.clean + (own - own[-1])[:-1] if half else own
             if not keep:
                 frontier.release()
         for index, head in enumerate(group):

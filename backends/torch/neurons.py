@@ -62,7 +62,7 @@ def hold(decoder: Decoder, example: Example) -> Held:
         for layer in range(decoder.layers):
             hidden.append(stream[0, before:])
             cache = Cache(range(layer, layer + 1), 1, stream.shape[1], decoder.like)
-            stream = decoder.extend(cache, stream, positions)
+            stream = decoder.extend(cache, stream, positions, stream.shape[1])
             keys.append(cache.keys[layer][0, :before])
             values.append(cache.values[layer][0, :before])
     return Held(keys, values, hidden, torch.stack(neurons), ids[before + 1 :])

@@ -7,6 +7,7 @@ candidates only; heads of a layer are ablated together, in copies.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,29 @@ import torch
 
 from backends.base import Example, Head
 from backends.core import budgets, packing
+from backends.core.drafts import CLEAN
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
 from backends.torch.decoder import Ablation, Batch, Decoder, make_batches
 
-TOKENS_CPU, TOKENS_CUDA = 4096, 32768
+TOKENS_CPU, TOKENS_CUDA = 4096, 65536
 """tokens that go through a layer at once: enough to fill the cores, few enough for their caches"""
+COPIES = 16
+"""of a line in half precision, one of them its clean twin, that should go through a layer at once"""
 
 
 def token_limit(decoder: Decoder) -> int:
     return TOKENS_CUDA if decoder.device.type == "cuda" else TOKENS_CPU
 
 
+def line_batches(decoder: Decoder, sequences: Sequence[np.ndarray]) -> list[Batch]:
+    """Lines of which a sweep takes copies."""
+    tokens = token_limit(decoder) // (COPIES if decoder.itemsize < 4 else 1)
+    return make_batches(sequences, decoder.device, tokens, min(map(len, sequences), default=0))
+
+
 def prompt_batches(decoder: Decoder, prompts: Sequence[Example]) -> list[Batch]:
-    sequences = [prompt.prompt_ids for prompt in prompts]
-    shared = min(map(len, sequences), default=0)
-    return make_batches(sequences, decoder.device, token_limit(decoder), shared)
+    return line_batches(decoder, [prompt.prompt_ids for prompt in prompts])
 
 
 class Frontier:
@@ -64,12 +72,43 @@ class Frontier:
         self.below.append((keys[0], values[0]))
 
 
-def _choose(logits: torch.Tensor, example: Example, vocabulary: torch.Tensor | None) -> int:
-    """Prediction in the sense of Example.answer from one row of logits."""
-    if len(example.choice_ids) == 0:
-        return int(logits.argmax())
-    ids = torch.from_numpy(example.choice_ids.astype(np.int64)).to(logits.device)
-    return int(logits[ids if vocabulary is None else torch.searchsorted(vocabulary, ids)].argmax())
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens that compete in each of R rows of logits, as columns of them."""
+
+    columns: torch.Tensor
+    """[R, m], filled up with 0"""
+    filled: torch.Tensor
+    """bool [R, m]"""
+    free: torch.Tensor
+    """bool [R]: the whole vocabulary competes"""
+
+    def of(self, logits: torch.Tensor, fill: float = -torch.inf) -> torch.Tensor:
+        """The candidates' logits [..., R, m] of all [..., R, V]."""
+        return logits.gather(-1, self.columns.expand(*logits.shape[:-1], -1)).masked_fill(self.filled, fill)
+
+    def take(self, rows: torch.Tensor) -> "Candidates":
+        return Candidates(self.columns[rows], self.filled[rows], self.free[rows])
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """Predictions in the sense of Example.answer, [..., R] of [..., R, V]."""
+        return torch.where(self.free, logits.argmax(dim=-1), self.of(logits).argmax(dim=-1))
+
+
+def find_candidates(
+    choice_ids: Sequence[np.ndarray], vocabulary: np.ndarray | None, device: torch.device
+) -> Candidates:
+    """Args:
+    choice_ids: of each row, [n].
+    vocabulary: the tokens that columns of logits stand for, sorted; None: all.
+    """
+    width = max(1, *map(len, choice_ids)) if len(choice_ids) else 1
+    columns = np.zeros((len(choice_ids), width), np.int64)
+    filled = np.ones(columns.shape, bool)
+    for row, ids in enumerate(choice_ids):
+        columns[row, : len(ids)] = ids if vocabulary is None else np.searchsorted(vocabulary, ids)
+        filled[row, : len(ids)] = False
+    return Candidates(*(torch.from_numpy(part).to(device) for part in (columns, filled, filled.all(axis=1))))
 
 
 def _clean(decoder: Decoder, batch: Batch) -> torch.Tensor:
@@ -86,12 +125,13 @@ def choices(
     prediction, probability = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32)
     with adapted(decoder.model, adapter):
         for batch in prompt_batches(decoder, examples):
-            for row, line in zip(batch.rows, _clean(decoder, batch), strict=True):
-                example = examples[row]
-                prediction[row] = _choose(line, example, None)
-                candidates = example.choice_ids if len(example.choice_ids) else prediction[row : row + 1]
-                ids = torch.from_numpy(candidates.astype(np.int64)).to(line.device)
-                probability[row] = float(line.softmax(dim=-1)[ids].sum())
+            logits = _clean(decoder, batch)  # (R, V)
+            own = [examples[row].choice_ids for row in batch.rows]
+            candidates = find_candidates(own, None, logits.device)
+            chosen, likely = candidates.choose(logits), logits.softmax(dim=-1)
+            alone = likely.gather(-1, chosen[:, None])[:, 0]
+            total = torch.where(candidates.free, alone, candidates.of(likely, 0.0).sum(dim=-1))
+            prediction[batch.rows], probability[batch.rows] = chosen.cpu().numpy(), total.cpu().numpy()
     return prediction, probability
 
 
@@ -111,6 +151,18 @@ def logits(
     return found
 
 
+def copies(decoder: Decoder, heads: Sequence[int], tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Groups of a layer's heads that go through it together, in copies of a line of `tokens` tokens: their
+    places, and the head that each copy ablates, [n].
+
+    In half precision the last copy ablates none. Rounding differs with the shape of a product, so that near a
+    tie a head without effect would show one; beside its clean twin it does not.
+    """
+    half = decoder.itemsize < 4
+    for some in packing.even_slices(len(heads), max(1, token_limit(decoder) // tokens - half))[1]:
+        yield some, torch.tensor([*heads[some], *[CLEAN] * half], device=decoder.device)
+
+
 @torch.no_grad()
 def sweep_choices(
     decoder: Decoder, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
@@ -119,26 +171,31 @@ def sweep_choices(
     ids = packing.candidates(examples)
     vocabulary = None if ids is None else torch.from_numpy(ids).to(decoder.device)
 
-    def make() -> list[Frontier]:
-        return [Frontier(decoder, batch) for batch in prompt_batches(decoder, examples)]
+    half = decoder.itemsize < 4
 
-    frontiers = kept.of(examples, ("choices",), make)
-    tokens = sum(len(frontier.batch.ids) for frontier in frontiers)
+    def make() -> tuple[np.ndarray | None, list[tuple[Frontier, Candidates]]]:
+        made = []
+        for batch in prompt_batches(decoder, examples):
+            own = [examples[row].choice_ids for row in batch.rows]
+            made.append((Frontier(decoder, batch), find_candidates(own, ids, decoder.device)))
+        return choices(decoder, examples, None)[0] if half else None, made
+
+    among = tuple(example.choice_ids.tobytes() for example in examples)
+    clean, every = kept.of(examples, ("choices", among), make)
+    tokens = sum(len(frontier.batch.ids) for frontier, _ in every)
     keep = budgets.keeps_choices(decoder.shape, decoder.itemsize, decoder.room, tokens)
     for layer, group in packing.by_layer(heads):
         prediction = np.zeros((len(group), len(examples)), np.int32)
-        every = torch.tensor(group, device=decoder.device)
-        for frontier in frontiers:
+        for frontier, candidates in every:
             batch = frontier.batch
             frontier.move(layer)
-            for some in packing.even_slices(len(group), token_limit(decoder) // len(batch.ids))[1]:
-                ablation = Ablation(layer, every[some], mask)
-                hidden = frontier.hidden.expand(len(ablation.heads), -1, -1)
-                hidden = decoder.run(batch, hidden, layer, decoder.layers, ablation)  # (n, R, E)
-                logits = decoder.logits(hidden, vocabulary)
-                for index, lines in enumerate(logits, some.start):
-                    for row, line in zip(batch.rows, lines, strict=True):
-                        prediction[index, row] = _choose(line, examples[row], vocabulary)
+            for some, ablated in copies(decoder, group, len(batch.ids)):
+                hidden = frontier.hidden.expand(len(ablated), -1, -1)
+                hidden = decoder.run(batch, hidden, layer, decoder.layers, Ablation(layer, ablated, mask))
+                found = candidates.choose(decoder.logits(hidden, vocabulary)).cpu().numpy()  # (n, R)
+                if half:
+                    found = np.where(found == found[-1], clean[batch.rows], found)[:-1]
+                prediction[some, batch.rows] = found
             if not keep:
                 frontier.release()
         for index, head in enumerate(group):

@@ -10,7 +10,7 @@ import torch
 from backends.base import Example
 from backends.core import seeds
 from backends.core.packing import passes
-from backends.core.schedules import learning_rate
+from backends.core.schedules import BETAS, learning_rate
 from backends.core.tuning import LoraPlan
 from backends.torch import adapter
 from backends.torch.decoder import Decoder
@@ -20,9 +20,10 @@ from backends.torch.loss import example_losses
 class Lora:
     """See `tuning.LoraEngine`.
 
-    PEFT has no row restriction. B starts at zero and a hook zeroes its gradient outside the chosen heads'
-    rows, so Adam's moments, and with them the rows, stay exactly zero there (weight decay is 0; clipping
-    comes after the hook). Layers without a chosen head get no LoRA at all.
+    PEFT has no row restriction. B starts at zero and its gradient is zeroed outside the chosen heads' rows,
+    so Adam's moments, and with them the rows, stay exactly zero there (weight decay is 0; clipping comes
+    later). Layers without a chosen head get no LoRA at all, unless heads may be drawn anew: then what has
+    moved before and is not free has moments, and the step itself is undone there.
     """
 
     name = "torch"
@@ -31,8 +32,7 @@ class Lora:
         self.model, self.shape, self.plan, self.recipe = decoder.model, decoder.shape, plan, plan.recipe
 
     def open(self) -> None:
-        recipe, shape, heads = self.recipe, self.shape, self.plan.heads
-        layers = sorted({layer for layer, _ in heads})
+        recipe, shape, layers = self.recipe, self.shape, self.plan.layers
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=recipe.rank,
@@ -46,18 +46,24 @@ class Lora:
         for layer in layers:
             module = self.model.model.layers[layer].self_attn.q_proj
             module.lora_A["default"].weight.data.copy_(torch.from_numpy(start[layer]))
-            weight = module.lora_B["default"].weight  # (H * D, r)
-            chosen = torch.zeros(shape.heads, 1, 1, device=weight.device)
-            chosen[[head for at, head in heads if at == layer]] = 1
-            rows = chosen.expand(-1, shape.head_dim, 1).reshape(-1, 1)  # (H * D, 1)
-            weight.register_hook(lambda gradient, rows=rows: gradient * rows)
         self.parameters = [weight for weight in self.wrapped.parameters() if weight.requires_grad]
+        mask = self.plan.mask
+        self.free = self.by_parameter(mask.max(axis=1), mask)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=recipe.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+            self.parameters, lr=recipe.lr, betas=BETAS, eps=1e-8, weight_decay=0.0
         )
 
     def close(self) -> None:
         self.wrapped.unload()
+
+    def by_parameter(self, of_layer: np.ndarray, of_head: np.ndarray) -> list[torch.Tensor]:
+        """Of A [L] and of heads' rows of B [L, H], a factor for each parameter: [1, 1] and [H * D, 1]."""
+        found = []
+        for layer in self.plan.layers:
+            rows = np.repeat(of_head[layer], self.shape.head_dim)
+            found += [of_layer[layer].reshape(1, 1), rows[:, None]]
+        pairs = zip(found, self.parameters, strict=True)
+        return [torch.from_numpy(own.copy()).to(parameter.device) for own, parameter in pairs]
 
     @torch.enable_grad()
     def gradients(self, rows: Sequence[Example]) -> tuple[float, list[torch.Tensor]]:
@@ -65,8 +71,9 @@ class Lora:
         total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in self.parameters]
         for some in passes(rows, self.recipe.batch):
             loss = example_losses(self.model, some).sum() / len(rows)
-            for gradient, new in zip(gradients, torch.autograd.grad(loss, self.parameters), strict=True):
-                gradient += new
+            found = torch.autograd.grad(loss, self.parameters)
+            for gradient, new, free in zip(gradients, found, self.free, strict=True):
+                gradient += new * free
             total += float(loss.detach())
         return total, gradients
 
@@ -88,7 +95,15 @@ class Lora:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-        take_step(self.optimizer, learning_rate(number, self.plan.steps, self.recipe))
+        lr = learning_rate(number, self.plan.steps, self.recipe)
+        if self.plan.redraw is None:
+            take_step(self.optimizer, lr)
+            return float(norm)
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        take_step(self.optimizer, lr)
+        paces = self.by_parameter(*self.plan.pace(number))
+        for start, end, pace in zip(before, self.parameters, paces, strict=True):
+            end.data.copy_(start.lerp(end.detach(), pace))
         return float(norm)
 
     def state(self) -> dict[str, np.ndarray]:

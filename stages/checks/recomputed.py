@@ -74,6 +74,10 @@ def believed(
     if table is schemas.HEADS:  # by stored scores, compared too: a last bit must not move a tie
         score = stored["conflict_score"].to_numpy().reshape(run.heads)
         again = again.assign(bucket=metrics.buckets(score, run.settings.map.buckets).ravel())
+    if table is schemas.DRIFT:
+        scores = stored["conflict_score"].to_numpy().reshape(-1, *run.heads)
+        bucket = [metrics.buckets(score, run.settings.map.buckets) for score in scores]
+        again = again.assign(bucket=np.ravel(bucket))
     sides = {benchmark.name: benchmark.side for benchmark in run.settings.benchmarks}
     if classified and table is schemas.RESPONSES:
         columns, requests = ["verdict", "harmful"], again["benchmark"].map(sides) != "utility"

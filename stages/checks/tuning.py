@@ -12,9 +12,10 @@ from backends.core import schedules, seeds
 from backends.core.packing import cut_rows
 from data.rendering import example
 from stages.checks.finished import Faults, FinishedRun, Result, unequal
-from stages.method.arms import ArmRun
-from stages.run.adapters import gain_recipe, lora_recipe, tasks_of
-from stages.run.schemas import ALIGNMENT, ARMS, TRAINING
+from stages.method.arms import ArmRun, bucket_heads
+from stages.method.heads import COLUMN
+from stages.run.adapters import drawn_heads, gain_recipe, lora_recipe, tasks_of
+from stages.run.schemas import ALIGNMENT, ARMS, HEADS, TRAINING
 from stages.run.store import differences, read_json
 
 ADAPTERS = "04_align/adapters"
@@ -43,10 +44,10 @@ def selection(row: Mapping) -> Selection:
 
 def steps(run: FinishedRun) -> Result:
     """training.parquet against the rows, order and rates that the recipes give: arms of a seed and kind
-    differ in nothing else."""
+    differ in nothing else. Re-diagnosed buckets were drawn when they should be, first from the map."""
     rows = run.read(ALIGNMENT)
     examples = cut_rows([example(row) for row in rows.to_dict("records")], run.settings.data.max_length)
-    tasks, computed = tasks_of(rows, examples), []
+    tasks, computed, faults = tasks_of(rows, examples), [], []
     for tuned, row in stored_arms(run):
         if tuned.arm.of_neurons:
             recipe = gain_recipe(run.settings, tuned)
@@ -61,7 +62,28 @@ def steps(run: FinishedRun) -> Result:
         computed += [
             tuned.labels | {"step": step, "lr": lr, "tokens": tokens[step]} for step, lr in enumerate(rates)
         ]
-    return unequal(run.read(TRAINING), pd.DataFrame(computed)), f"{len(computed)} steps of all arms"
+        faults += draw_faults(run, tuned, len(tokens))
+    faults += unequal(run.read(TRAINING), pd.DataFrame(computed))
+    return faults, f"{len(computed)} steps of all arms"
+
+
+def draw_faults(run: FinishedRun, tuned: ArmRun, steps: int) -> Faults:
+    """What is wrong with the steps at which an arm's heads were drawn, their number, and the first ones. (The
+    others follow from the model as it was then.)"""
+    training, labels = run.read(TRAINING), tuned.labels
+    own = training[(training[list(labels)] == pd.Series(labels)).all(axis=1)]
+    at = own["step"][own["drawn"].notna()].tolist()
+    if not tuned.arm.rediagnosed:
+        return [f"{tuned.name}: heads were drawn before step {step}" for step in at]
+    if at != [*range(0, steps, run.settings.tuning.rediagnose)]:
+        return [f"{tuned.name}: heads were drawn before steps {at}"]
+    found = drawn_heads(training, tuned)
+    heads = run.read(HEADS, tuned.arm.map)
+    ranked = heads[COLUMN[tuned.arm.ranked_by]].to_numpy().reshape(run.heads)
+    first = [tuple(head) for head in bucket_heads(tuned.arm, ranked).tolist()]
+    wrong = [step for step, drawn in zip(at, found, strict=True) if len(set(drawn)) != len(first)]
+    faults = [f"{tuned.name}: step {step} did not draw {len(first)} heads" for step in wrong]
+    return faults + ([] if found[0] == first else [f"{tuned.name}: its first heads are not the bucket's"])
 
 
 # Adapters
@@ -82,8 +104,10 @@ def adapters(run: FinishedRun) -> Result:
 
 
 def lora_faults(run: FinishedRun, tuned: ArmRun, row: Mapping) -> tuple[Faults, int, int]:
-    """What is wrong with a LoRA adapter, its parameters, and how many rows of B have moved."""
-    tuning, layers, free, moved = run.settings.tuning, sorted(set(row["layers"].tolist())), 0, 0
+    """What is wrong with a LoRA adapter, its parameters, and how many rows of B have moved. That of a
+    re-diagnosed bucket has all layers."""
+    tuning, free, moved = run.settings.tuning, 0, 0
+    layers = [*range(run.heads[0])] if tuned.arm.rediagnosed else sorted(set(row["layers"].tolist()))
     wanted = {"r": tuning.rank, "lora_alpha": tuning.alpha, "layers_to_transform": layers}
     faults, tensors = config_faults(run, tuned, PLAIN | wanted), lora(run, tuned)
     if [layer for layer, _, _ in tensors] != layers:
@@ -96,7 +120,8 @@ def lora_faults(run: FinishedRun, tuned: ArmRun, row: Mapping) -> tuple[Faults, 
         chosen, nonzero = np.repeat(chosen, len(b) // run.heads[1]), (b != 0).any(axis=1)  # [H * D]
         if len(strays := np.flatnonzero(nonzero & ~chosen)):
             faults.append(f"layer {layer}: {len(strays)} frozen rows of B are not zero (row {strays[0]}, …)")
-        free, moved = free + a.size + b[chosen].size, moved + int(nonzero.sum())
+        free += a.size + b[chosen].size if chosen.any() else 0
+        moved += int(nonzero.sum())
     return faults, free, moved
 
 

@@ -9,7 +9,10 @@
                                 with a training seed of its own
     top50, bottom75             the 25, 50 or 75 % of heads of highest, of lowest C (Table 9)
     bucket1@mmlu100             by a map from other utility rows (--maps; Tables 10, 11)
-    buckets, buckets_O, bucketsof8, buckets@mmlu100         all buckets of a kind
+    bucket4-rediagnosed         a bucket that is drawn anew every --rediagnose steps, by the map of the model
+                                as it is then: rows of B that leave it keep what they have and stop moving,
+                                rows that enter start to move
+    buckets, buckets_O, bucketsof8, buckets@mmlu100, buckets-rediagnosed        all buckets of a kind
     neurons256, neurons256_lam0.8, randomneurons256         neurons: stages.method.neurons
 
 Names are read here, from a command line or a preset; all else sees an `Arm`.
@@ -22,10 +25,13 @@ from typing import Literal
 
 import numpy as np
 
+from stages.method.arrays import FloatArray
 from stages.method.heads import HeadMap, Ranking
 from stages.method.metrics import buckets, percentile_rank
 
-Kind = Literal["base", "full", "random", "bucket", "top", "bottom", "draw", "neurons", "randomneurons"]
+Kind = Literal[
+    "base", "full", "random", "bucket", "rediagnosed", "top", "bottom", "draw", "neurons", "randomneurons"
+]
 SHARES = (25, 50, 75)
 """percentages of top and bottom: whole quarters, so that bottom25 is bucket 4 of 4 and is not tuned twice"""
 QUARTERS = 4
@@ -42,7 +48,7 @@ DRAW_SEEDS = 100_000
 
 _HEADS = re.compile(
     r"(?P<kind>full|random|bucket|buckets|draw|draws|top|bottom)(?P<number>[1-9]\d*)?(?:of(?P<of>[1-9]\d*))?"
-    r"(?:_(?P<ranked_by>[OS]))?(?:@(?P<map>[a-z0-9]+))?"
+    r"(?:_(?P<ranked_by>[OS]))?(?:@(?P<map>[a-z0-9]+))?(?P<again>-rediagnosed)?"
 )
 _NEURONS = re.compile(r"(?P<kind>neurons|randomneurons)(?P<number>0|[1-9]\d*)(?:_lam(?P<lam>0(?:\.\d+)?|1))?")
 
@@ -74,6 +80,11 @@ class Arm:
     @property
     def of_neurons(self) -> bool:
         return self.neurons is not None
+
+    @property
+    def rediagnosed(self) -> bool:
+        """A bucket that is drawn anew while it is tuned."""
+        return self.kind == "rediagnosed"
 
     def is_zone(self, m: int) -> bool:
         """Whether it is one of the run's own `m` buckets of C: the Risky Zone to the Safe Zone."""
@@ -151,8 +162,9 @@ def head_arm(
         grid_of(of)
         return Arm(f"draw{number}of{of}{suffix}", kind, of=of, ranked_by="C", map=map_name, draw=number)
     of = of or m
-    if kind == "bucket" and number is not None and 1 <= number <= of:
+    if kind in ("bucket", "rediagnosed") and number is not None and 1 <= number <= of:
         name = f"bucket{number}{f'of{of}' if of != m else ''}{suffix}"
+        name += "-rediagnosed" if kind == "rediagnosed" else ""
         return Arm(name, kind, bucket=number, of=of, ranked_by=ranked_by, map=map_name)
     raise ValueError("no such arm")
 
@@ -184,6 +196,10 @@ def _parse(name: str, m: int) -> list[Arm]:
         kind, numbers = "bucket", range(1, (of or m) + 1)
     if kind == "draws" and number is not None and of is None:
         kind, of, numbers = "draw", number, range(1, number + 1)
+    if found["again"]:
+        if kind != "bucket":
+            raise ValueError(f"unknown arm {name!r}")
+        kind = "rediagnosed"
     try:
         return [
             head_arm(kind, each, m, of, found["ranked_by"] or "C", found["map"] or OWN) for each in numbers
@@ -225,12 +241,17 @@ def select_heads(
         chosen = draw_heads(head_map, size, preferences(arm.draw, arm.of), generator)
     elif arm.kind == "random":
         chosen = every[generator.choice(len(every), size, replace=False)]
-    elif arm.kind == "bucket":
-        chosen = np.argwhere(buckets(ranked, arm.of) == arm.bucket)
+    elif arm.bucket:
+        chosen = bucket_heads(arm, ranked)
     else:
         quarter, count = buckets(ranked, QUARTERS), arm.share * QUARTERS // 100
         chosen = np.argwhere(quarter <= count if arm.kind == "top" else quarter > QUARTERS - count)
     return sorted((int(layer), int(head)) for layer, head in chosen)
+
+
+def bucket_heads(arm: Arm, ranked: FloatArray) -> np.ndarray:
+    """The heads of a bucket, [n, 2] of (layer, head), by what they are ranked by, [L, H]."""
+    return np.argwhere(buckets(ranked, arm.of) == arm.bucket)
 
 
 def grid_of(count: int) -> tuple[int, int]:

@@ -2,18 +2,49 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from stages.method import metrics, uncertainty
-from stages.method.arrays import FloatArray
+from stages.method.arrays import FloatArray, IntArray
 from stages.method.gradients import conflict_from_gram
-from stages.method.heads import Sensitivity
+from stages.method.heads import COLUMN, Ranking, Sensitivity
 from stages.method.uncertainty import Effects, Resampling
 
 Columns = dict[str, np.ndarray]
 """by name, [L * H] in the order of (layer, head)"""
+
+
+class HeadScores(NamedTuple):
+    """O, H, S, C and bucket of every head, [L, H] each: a map without its intervals."""
+
+    optimization_conflict: FloatArray
+    h_gen: FloatArray
+    h_safe: FloatArray
+    functional_sensitivity: FloatArray
+    conflict_score: FloatArray
+    bucket: IntArray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, H)"""
+        return self.bucket.shape
+
+    def by(self, ranking: Ranking) -> FloatArray:
+        """What heads are ranked by, [L, H]."""
+        return getattr(self, COLUMN[ranking])
+
+
+def head_scores(
+    conflict: FloatArray, h_gen: FloatArray, h_safe: FloatArray, variant: metrics.SensitivityVariant, m: int
+) -> HeadScores:
+    """S, C and buckets from O and from how far abilities and refusals change without each head, in any unit
+    (Eq. 5, 6)."""
+    sizes = (metrics.unit_range(change) for change in (h_gen, h_safe))
+    sensitivity = metrics.functional_sensitivity(*sizes, variant)
+    score = metrics.conflict_score(conflict, sensitivity)
+    return HeadScores(conflict, h_gen, h_safe, sensitivity, score, metrics.buckets(score, m))
 
 
 def head_columns(shape: tuple[int, int]) -> Columns:
@@ -39,19 +70,13 @@ def map_columns(
 ) -> Columns:
     """heads.parquet from Gram matrices, and from what ablating each head does to the rows of D_util and
     D_safe."""
-    estimates = {
-        "optimization_conflict": gradient_columns(gram)["optimization_conflict"].reshape(gram.shape[:2]),
-        "h_gen": metrics.mean_change(effects.util),
-        "h_safe": metrics.mean_change(effects.safe),
-    }
-    sizes = (metrics.unit_range(estimates[name]) for name in ("h_gen", "h_safe"))
-    sensitivity = metrics.functional_sensitivity(*sizes, variant)
-    score = metrics.conflict_score(estimates["optimization_conflict"], sensitivity)
-    bucket = metrics.buckets(score, m)
-    estimates |= {"functional_sensitivity": sensitivity, "conflict_score": score, "bucket": bucket}
+    conflict = gradient_columns(gram)["optimization_conflict"].reshape(gram.shape[:2])
+    changes = (metrics.mean_change(own) for own in effects)
+    estimates = head_scores(conflict, *changes, variant, m)
+    bucket = estimates.bucket
     intervals = uncertainty.map_intervals(gram, effects, variant, m, resampling)
     columns = head_columns(bucket.shape)
-    for name, values in estimates.items():
+    for name, values in estimates._asdict().items():
         columns |= {
             name: values.ravel(),
             f"{name}_low": intervals.low[name].ravel(),

@@ -1,5 +1,10 @@
 """Whether a quantity of the heads that were tuned predicts what tuning cost, over many arms.
 
+Arms are no independent points: what they have in common is heads. Where C means nothing but heads differ in
+what tuning them costs, arms of high C share heads, and so a cost; permuting arms takes that for a relation of
+C in up to a third of cases (docs of `p_over_heads`). So heads have random effects of their own, as items have
+in experiments (Clark 1973, "The language-as-fixed-effect fallacy").
+
 Axes: A arms.
 """
 
@@ -14,6 +19,8 @@ from stages.method.arrays import FloatArray
 PERMUTATIONS, RESAMPLES = 5000, 2000
 FEWEST = 8
 """arms below which there is no answer"""
+SHARES = np.linspace(0, 1, 21)[:-1]
+"""of the costs' variance that is due to which heads were tuned: what `p_over_heads` averages over"""
 
 
 class Prediction(NamedTuple):
@@ -25,7 +32,9 @@ class Prediction(NamedTuple):
     """95 % percentile bootstrap over arms"""
     high: float | None
     p: float | None
-    """two-sided, by permutation of the arms' costs"""
+    """two-sided, by permutation of the arms' costs: as if arms shared no heads"""
+    p_heads: float | None
+    """two-sided, heads having effects of their own (`p_over_heads`): whether it is more than these heads"""
     slope: float | None
     """cost a unit of the predictor"""
     partial: float | None
@@ -56,17 +65,20 @@ def predict(
     fixed: Mapping[str, FloatArray],
     others: Mapping[str, FloatArray],
     generator: np.random.Generator,
+    overlap: FloatArray,
 ) -> Prediction:
     """How well `x` [A] predicts `cost` [A].
 
     Args:
         fixed: what is held fixed throughout (the safety gained, for costs at equal safety), [A] each.
         others: further predictors, held fixed for `partial` only, [A] each.
+        overlap: how many heads two arms share, [A, A].
     """
-    nothing = Prediction(len(x), *[None] * 6)
+    nothing = Prediction(len(x), *[None] * 7)
     if len(x) < FEWEST or constant(x) or constant(cost):
         return nothing
-    base = np.column_stack([*fixed.values()]) if fixed else np.empty((len(x), 0))
+    held = [own for own in fixed.values() if not constant(own)]
+    base = np.column_stack(held) if held else np.empty((len(x), 0))
     a, b = residuals(x, base), residuals(cost, base)
     if constant(a + np.abs(x).max()) or constant(b + np.abs(cost).max()):
         return nothing
@@ -82,7 +94,42 @@ def predict(
         if not any(constant(part + 1) for part in left):
             partial = float(correlate(*left))
     p = float((extreme.sum() + 1) / (PERMUTATIONS + 1))
-    return Prediction(len(x), r, float(low), float(high), p, float(np.polyfit(a, b, 1)[0]), partial)
+    p_heads, slope = p_over_heads(x, cost, base, overlap), float(np.polyfit(a, b, 1)[0])
+    return Prediction(len(x), r, float(low), float(high), p, p_heads, slope, partial)
+
+
+def p_over_heads(x: FloatArray, cost: FloatArray, base: FloatArray, overlap: FloatArray) -> float:
+    """Two-sided p of the slope of `cost` [A] on `x` [A], where each head has an effect of its own on the arms
+    that have it: generalized least squares with the covariance share * overlap + (1 - share) * 1, t-test.
+
+    The share is not known; p is its mean over SHARES, each weighted by the restricted likelihood.
+
+    Of 32 draws of 270 heads whose effects had nothing to do with C, 31 % had p < 0.05 by permutation and 11 %
+    had it so where arms had no noise, 20 and 4 % with noise of the size of the effects, 10 and 1 % with twice
+    that; where effects of heads correlated with C by 0.3, 100 and 97 %, 97 and 93 %, 89 and 51 %.
+
+    Args:
+        base: what is held fixed, [A, k].
+        overlap: how many heads two arms share, [A, A].
+    """
+    count = len(x)
+    centre = np.eye(count) - 1 / count  # what all arms have in common is no difference
+    shared = centre @ overlap @ centre
+    lengths, axes = np.linalg.eigh(shared * count / np.trace(shared))
+    design = axes.T @ np.column_stack([np.ones(count), x, base])
+    turned, free = axes.T @ cost, count - design.shape[1]
+    likelihoods, found = [], []
+    for share in SHARES:
+        variance = share * np.maximum(lengths, 0) + 1 - share
+        products = design.T @ (design / variance[:, None])
+        slopes = np.linalg.solve(products, design.T @ (turned / variance))
+        left = ((turned - design @ slopes) ** 2 / variance).sum()
+        error = np.sqrt(left / free * np.linalg.inv(products)[1, 1])
+        found.append(2 * stats.t.sf(abs(slopes[1]) / error, free))
+        determinants = np.log(variance).sum() + np.linalg.slogdet(products)[1]
+        likelihoods.append(-(free * np.log(left) + determinants) / 2)
+    weights = np.exp(np.array(likelihoods) - max(likelihoods))
+    return float(weights @ found / weights.sum())
 
 
 def smallest_r(n: int) -> float:

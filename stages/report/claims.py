@@ -17,7 +17,17 @@ from stages.method.arrays import FloatArray
 from stages.report.correlations import coefficients
 from stages.report.costs import interval
 from stages.report.results import FULL, RANDOM, Results
-from stages.report.words import FAILS, HOLDS, NOISE, ONE_SEED, UNKNOWN, cost_name, percent, signed
+from stages.report.words import (
+    AGAINST_BY_ONE,
+    FAILS,
+    FOR_BY_ONE,
+    HOLDS,
+    NOISE,
+    UNKNOWN,
+    cost_name,
+    percent,
+    signed,
+)
 
 WORKED_POOLS = ("gsm8k_calibration", "gsm8k", "embedded/problems")
 """pools of worked problems (App. F.4)"""
@@ -40,7 +50,7 @@ def claims(results: Results) -> pd.DataFrame:
     rows += [("", "sft", claim, *outcome) for claim, outcome in ablation_claims(results)]
     found = pd.DataFrame(rows, columns=["key", "optimizer", "claim", "evidence", "verdict"])
     if not results.several_seeds:
-        found["verdict"] = found["verdict"].replace({HOLDS: ONE_SEED, FAILS: ONE_SEED})
+        found["verdict"] = found["verdict"].replace({HOLDS: FOR_BY_ONE, FAILS: AGAINST_BY_ONE})
     return found
 
 

@@ -25,7 +25,7 @@ MEASURED, EQUAL = "as measured", "at equal safety"
 TOGETHER = "utility"
 """the mean of the utility benchmarks"""
 COLUMNS = ["map", "benchmark", "outcome", "at", "predictor", "n"]
-COLUMNS += ["r", "low", "high", "p", "slope", "partial", "smallest_r"]
+COLUMNS += ["r", "low", "high", "p", "p_heads", "slope", "partial", "smallest_r"]
 
 
 def families(costs: pd.DataFrame) -> dict[str, list[ArmRun]]:
@@ -47,6 +47,12 @@ def predictors(means: pd.DataFrame, layers: pd.Series, last: int) -> dict[str, n
     """
     found = {name: means[f"mean_{column}"].to_numpy(float) for name, column in COLUMN.items()}
     return found | {DEPTH: np.array([np.mean(own) / max(1, last) for own in layers])}
+
+
+def shared_heads(arms: pd.DataFrame) -> np.ndarray:
+    """How many heads two arms share, [A, A], from their rows of arms.parquet."""
+    sets = [set(zip(row["layers"], row["heads"], strict=True)) for row in arms.to_dict("records")]
+    return np.array([[len(one & other) for other in sets] for one in sets], float)
 
 
 def losses(responses: Responses, runs: list[ArmRun]) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -82,12 +88,13 @@ def predictions(
     rows = []
     for name, runs in families(costs).items():
         x = predictors(costs.loc[runs], arms.loc[runs, "layers"], last)
+        overlap = shared_heads(arms.loc[runs])
         gained = costs.loc[runs, "safety_gain"].to_numpy(float)
         for benchmark, outcome, cost in losses(responses, runs):
             for at, fixed in ((MEASURED, {}), (EQUAL, {"safety": gained})):
                 for predictor, own in x.items():
                     others = {other: x[other] for other in OTHERS[predictor]}
-                    found = predict(own, cost, fixed, others, generator)
+                    found = predict(own, cost, fixed, others, generator, overlap)
                     labels = {"map": name, "benchmark": benchmark, "outcome": outcome, "at": at}
                     labels |= {"predictor": predictor, "smallest_r": smallest_r(len(runs))}
                     rows.append(labels | found._asdict())

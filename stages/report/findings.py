@@ -31,7 +31,7 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
             paragraphs[-1] += parts
         else:
             paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
-    rest = [_drawn(results), _neurons(results), _broken(results)]
+    rest = [_drawn(results), _drift(results), _neurons(results), _broken(results)]
     if own_probability is not None:
         rest.append(
             f"The map itself: when its calibration rows are resampled, a head stays in its bucket "
@@ -94,7 +94,8 @@ def _best(results: Results, runs: list[ArmRun]) -> str:
     if largest["safety_gain"] > best["safety_gain"] + WORTH_A_WORD:
         sentence += (
             f" The most safety ({points(largest['safety_gain'])}) came from "
-            f"{arm_words(largest.name.arm, results.m)}, at a UCR of {largest['ucr']:.2f}."
+            f"{arm_words(largest.name.arm, results.m)}, at a UCR of {largest['ucr']:.2f}. A ratio at little "
+            f"safety says nothing of much; the claims compare arms at equal safety."
         )
     return sentence
 
@@ -134,15 +135,33 @@ def _drawn(results: Results) -> str:
         if row["r"] is None:
             parts.append(f"{row['at']} it cannot be told")
             continue
-        verdict = "a relation" if row["p"] < 0.05 else "none that can be told from chance"
+        verdict = "a relation" if row["p_heads"] < 0.05 else "none that can be told from chance"
         parts.append(
-            f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, permutation "
-            f"p = {row['p']:.3f}: {verdict})"
+            f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, p = "
+            f"{row['p_heads']:.3f} where heads have effects of their own: {verdict})"
         )
     first = plain(own).iloc[0]
     return (
         f"Over {first['n']} arms drawn for it, mean C against the log p of right answers that was lost: "
         f"{'; '.join(parts)}. |r| of {first['smallest_r']:.2f} would have been seen in four cases of five."
+    )
+
+
+def _drift(results: Results) -> str:
+    """How far the maps of the tuned models are from the base model's; empty where it was not measured."""
+    if results.drift.empty:
+        return ""
+    models = results.drift_means[0]
+    known = plain(models[models["rho_conflict_score"].notna()]).sort_values("rho_conflict_score")
+    changed = f"{percent(results.drift['changed'].mean())} of heads are in another bucket (chance: "
+    changed += f"{percent(1 - 1 / results.m)})"
+    if known.empty:
+        return f"After tuning {changed}; C is constant, so that its order cannot be told."
+    ends = [f"{row['rho_conflict_score']:.2f} ({row['label']})" for row in known.to_dict("records")]
+    order = ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
+    return (
+        f"After tuning, on the same rows, C has a rank correlation of {order} with that of the base model, "
+        f"and {changed}."
     )
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from stages.method.arms import OWN, Arm, ArmRun, head_arm
 from stages.method.heads import HeadMap, Sensitivity
+from stages.report import drift
 from stages.report.costs import Draws
 from stages.run.maps import MapSpec
 
@@ -48,6 +49,12 @@ class Results:
     failures: pd.DataFrame
     predictions: pd.DataFrame
     """what the map says of drawn arms' costs: drawn_arms.predictions"""
+    drift: pd.DataFrame
+    """how far the map of each tuned model moved: drift.drift_tables; empty without --drift"""
+    drift_layers: pd.DataFrame
+    """the same of each layer"""
+    redraws: pd.DataFrame
+    """drift.redraw_table"""
 
     def benchmarks(self, side: str) -> list[str]:
         """Of one side."""
@@ -81,6 +88,12 @@ class Results:
     def optimizers(self) -> list[str]:
         """Of the main comparison, in order."""
         return list(dict.fromkeys(run.optimizer for run in self.main))
+
+    @cached_property
+    def drift_means(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Drift of models and of layers, over seeds and draws."""
+        arms = {run.arm.name: run.arm for run in self.tuned}
+        return tuple(drift.means(table, arms, self.m) for table in (self.drift, self.drift_layers))
 
     def map_reliability(self, quantity: str) -> dict:
         """A quantity's row of the run's own map as it is used, None for what is unknown."""

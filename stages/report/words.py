@@ -4,8 +4,9 @@ from stages.method.arms import LAM, OWN, Arm
 
 NO_GAIN = "no safety gain"
 HOLDS, FAILS = "holds", "does not hold"
-NOISE, ONE_SEED, UNKNOWN = "within noise", "one seed", "cannot be told"
-"""verdicts on a claim"""
+FOR_BY_ONE, AGAINST_BY_ONE = "one seed, for it", "one seed, against it"
+NOISE, UNKNOWN = "within noise", "cannot be told"
+"""verdicts on a claim; of one training seed only the direction"""
 
 QUANTITIES = {
     "optimization_conflict": "O",
@@ -53,7 +54,8 @@ def arm_words(arm: Arm, m: int) -> str:
         return f"draw {arm.draw} of {arm.of}{where}"
     of = f" of {arm.of}" if arm.of != m else ""
     ranked_by = f" by {arm.ranked_by}" if arm.ranked_by != "C" else ""
-    return f"bucket {arm.bucket}{of}{ranked_by}{where}"
+    again = ", re-diagnosed" if arm.rediagnosed else ""
+    return f"bucket {arm.bucket}{of}{ranked_by}{where}{again}"
 
 
 def family_words(arm: Arm, m: int) -> str:

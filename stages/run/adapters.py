@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from backends.base import Example, GainRecipe, Recipe, Task, Tuning
+from backends.base import Example, GainRecipe, Head, Recipe, Redraw, Task, Tuning
 from backends.core.files import write_json
 from backends.core.progress import progress
-from stages.method.arms import ArmRun
+from stages.method.arms import ArmRun, bucket_heads
 from stages.method.neurons import task_rows
+from stages.run.diagnosis import calibration_examples, map_with
 from stages.run.job import Job
 from stages.run.schemas import TRAINING
 from stages.run.settings import Settings
@@ -58,6 +59,23 @@ def tasks_of(rows: pd.DataFrame, examples: list[Example]) -> list[Task]:
     ]
 
 
+def redraw_of(job: Job, run: ArmRun) -> Redraw:
+    """How a bucket is drawn anew: from the map by gradients of the model with the adapter so far."""
+
+    def draw(adapter: Path) -> list[Head]:
+        ranked = map_with(job, run.arm.map, adapter).by(run.arm.ranked_by)
+        return [tuple(head) for head in bucket_heads(run.arm, ranked).tolist()]
+
+    rows = (*calibration_examples(job, "safe"), *calibration_examples(job, run.arm.map))
+    return Redraw(job.settings.tuning.rediagnose, draw, rows)
+
+
+def drawn_heads(training: pd.DataFrame, run: ArmRun) -> list[list[Head]]:
+    """The heads of an arm at each of its draws; of one that is not re-diagnosed none."""
+    own = training[(training[list(run.labels)] == pd.Series(run.labels)).all(axis=1)]
+    return [[tuple(map(int, head)) for head in drawn] for drawn in own["drawn"].dropna()]
+
+
 def run_tuning(job: Job, run: ArmRun, what: str, steps: int, start: Callable[[Path, Path], Tuning]) -> None:
     """Tunes an arm and keeps its adapter (moved into place complete) and a record of each step.
 
@@ -71,12 +89,18 @@ def run_tuning(job: Job, run: ArmRun, what: str, steps: int, start: Callable[[Pa
     for folder in (scratch, final):
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = job.part_path(unit).with_suffix(".checkpoint")
-    records, began = [], time.monotonic()
+    records, heads, began = [], None, time.monotonic()
     tuning = start(scratch, checkpoint)
     for record in progress(tuning, total=steps, desc=unit, unit="step"):
         if tuning.repeated and not records:
             job.say(f"{unit} goes on after step {tuning.repeated} of {steps}")
         records.append(run.labels | record)
+        if record["drawn"] is not None:
+            drawn = set(map(tuple, record["drawn"]))
+            if heads is not None:
+                entered = len(drawn - heads)
+                job.say(f"{unit}: {entered} of {len(drawn)} heads are others from step {record['step']} on")
+            heads = drawn
     seconds = time.monotonic() - began
     # The backend knows a folder; readers of the adapter know the model by its id.
     config = read_json(scratch / CONFIG) | {"base_model_name_or_path": job.model["id"]}

@@ -2,6 +2,7 @@
 bad."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,9 @@ def guarded(program: Callable[[], object]) -> None:
         program()
     except InputError as error:
         _stop(2, f"error: {error}")
+    except BrokenPipeError:  # of `--help | head`: who reads has seen enough; Python would flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         _stop(130, "stopped. What was finished is kept: the same command goes on from there.")
     except MemoryError as error:

@@ -65,7 +65,8 @@ class Stage:
     also_rests_on: Callable[[Settings], dict] = lambda settings: {}
     """more that its result depends on, as settings are (the content of a user's files)"""
     judged_by: Callable[[Settings], dict] = lambda settings: {}
-    """notes of the judge: where a finished stage has others, only `join` is done again"""
+    """notes of the judge: where a finished stage has others, only `join` is done again, and units that
+    belong to them"""
     before: Callable[[Settings], None] = lambda settings: None
     """checks to be made before anything is written"""
     needed_gib: float = 0.1
@@ -223,7 +224,7 @@ class Job:
                 raise InputError(f"{path} is not what its manifest says (sha256): {again}")
         judge = self.stage.judged_by(self.settings)
         if changed := differences({name: old["notes"].get(name) for name in judge}, judge):
-            self.say(f"judged otherwise ({changed}): what was kept is judged again")
+            self.say(f"joined otherwise ({changed}): of what was kept, nothing is computed again")
             self._judge_again(old)
             return False
         self._tidy()

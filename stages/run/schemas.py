@@ -53,7 +53,7 @@ def _interval(*names: str) -> dict[str, pa.DataType]:
 
 _text, _int, _float, _bool = pa.string(), pa.int32(), pa.float64(), pa.bool_()
 _ids, _floats, _texts = pa.list_(pa.int32()), pa.list_(pa.float64()), pa.list_(pa.string())
-_neurons = pa.list_(pa.list_(pa.int32()))  # (layer, neuron) each
+_pairs = pa.list_(pa.list_(pa.int32()))  # (layer, neuron) or (layer, head) each
 _head = {"layer": _int, "head": _int}
 _labels = {"arm": _text, "optimizer": _text, "seed": _int}
 """null optimizer and seed: the untouched model, arm "base" """
@@ -138,20 +138,22 @@ RELIABILITY = _table("03_sensitivity", "reliability", _repeats, nullable="halves
 _arm = {"kind": _text, "bucket": _int, "of": _int, "ranked_by": _text}
 _arm |= {"map": _text, "share": _int, "neurons": _int, "lam": _float, "draw": _int}
 _tuned = {"adapter": _text, "layers": _ids, "heads": _ids, "n_heads": _int, "n_layers": _int}
-_tuned |= {"safety_neurons": _neurons, "utility_neurons": _neurons, "n_neurons": _int}
+_tuned |= {"safety_neurons": _pairs, "utility_neurons": _pairs, "n_neurons": _int}
 _tuned |= {"trainable_parameters": pa.int64()}
+_tuned |= {"entered": _ids}  # of a re-diagnosed bucket: heads that entered (and left) at each re-draw
 # Means over its heads, in the map that it was chosen by; ranked_mean: of what it was ranked by.
 _mean = ("mean_optimization_conflict", "mean_functional_sensitivity", "mean_conflict_score", "ranked_mean")
 ARMS = _table(
     "04_align",
     "arms",
     {**_labels, **_arm, **_tuned, **dict.fromkeys(_mean, _float)},
-    nullable=" ".join([*list(_arm)[1:], *_mean]),
+    nullable=" ".join([*list(_arm)[1:], "entered", *_mean]),
 )
 # Tokens a second stand in the manifest: a table of times could not be the same when a run is made twice.
 _step = {"step": _int, "loss": _float, "util_loss": _float, "cos": _float}
 _step |= {"projected": _bool, "lr": _float, "tokens": _int}
-TRAINING = _table("04_align", "training", {**_labels, **_step}, nullable="util_loss cos")
+_step |= {"drawn": _pairs}  # of a re-diagnosed bucket: its heads, where they were drawn before this step
+TRAINING = _table("04_align", "training", {**_labels, **_step}, nullable="util_loss cos drawn")
 
 # 05: responses
 _output = {
@@ -180,3 +182,13 @@ RESPONSES = _table(
 )
 _score = {"benchmark": _text, "side": _text, "n": _int, **_interval("score")}
 SCORES = _table("05_evaluate", "scores", {**_labels, **_score}, nullable="optimizer seed")
+# Drift (--drift): the map by gradients again, with each arm's adapter in place.
+_measured = dict.fromkeys(("dot", "norm_safe", "norm_util", "h_gen", "h_safe"), _float)
+DIAGNOSIS = _schema("diagnosis", {**_labels, **_head, **_measured})  # a unit's
+_ranked = ("optimization_conflict", "functional_sensitivity", "conflict_score")
+DRIFT = _table(
+    "05_evaluate",
+    "drift",
+    {**_labels, **_head, **_measured, **dict.fromkeys(_ranked, _float), "bucket": _int},
+    optional=True,
+)

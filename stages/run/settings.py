@@ -16,6 +16,7 @@ import backends
 from backends.base import Optimizer
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
+from data.rendering import is_date
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
@@ -98,7 +99,7 @@ class DataSettings:
     split: Literal["benchmark", "development"] = "benchmark"
     """development: other rows of the same pools, for choosing a preset's rates; no run of seed 0 has them"""
     date: str = "26 Jul 2024"
-    """date given to chat templates that print one"""
+    """date given to chat templates that print one, or ask for today's"""
     system: str = ""
     """system prompt; empty: the template's own default"""
     max_length: int = 1024
@@ -155,6 +156,9 @@ class TuningSettings:
     """rows a forward pass"""
     accumulation: int = 2
     """forward passes a step"""
+    rediagnose: int = 0
+    """steps after which the arms bucketM-rediagnosed draw their bucket anew, by the map of the model as it is
+    then; 0: there are no such arms"""
     neurons: tuple[int, ...] = ()
     """NeuronTune's threshold K: an arm for each, of the K neurons of highest safety and of highest utility
     score; 0: all gains 1"""
@@ -172,12 +176,16 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Who judges responses (stage 05); on a finished run, what was kept is judged again."""
+    """Who judges responses, and whether drift is measured (stage 05); on a finished run, what was kept is
+    judged again, and the drift computed beside it."""
 
     judge: Literal["keyword", "wildguard"] = "keyword"
     """who says what a refusal is in the benchmarks"""
     judge_model: str = "allenai/wildguard"
     """hub id or folder of WildGuard's classifier, for --judge wildguard"""
+    drift: bool = False
+    """the map by gradients again with each arm's adapter in place, against that of the base model; takes each
+    arm as long as stage 02 takes"""
 
 
 @dataclass(frozen=True)
@@ -271,7 +279,7 @@ GROUP_OF: Mapping[str, str] = {name: group for group in GROUPS for name in asdic
 """field -> its group"""
 
 
-AT_LEAST_0 = ("model_parallel", "pairs")
+AT_LEAST_0 = ("model_parallel", "pairs", "rediagnose")
 POSITIVE = (
     *("folds", "align_rows", "max_length", "sweep_tokens", "util_tokens", "buckets", "resamples"),
     *("attribution_steps", "rank", "alpha", "lr", "epochs", "batch", "accumulation"),
@@ -299,6 +307,7 @@ def check(settings: Settings) -> None:
         ("align_rows", data.align_rows % 4 == 0, "must be a multiple of 4 (a quarter of each type)"),
         ("benign_share", 0 < data.benign_share < 1, f"{data.benign_share}: must lie between 0 and 1"),
         ("align_rows", min(rows_of_types(data.align_rows, data.benign_share).values()) > 0, "are too few"),
+        ("date", is_date(data.date), f"{data.date!r}: a day as in '26 Jul 2024'"),
         ("neurons", min(tuning.neurons, default=0) >= 0, "must not be negative"),
         ("lam", all(0 <= lam <= 1 for lam in tuning.lam), "is a share of 1"),
     ]
@@ -316,7 +325,26 @@ def check(settings: Settings) -> None:
     for name, holds, why in rules:
         if not holds:
             raise InputError(f"{option(name)} {why}")
+    check_rediagnosis(settings)
     parse_shard(settings.run.shard)
     backends.check(settings.model.backend)
     # What is parsed on first use is parsed now.
     _ = settings.maps, settings.benchmarks, settings.arm_runs
+
+
+def check_rediagnosis(settings: Settings) -> None:
+    """InputError where arms and --rediagnose do not fit each other or the run."""
+    tuning, arms = settings.tuning, [run.arm for run in settings.arm_runs if run.arm.rediagnosed]
+    if arms and not tuning.rediagnose:
+        raise InputError(f"{arms[0].name} needs --rediagnose N (every how many steps is it drawn anew?)")
+    if not tuning.rediagnose:
+        return
+    if not arms:
+        raise InputError("--rediagnose: no arm is re-diagnosed: --ablations bucket1-rediagnosed, say")
+    if settings.map.sensitivity != "gradient":
+        raise InputError(
+            f"--rediagnose draws by gradients: --sensitivity gradient, not {settings.map.sensitivity}"
+        )
+    steps = -(-settings.data.align_rows // (tuning.batch * tuning.accumulation)) * tuning.epochs
+    if tuning.rediagnose >= steps:
+        raise InputError(f"--rediagnose {tuning.rediagnose}: a tuning has {steps} steps, none is after that")

@@ -22,11 +22,14 @@ import backends
 from backends import models
 from backends.base import Backend, Example, Selection
 from backends.core.schedules import outer_steps
+from backends.core.seeds import batch_order
 from data.rendering import example
 from data.sampling import PAIR
 from stages.method.arms import MAML, ArmRun
 from stages.run import cli, presets
 from stages.run.adapters import gain_recipe, lora_recipe, tasks_of
+from stages.run.diagnosis import layer_blocks
+from stages.run.drift import Diagnosis
 from stages.run.job import Job
 from stages.run.pipeline import WITH_UNITS, declaration, planned_run
 from stages.run.runner import unit_states
@@ -106,10 +109,21 @@ def gradients(job: Job, backend: Backend, units: Sequence) -> Estimate:
     some = [typical(rows) for rows in (safe, util[OWN_MAP])]
     took = seconds_of(lambda: backend.gradient_gram(*map(examples, some), 1, units[0].layers))
     rate = took / sum(tokens_of(rows, target=True) for rows in some)
-    tokens = sum(tokens_of(safe, target=True) + tokens_of(util[unit.map_name], target=True) for unit in units)
+    # D_safe is differentiated once for the units of the same layers.
+    tokens = len({unit.layers for unit in units}) * tokens_of(safe, target=True)
+    tokens += sum(tokens_of(util[unit.map_name], target=True) for unit in units)
     what = f"gradients of {len(safe)} + {len(util[OWN_MAP])} rows, {len(util)} maps"
     matrix = (2 * job.settings.data.folds) ** 2 * 8
     return (what, rate * tokens, len(util) * job.shape.layers * job.shape.heads * matrix)
+
+
+def diagnosis_seconds(job: Job, backend: Backend, map_name: str) -> float:
+    """Of the gradients of a map, with an adapter in place or without."""
+    rows = [rows_of(job, CALIBRATION, split) for split in ("safe", map_name)]
+    some, blocks = [typical(own) for own in rows], layer_blocks(job.shape, job.settings.data.folds)
+    took = seconds_of(lambda: backend.gradient_gram(*map(examples, some), 1, blocks[0]))
+    timed, read = (sum(tokens_of(own, target=True) for own in each) for each in (some, rows))
+    return took / timed * read * len(blocks)
 
 
 def attributions(job: Job, backend: Backend, units: Sequence) -> Estimate:
@@ -162,6 +176,17 @@ def adapters(job: Job, backend: Backend, runs: Sequence[ArmRun]) -> Estimate:
     return what, seconds / tokens * read * len(runs), adapter * len(runs)
 
 
+def rediagnosed(job: Job, backend: Backend, runs: Sequence[ArmRun]) -> Estimate:
+    """Arms whose bucket is drawn anew."""
+    recipe, every = lora_recipe(job.settings, runs[0]), job.settings.tuning.rediagnose
+    what, seconds, disk = adapters(job, backend, runs)
+    steps = len(batch_order(len(job.read(ALIGNMENT)), recipe))
+    draws, maps = (steps - 1) // every, {run.arm.map for run in runs}
+    took = {name: diagnosis_seconds(job, backend, name) for name in maps}
+    seconds += draws * sum(took[run.arm.map] for run in runs)
+    return f"{what}, drawn anew {draws} times", seconds, disk
+
+
 def gains(job: Job, backend: Backend, runs: Sequence[ArmRun]) -> Estimate:
     """Arms of neurons, timed with one."""
     recipe, rows = gain_recipe(job.settings, runs[0]), job.read(ALIGNMENT)
@@ -189,6 +214,13 @@ def answers(job: Job, backend: Backend, units: Sequence) -> Estimate:
     return f"{what}, {len(units)} models", seconds * len(units), disk * len(units)
 
 
+def drifts(job: Job, backend: Backend, units: Sequence) -> Estimate:
+    """The map of every tuned model."""
+    count = len(job.settings.arm_runs)
+    seconds, heads = diagnosis_seconds(job, backend, OWN_MAP), job.shape.layers * job.shape.heads
+    return f"drift: maps of {count} tuned models", seconds * count, count * heads * 9 * 8
+
+
 def classifications(job: Job, backend: Backend, units: Sequence) -> Estimate:
     """By another model, which is not loaded for a plan."""
     return f"{job.settings.evaluation.judge}'s words (time not measured)", 0.0, 0.0
@@ -201,7 +233,10 @@ def kind_of(stage: str, unit) -> tuple[Callable[[Job, Backend, Sequence], Estima
     if stage == "03_sensitivity":
         return sweep, unit.part
     if stage == "04_align":
-        return (gains if unit.optimizer == MAML else adapters), unit.optimizer
+        tuned = rediagnosed if unit.arm.rediagnosed else adapters
+        return (gains if unit.optimizer == MAML else tuned), unit.optimizer
+    if isinstance(unit, Diagnosis):
+        return drifts, None
     return (answers, unit.benchmark.name) if hasattr(unit, "benchmark") else (classifications, None)
 
 
