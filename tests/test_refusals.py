@@ -187,7 +187,7 @@ MODELS = [
     (remove("config.json"), "no model folder .no config.json"),
     (write("config.json", "{"), "config.json cannot be read"),
     (write("config.json", "[]"), "config.json holds no JSON object"),
-    (remove("model.safetensors"), r"has no \*.safetensors"),
+    (remove("model.safetensors"), "has no model.safetensors"),
     (edit("config.json", architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is not handled"),
     (edit("config.json", architectures="LlamaForCausalLM"), "architectures = 'LlamaForCausalLM' is no list"),
     (without("config.json", "model_type"), "model_type of LlamaForCausalLM is 'llama', not None"),

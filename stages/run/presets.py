@@ -69,10 +69,15 @@ _SMOLLM = {
     # Its rows are short: a step is one pass.
     "batch": 4,
     "accumulation": 1,
-    # A model of 135M parameters and 30 steps need a larger step than the paper's 8B models and 1,250. The
-    # smallest rate tried at which a random quarter of the heads gains 20 points of safety on the development
-    # split (--split development, seed 0, training seed 21): 3e-3, 5e-3, 8e-3 gain 9, 55, 76 points.
-    "lr": 3.5e-3,
+    # Chosen on the development split (--split development, seed 0, training seed 21), by what a random
+    # quarter does; rows, share of benign ones, rows a step, rate -> points of safety gained, benign
+    # requests refused (10 % before):
+    #     240, 1/2, 8, 5e-3 -> 55, 70 %      200, 0.50, 4, 4e-3   -> 69, 78 %     240, 2/3, 4, 3e-3 -> -8, 8 %
+    #     240, 1/2, 8, 3e-3 ->  9, 33 %      200, 0.55, 4, 4.5e-3 -> 60, 62 %     192, 2/3, 4, 5e-3 -> -8, 2 %
+    #                                        200, 0.55, 4, 4e-3   -> 15, 30 %     200, .6, 4, 5e-3 -> 25, 48 %
+    #                                        200, 0.55, 4, 3e-3   -> 18, 22 %
+    # The last of the middle gains most of those that refuse less than a third of the benign requests.
+    "lr": 3e-3,
 }
 
 PRESETS: dict[str, dict] = {
