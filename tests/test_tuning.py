@@ -208,6 +208,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_identical_adapter(own, scratch, m
     rows, against = make_examples(24, seed=4), make_examples(6, seed=9)
     recipe = optimized_by(optimizer)
     reference.goes_on(lambda recipe: own.tune(rows, CHOSEN, recipe, against), recipe, scratch, 3)
+    assert all(record["drawn"] is None for record in own.tune(rows, CHOSEN, recipe, against))
     recipe = dataclasses.replace(recipe, folder=scratch / "stopped", checkpoint=scratch / "state")
     with pytest.raises(InputError, match="state is another tuning run's"):
         list(own.tune(rows[:20], CHOSEN, recipe, against))

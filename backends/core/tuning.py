@@ -188,8 +188,8 @@ class LoraPlan:
         loss, gradients = engine.gradients(batch)
         util_loss, cos, projected = math.nan, math.nan, False
         if recipe.optimizer != "sft":
-            drawn = seeds.reference_rows(number, len(self.reference), len(batch), recipe)
-            util_loss, against = engine.gradients([self.reference[row] for row in drawn])
+            rows = seeds.reference_rows(number, len(self.reference), len(batch), recipe)
+            util_loss, against = engine.gradients([self.reference[row] for row in rows])
             symmetric = recipe.optimizer == "pcgrad-symmetric"
             gradients, cos, projected = project(engine, gradients, against, symmetric)
         if not math.isfinite(engine.step(gradients, number)):
