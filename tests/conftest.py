@@ -207,6 +207,13 @@ def run_apart(code: str, *arguments: object, **environment: str) -> str:
     return done.stdout
 
 
+def assert_records(found: dict, expected: dict, rel: float, abs: float = 1e-12) -> None:
+    """Records of a step of tuning: the same heads drawn, the same numbers but for rounding."""
+    assert found["drawn"] == expected["drawn"]
+    found, expected = ({**own, "drawn": 0} for own in (found, expected))
+    assert found == pytest.approx(expected, rel=rel, abs=abs, nan_ok=True)
+
+
 def assert_same(found, expected) -> None:
     """Lists of int32 arrays."""
     assert len(found) == len(expected)

@@ -19,7 +19,7 @@ from backends.torch import generate
 from stages import compare
 from stages.run.presets import preset_settings
 from tests import reference
-from tests.conftest import ALL_HEADS, HEAD_DIM, KINDS, VOCABULARY, assert_same, make_examples
+from tests.conftest import ALL_HEADS, HEAD_DIM, KINDS, VOCABULARY, assert_records, assert_same, make_examples
 from tests.runs import make_run
 from tests.test_sweep import assert_idle, idle_model
 
@@ -134,7 +134,7 @@ def test_tuned_heads(two, scratch, optimizer):
         for own, name in zip(two, ("here", "cpu"), strict=True)
     ]
     for found, expected in zip(*runs, strict=True):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
+        assert_records(found, expected, rel=1e-3, abs=1e-5)
     tensors, same = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
     assert tensors.keys() == same.keys()
     for name, tensor in tensors.items():
@@ -154,7 +154,7 @@ def test_tuned_gains(two, scratch):
         for own, name in zip(two, ("here", "cpu"), strict=True)
     ]
     for found, expected in zip(*runs, strict=True):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
+        assert_records(found, expected, rel=1e-3, abs=1e-5)
     tensors, same = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
     for name, tensor in tensors.items():
         close(tensor, same[name], 1e-3)

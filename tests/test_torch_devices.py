@@ -21,7 +21,7 @@ import backends
 from backends.base import GainRecipe, Recipe, Selection, Task
 from backends.core.errors import InputError
 from backends.torch import devices
-from tests.conftest import LAYERS, assert_same, make_examples
+from tests.conftest import LAYERS, assert_records, assert_same, make_examples
 
 FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
 
@@ -129,7 +129,7 @@ def test_tuning_is_that_of_one_device(both, scratch):
         folders = [scratch / f"{type(recipe).__name__}-{number}" for number in range(2)]
         runs = [tune(own, replace(recipe, folder=to)) for own, to in zip(both, folders, strict=True)]
         for record, same in zip(*runs, strict=True):
-            assert record == pytest.approx(same, rel=1e-4, nan_ok=True)
+            assert_records(record, same, rel=1e-4)
         tensors, same = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
         for name in tensors:
             np.testing.assert_allclose(tensors[name], same[name], rtol=0, atol=1e-6)
