@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from backends import models
 from backends.core import budgets, packing
+from backends.torch.masks import Masks
 
 PIECE = 1024
 """tokens of the vocabulary whose logits are computed together on a CPU"""
@@ -91,27 +92,6 @@ class Ablation:
             return per_head
         every = torch.arange(per_head.shape[2], device=per_head.device)
         return per_head * (every != self.heads[:, None])[:, None, :, None]
-
-
-class Masks:
-    """What a pass adds to its scores, one mask for each sliding window among its layers: 0 where a query sees
-    a key, else -inf; [n or 1, 1, G * M, C].
-
-    Args:
-        distance: query minus key position, [n or 1, M, C].
-        group: G, query heads that share a key.
-    """
-
-    def __init__(self, distance: torch.Tensor, group: int, dtype: torch.dtype):
-        self.distance, self.group, self.dtype = distance, group, dtype
-        self.made: dict[int | None, torch.Tensor] = {}
-
-    def of(self, window: int | None) -> torch.Tensor:
-        if window not in self.made:
-            hidden = self.distance < 0 if window is None else (self.distance < 0) | (self.distance >= window)
-            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
-            self.made[window] = mask.masked_fill_(hidden, -torch.inf).repeat(1, self.group, 1)[:, None]
-        return self.made[window]
 
 
 class Cache:
@@ -197,7 +177,7 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [..., V] from the last layer's residual stream, or [..., m] for the m tokens of
-        `vocabulary`. Never rounded to half precision, in which 16 and 16.1 are one number and letters tie."""
+        `vocabulary`. Never rounded to half precision, where 16 and 16.05 are one number and letters tie."""
         hidden, weight = self.model.model.norm(hidden), self.model.lm_head.weight
         if vocabulary is not None:
             weight = weight[vocabulary]

@@ -98,9 +98,11 @@ class Candidates:
 def find_candidates(
     choice_ids: Sequence[np.ndarray], vocabulary: np.ndarray | None, device: torch.device
 ) -> Candidates:
-    """Args:
-    choice_ids: of each row, [n].
-    vocabulary: the tokens that columns of logits stand for, sorted; None: all.
+    """The candidates of R rows of logits.
+
+    Args:
+        choice_ids: token ids of each row, [n]; none: the whole vocabulary competes.
+        vocabulary: the tokens that columns of logits stand for, sorted; None: all.
     """
     width = max(1, *map(len, choice_ids)) if len(choice_ids) else 1
     columns = np.zeros((len(choice_ids), width), np.int64)
