@@ -19,7 +19,7 @@ from pathlib import Path
 from backends.core.errors import reason
 from stages.checks import files, recomputed, rows, tuning
 from stages.checks.finished import FinishedRun, Result
-from stages.run.cli import guarded
+from stages.run.guard import guarded
 from stages.run.pipeline import WITH_UNITS
 
 CHECKS: dict[str, Callable[[FinishedRun], Result]] = {

@@ -19,7 +19,7 @@ from backends.core.errors import InputError
 from stages.checks.comparison import Comparison
 from stages.checks.finished import FinishedRun
 from stages.checks.near_ties import near_ties
-from stages.run.cli import guarded
+from stages.run.guard import guarded
 from stages.run.pipeline import STAGES
 
 HEADINGS = ("", "quantity", "compared", "largest", "mean", "rank r", "equal", "tolerance", "")

@@ -17,6 +17,7 @@ import tyro
 
 from backends import models
 from backends.core.errors import InputError
+from stages.run.guard import guarded
 from stages.run.settings import GROUP_OF, Settings, check
 from stages.run.store import RUN_FILE, read_json
 
@@ -219,11 +220,7 @@ def parse(argv: list[str] | None = None) -> Settings:
 
 def main() -> None:
     """Prints the run folder that a command line means, after checking the whole of it."""
-    try:
-        print(parse().folder)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guarded(lambda: print(parse().folder))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from backends.core.errors import InputError
-from stages.run import cli, presets
+from stages.run import guard, presets
 from stages.run.locks import LAUNCH_LOCK, run_lock
 from stages.run.pipeline import STAGES, WITH_UNITS
 from stages.run.settings import Settings
@@ -117,4 +117,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.guarded(lambda: main(sys.argv[1:]))
+    guard.guarded(lambda: main(sys.argv[1:]))

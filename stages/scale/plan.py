@@ -26,7 +26,7 @@ from backends.core.seeds import batch_order
 from data.rendering import example
 from data.sampling import PAIR
 from stages.method.arms import MAML, ArmRun
-from stages.run import cli, presets
+from stages.run import guard, presets
 from stages.run.adapters import gain_recipe, lora_recipe, tasks_of
 from stages.run.diagnosis import layer_blocks
 from stages.run.drift import Diagnosis
@@ -304,4 +304,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.guarded(lambda: main(presets.parse()))
+    guard.guarded(lambda: main(presets.parse()))
