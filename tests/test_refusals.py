@@ -89,6 +89,7 @@ OPTIONS = [
     ("--arms", "--arms must not be empty"),
     ("--util /no/file.jsonl", "--util /no/file.jsonl: there is no such file"),
     ("--model-parallel -1", "--model-parallel must not be negative"),
+    ("--processes -1", "--processes must not be negative"),
     ("--pairs -1", "--pairs must not be negative"),
     ("--shard 3/2", "--shard 3/2: i/n"),
     ("--shard 0/2", "--shard 0/2: i/n"),

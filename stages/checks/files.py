@@ -10,6 +10,7 @@ from stages.checks.finished import NO_FOLDER, FinishedRun, Result
 from stages.run.job import Job
 from stages.run.pipeline import STAGES, WITH_UNITS, declaration
 from stages.run.schemas import SCHEMA_VERSION
+from stages.run.settings import OF_ONE_START
 from stages.run.store import MANIFEST, RUN_FILE, differences, read_json
 
 LOCK = ".lock"  # what locks' names begin with: a shard and a launch have their own
@@ -68,7 +69,8 @@ def manifests(run: FinishedRun) -> Result:
 
 def settings(run: FinishedRun) -> Result:
     """run.json is whole, and agrees with what every stage rests on."""
-    lacking = sorted(run.settings.flat().keys() - read_json(run.folder / RUN_FILE).keys() - {"shard"})
+    kept = run.settings.flat().keys() - set(OF_ONE_START)
+    lacking = sorted(kept - read_json(run.folder / RUN_FILE).keys())
     faults = [f"{RUN_FILE} lacks {name}" for name in lacking]
     for stage in run.manifests:
         own, recorded = run.settings.group(*declaration(stage).rests_on), run.manifest(stage)["settings"]

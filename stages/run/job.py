@@ -23,7 +23,7 @@ from backends.core.files import sha256, write_json
 from stages.run.locks import parse_shard
 from stages.run.provenance import git_state, package_versions, peak_memory_bytes
 from stages.run.schemas import OWN_MAP, SCHEMA_VERSION, Table
-from stages.run.settings import OF_RESULTS, Settings, option
+from stages.run.settings import OF_ONE_START, OF_RESULTS, Settings, option
 from stages.run.store import (
     MANIFEST,
     PARTS,
@@ -268,8 +268,7 @@ class Job:
         """Keeps the settings as the run's own. A shard is one of several and leaves them as they are."""
         if self.shard is not None:
             return
-        values = self.settings.flat()
-        del values["shard"]  # of one process, not of the run
+        values = {name: value for name, value in self.settings.flat().items() if name not in OF_ONE_START}
         path = self.run.folder / RUN_FILE
         if not path.is_file() or read_json(path) != values:
             write_json(path, values)

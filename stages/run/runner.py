@@ -6,16 +6,23 @@ same files.
 """
 
 import shutil
+from collections.abc import Callable
 
 from backends.core.errors import InputError
-from stages.run.job import Job, Stage
+from stages.run import threads
+from stages.run.job import Job, Stage, Units
 from stages.run.locks import run_lock
 from stages.run.settings import Settings
 from stages.run.store import RunFolder
 
 
-def run_stage(stage: Stage, settings: Settings) -> None:
+def run_stage(
+    stage: Stage, settings: Settings, compute: Callable[[Job, Units], None] = threads.compute
+) -> None:
     """Makes a stage, or what is missing of it, or this shard's share; a finished one is skipped.
+
+    Args:
+        compute: computes and keeps its units, here or elsewhere.
 
     Raises InputError, one line, where it cannot be made.
     """
@@ -38,7 +45,7 @@ def run_stage(stage: Stage, settings: Settings) -> None:
         units = stage.units(job)
         pending = job.pending(units)
         if pending:
-            stage.compute(job, pending)
+            compute(job, pending)
         if job.shard is not None:
             done = sum(job.part_path(unit).is_file() for unit in units)
             job.say(

@@ -42,6 +42,9 @@ class RunSettings:
     shard: str = ""
     """i/n: compute only every n-th unit of stage 02, 03, 04 or 05, beside other shards (units=NAME,NAME:
     those named); then run the stage without it"""
+    processes: int = 0
+    """that compute units of stages 04 and 05 side by side; 0: on a CPU, of a model of 5 to 1,000 million
+    parameters (torch), one for each core, at most 8, as memory allows; else 1"""
 
 
 @dataclass(frozen=True)
@@ -274,12 +277,14 @@ class Settings:
 
 OF_RESULTS = ("model", "data", "map", "tuning")
 """groups that results rest on: not where they are computed, nor who judges them"""
+OF_ONE_START = ("shard", "processes")
+"""settings that a run does not keep"""
 GROUPS = tuple(group.name for group in fields(Settings))
 GROUP_OF: Mapping[str, str] = {name: group for group in GROUPS for name in asdict(getattr(Settings(), group))}
 """field -> its group"""
 
 
-AT_LEAST_0 = ("model_parallel", "pairs", "rediagnose")
+AT_LEAST_0 = ("model_parallel", "processes", "pairs", "rediagnose")
 POSITIVE = (
     *("folds", "align_rows", "max_length", "sweep_tokens", "util_tokens", "buckets", "resamples"),
     *("attribution_steps", "rank", "alpha", "lr", "epochs", "batch", "accumulation"),

@@ -26,7 +26,7 @@ from backends.core.seeds import batch_order
 from data.rendering import example
 from data.sampling import PAIR
 from stages.method.arms import MAML, ArmRun
-from stages.run import guard, presets
+from stages.run import guard, presets, threads
 from stages.run.adapters import gain_recipe, lora_recipe, tasks_of
 from stages.run.diagnosis import layer_blocks
 from stages.run.drift import Diagnosis
@@ -246,13 +246,15 @@ def plan(settings: Settings, run: RunFolder, backend: Backend) -> list[Work]:
     for name in WITH_UNITS:
         job = Job(declaration(name), settings, run)
         units, states = job.stage.units(job), unit_states(job.stage, settings, run)
+        count = min(threads.side_by_side(job), len(units)) or 1
         kinds: dict[tuple, list[str]] = {}
         for unit, value in units.items():
             kinds.setdefault(kind_of(name, value), []).append(unit)
         for (estimate, _), own in kinds.items():
             done = sum(states[unit] for unit in own)
-            what, seconds, disk = estimate(job, backend, [units[unit] for unit in own])
-            works.append(Work(name, what, len(own), done, seconds, disk))
+            with threads.threads_of(job):
+                what, seconds, disk = estimate(job, backend, [units[unit] for unit in own])
+            works.append(Work(name, what, len(own), done, seconds / count, disk))
     return works
 
 
