@@ -37,14 +37,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: L, H, K, D, E, width of the MLP, V."""
+    """Sizes of a model: L, H, K, D, E, F, V."""
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     model_dim: int
-    mlp_dim: int
+    mlp_dim: int | None
+    """None: the MLPs have no W_down of their own (a mixture of experts), and so no neurons"""
     vocab: int
 
 

@@ -94,8 +94,18 @@ def check_redraw(redraw: Redraw | None) -> None:
         raise ValueError(f"redraw: every {redraw.every} steps, must be positive")
 
 
+def check_neurons(shape: Shape) -> None:
+    """InputError where the model has none that can be tuned."""
+    if shape.mlp_dim is None:
+        raise InputError(
+            "NeuronTune needs a down_proj in the MLP of every layer, and this model has none (a mixture of "
+            "experts, say): --pairs 0, and no arms of neurons"
+        )
+
+
 def check_gains(tasks: Sequence[Task], neurons: Selection, shape: Shape) -> None:
     """Each neuron must exist and be given once, and each task have enough rows to be split."""
+    check_neurons(shape)
     _check_units("neuron", [*neurons.safety, *neurons.utility], shape.layers, shape.mlp_dim)
     if not tasks:
         raise ValueError("tune_gains: no tasks")

@@ -43,17 +43,22 @@ class Work:
         return 4 * self.wanted * shape.heads * shape.head_dim * shape.model_dim
 
     @property
+    def mlp_dim(self) -> int:
+        """Of a mixture of experts it is not known, and taken for a usual one."""
+        return self.shape.mlp_dim or 4 * self.shape.model_dim
+
+    @property
     def layer_weights(self) -> int:
         """How many a layer has."""
         shape = self.shape
         attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-        return shape.model_dim * (attention + 3 * shape.mlp_dim)
+        return shape.model_dim * (attention + 3 * self.mlp_dim)
 
     @property
     def kept_of_layer(self) -> int:
         """Bytes that a token of a pass leaves in a layer for the backward pass."""
         shape = self.shape
-        numbers = 6 * shape.model_dim + 4 * shape.mlp_dim + 5 * shape.heads * shape.head_dim
+        numbers = 6 * shape.model_dim + 4 * self.mlp_dim + 5 * shape.heads * shape.head_dim
         return self.wide * (numbers + self.squares * 3 * shape.heads * self.longest)
 
     @property

@@ -29,6 +29,7 @@ from backends.core.checks import (
     check_folds,
     check_heads,
     check_mask,
+    check_neurons,
     check_targets,
     finite,
 )
@@ -158,6 +159,7 @@ class Loaded:
         self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
         self.kept.drop()
+        check_neurons(self.shape)
         return self._wing("neurons").attribute_neurons(self.model, examples, baselines, steps)
 
     def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:

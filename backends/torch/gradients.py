@@ -17,6 +17,7 @@ from backends.core.gradient_plan import Plan, Work, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
 from backends.torch.adapter import adapted
+from backends.torch.attention import scaled_outputs, scaled_queries
 from backends.torch.decoder import Decoder
 from backends.torch.loss import padded, target_logits, target_losses
 
@@ -108,6 +109,17 @@ def _float64(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _plain_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block a mixture's experts compute one by one: their joint product knows no float64."""
+    before = model.config._experts_implementation
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
 def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
     """The model as it is differentiated: in float64 if it is float32, in half precision as it is.
 
@@ -116,6 +128,8 @@ def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
     """
     layers = list(model.model.layers)
     with ExitStack() as stack:
+        if model.dtype == torch.float32:
+            stack.enter_context(_plain_experts(model))
         if plan.by_layer:
             stack.enter_context(_recomputed([*layers, model.model.norm, model.lm_head], True))
         elif model.dtype == torch.float32:
@@ -143,28 +157,15 @@ def gated(model: torch.nn.Module, gates: dict[int, torch.Tensor], mask: str) -> 
 
     Args:
         gates: layer -> [N, H], for the rows [N, T, E] that the model is given.
-        mask: "output": what W_o reads of a head. "query": its query, before the rotary turn.
+        mask: "output": what W_o reads of a head. "query": what attention receives.
     """
 
-    def scaled(per_head: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        split = per_head.unflatten(-1, (own.shape[1], -1))  # (N, T, H, D)
-        return (split * own[:, None, :, None].to(split.device)).flatten(-2).to(per_head.dtype)
-
-    hooks = []
-    for layer, own in gates.items():
-        attention = model.model.layers[layer].self_attn
-        if mask == "output":
-            hook = attention.o_proj.register_forward_pre_hook(
-                lambda _, inputs, own=own: (scaled(inputs[0], own),)
-            )
-        else:
-            hook = attention.q_proj.register_forward_hook(lambda _, __, output, own=own: scaled(output, own))
-        hooks.append(hook)
-    try:
+    with ExitStack() as stack:
+        for layer, own in gates.items():
+            attention = model.model.layers[layer].self_attn
+            scaled = scaled_outputs if mask == "output" else scaled_queries
+            stack.enter_context(scaled(attention, own))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # One pass

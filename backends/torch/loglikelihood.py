@@ -15,7 +15,8 @@ from backends.base import Example, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Decoder
+from backends.torch.batch import Batch
+from backends.torch.decoder import Ablation, Decoder
 from backends.torch.sweep import Candidates, Frontier, copies, find_candidates, line_batches
 
 LOGITS_CPU, LOGITS_CUDA = 256, 2048

@@ -18,7 +18,8 @@ from backends.core import budgets, packing
 from backends.core.drafts import CLEAN
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Decoder, make_batches
+from backends.torch.batch import Batch, make_batches
+from backends.torch.decoder import Ablation, Decoder
 
 TOKENS_CPU, TOKENS_CUDA = 4096, 65536
 """tokens that go through a layer at once: enough to fill the cores, few enough for their caches"""
