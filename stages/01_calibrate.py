@@ -122,6 +122,8 @@ def join(job: Job) -> dict:
     for shortfall in drawn.short:
         job.warn(f"too few rows: {shortfall}")
     warn_of_length(job, tables)
+    if job.shape.mlp_dim is None:
+        job.warn("no NeuronTune: this model has no down_proj of its own in every layer's MLP")
     counts = {table.stem: len(rows) for table, rows in tables.items()}
     counts |= Counter(tables[CALIBRATION]["split"]) | Counter(tables[BENCHMARKS]["split"])
     job.say(", ".join(f"{name} {count}" for name, count in counts.items()))

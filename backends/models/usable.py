@@ -184,6 +184,7 @@ def configuration(folder: Path):
     """transformers' configuration object. InputError where it refuses config.json."""
     from transformers import AutoConfig
 
+    read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library's checks raise types of their own, the cause in the last line

@@ -132,9 +132,8 @@ _OWN = {
     "benchmarks": _words(
         "facts=200 words=200 problems=100:48 adversarial=100:32 vanilla=100:32 benign=100:32"
     ),
-    "pairs": 32,
-    "neurons": (256,),
 }
+_OWN_NEURONS = {"pairs": 32, "neurons": (256,)}
 
 
 def preset_settings(preset: str) -> Settings:
@@ -142,7 +141,10 @@ def preset_settings(preset: str) -> Settings:
     if preset in PRESETS:
         return Settings().replace(preset=preset, **PRESETS[preset])
     if Path(preset).is_dir():
-        return Settings().replace(preset=preset, model=preset, **_OWN)
+        has_neurons = models.folder_shape(Path(preset)).mlp_dim is not None
+        return Settings().replace(
+            preset=preset, model=preset, **_OWN, **(_OWN_NEURONS if has_neurons else {})
+        )
     if any(mark in preset for mark in "/.~"):
         raise InputError(
             f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"

@@ -31,7 +31,7 @@ class RunSettings:
 
     preset: str = "smollm"
     """smollm, smollm-study, smollm-neurons, smollm-paper, llama, qwen, mistral, tiny; or the folder of a
-    model of your own (Llama, Qwen2 or Mistral architecture)"""
+    model of your own (README says which)"""
     run: str = ""
     """folder of this run's artifacts; default: outputs/<preset>"""
     device: str = "auto"
