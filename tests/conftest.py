@@ -29,6 +29,7 @@ import backends  # noqa: E402
 from backends import models as folders  # noqa: E402
 from backends.base import Backend, Example  # noqa: E402
 from backends.core.errors import InputError  # noqa: E402
+from tests import reference  # noqa: E402
 from tests.families import (  # noqa: E402
     FAMILIES,
     HEAD_DIM,  # noqa: F401 (tests take all sizes from here)
@@ -83,8 +84,7 @@ class Pair(NamedTuple):
 
 
 def load_pair(name: str, folder: Path, dtype: str = "float32") -> Pair:
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Pair(backends.load(name, folder, device="cpu", dtype=dtype), plain)
+    return Pair(backends.load(name, folder, device="cpu", dtype=dtype), reference.load(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,12 @@ from backends.core.errors import InputError
 from backends.core.seeds import lora_a
 
 
+def load(folder) -> torch.nn.Module:
+    """transformers' model with each family's own attention; sdpa passes over Gemma 2's soft cap in 5.17."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model.eval()
+
+
 @contextmanager
 def ablated(model, layer: int, head: int, mask: str = "output", gate: float | torch.Tensor = 0.0):
     """The model with what `mask` zeroes of a head multiplied by `gate`: what W_o reads of it, or the query
@@ -126,13 +132,12 @@ def mean_loss(model, examples) -> torch.Tensor:
 
 def merged(folder, adapter) -> torch.nn.Module:
     """PEFT's own merge of an adapter."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    return peft.PeftModel.from_pretrained(load(folder), adapter).merge_and_unload()
 
 
 def lora(folder, recipe) -> peft.PeftModel:
     """PEFT's own LoRA on all of W_q, from the start that the recipe's seed gives."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = load(folder)
     config = peft.LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["q_proj"], task_type="CAUSAL_LM"
     )
