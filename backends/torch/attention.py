@@ -75,6 +75,8 @@ def attention(
     parts = (part.transpose(1, 2) for part in (query, key, value))
     heads = Heads(*parts, scaling, sliding_window, softcap)
     if callable(attention_mask):
+        if more := [name for name in others if name != "position_ids" and torch.is_tensor(others[name])]:
+            raise TypeError(f"attention is given {', '.join(more)}, which is not handled")
         return attention_mask(heads), None
     if attention_mask is None:  # as sdpa has it: causal
         attention_mask = torch.ones(

@@ -323,7 +323,7 @@ class Decoder:
 
 def has_neurons(layer: torch.nn.Module) -> bool:
     """Whether one matrix reads all units of a layer's MLP, as NeuronTune needs it."""
-    return isinstance(getattr(layer.mlp, "down_proj", None), torch.nn.Linear)
+    return isinstance(getattr(getattr(layer, "mlp", None), "down_proj", None), torch.nn.Linear)
 
 
 def finished(model: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:

@@ -46,19 +46,19 @@ def probed(folder: Path, model: torch.nn.Module, places: Sequence[torch.device])
         raise InputError(f"{folder}: a {family} cannot be run layer by layer ({reason(error)})") from None
     compared = [
         *(
-            (f"layer {at}", *pair)
+            (f"after layer {at}", *pair)
             for at, pair in enumerate(zip(found.streams, expected.streams, strict=True))
         ),
-        ("their logits", found.logits, expected.logits),
-        ("the logits behind a cache", cached, expected.logits),
+        ("in its logits", found.logits, expected.logits),
+        ("in its logits behind a cache", cached, expected.logits),
     ]
     bound = torch.finfo(model.dtype).eps ** 0.5  # far above rounding, far below what a forgotten step does
     for place, own, plain in compared:
         difference = float((own - plain).norm() / plain.norm().clamp(min=1e-30))
         if not difference < bound:
             raise InputError(
-                f"{folder}: run layer by layer a {family} is another model: {place} differ by "
-                f"{100 * difference:.2g} % (rounding: less than {100 * bound:.2g} %)"
+                f"{folder}: run layer by layer a {family} is another model: {100 * difference:.2g} % apart "
+                f"{place} (rounding: less than {100 * bound:.2g} %)"
             )
     if windows != models.sliding_windows(model.config):
         raise InputError(
