@@ -236,7 +236,7 @@ def _answers(like: Fabricated, unit: ArmRun, name: str, side: str, strong: float
             "token_ids": [],
             "prediction": 0 if choice else None,
             "probability": None,
-            "loglikelihood": None,
+            "loglikelihood": -1 - 0.3 * strong - 0.1 * (at % 3) * strong**2 if side == "utility" else None,
             "verdict": right,
         }
         row |= {"refused": None if choice else refused, "steps": steps}
