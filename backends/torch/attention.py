@@ -44,6 +44,8 @@ class Heads:
 
 Attend = Callable[[Heads], torch.Tensor]
 """the heads' outputs, [n, M, H, D]"""
+Gates = Callable[[], torch.Tensor]
+"""a factor of each head in the rows that are computed, [N, H]"""
 
 
 def attention(
@@ -68,7 +70,7 @@ def attention(
     """
     gates = vars(module).get("query_gates")
     if gates is not None:
-        query = (query * gates[:, :, None, None].to(query.device)).to(query.dtype)
+        query = (query * gates()[:, :, None, None].to(query.device)).to(query.dtype)
     if not callable(attention_mask) and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -92,13 +94,14 @@ transformers.AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def scaled_outputs(module: torch.nn.Module, gates: torch.Tensor) -> Iterator[None]:
-    """Inside the block what W_o reads of an attention module's heads is multiplied by gates, [N, H]."""
+def scaled_outputs(module: torch.nn.Module, gates: Gates) -> Iterator[None]:
+    """Inside the block what W_o reads of an attention module's heads is multiplied by gates."""
 
     def scaled(_, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         (outputs,) = inputs
-        split = outputs.unflatten(-1, (gates.shape[1], -1))  # (N, T, H, D)
-        return ((split * gates[:, None, :, None].to(split.device)).flatten(-2).to(outputs.dtype),)
+        own = gates()
+        split = outputs.unflatten(-1, (own.shape[1], -1))  # (N, T, H, D)
+        return ((split * own[:, None, :, None].to(split.device)).flatten(-2).to(outputs.dtype),)
 
     hook = module.o_proj.register_forward_pre_hook(scaled)
     try:
@@ -108,9 +111,8 @@ def scaled_outputs(module: torch.nn.Module, gates: torch.Tensor) -> Iterator[Non
 
 
 @contextmanager
-def scaled_queries(module: torch.nn.Module, gates: torch.Tensor) -> Iterator[None]:
-    """Inside the block the queries that an attention module's heads attend with are multiplied by gates,
-    [N, H]."""
+def scaled_queries(module: torch.nn.Module, gates: Gates) -> Iterator[None]:
+    """Inside the block the queries that an attention module's heads attend with are multiplied by gates."""
     module.query_gates = gates
     try:
         yield
