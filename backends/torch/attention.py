@@ -80,13 +80,14 @@ def attention(
         if more := [name for name in others if name != "position_ids" and torch.is_tensor(others[name])]:
             raise TypeError(f"attention is given {', '.join(more)}, which is not handled")
         return attention_mask(heads), None
-    if attention_mask is None:  # as sdpa has it: causal
-        attention_mask = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril()
-    mask = additive(~attention_mask.expand(len(query), 1, -1, -1)[:, 0], heads)
+    if attention_mask is None:  # as sdpa takes it: all before, the last query's place being the last key's
+        size = query.shape[2], key.shape[2]
+        seen = torch.ones(size, dtype=torch.bool, device=query.device).tril(size[1] - size[0])[None]
+    else:
+        seen = attention_mask[:, 0]
     # Padding may see no key at all: all alike then, where -inf everywhere would be no number.
-    return mixed(heads, mask.clamp_min(torch.finfo(mask.dtype).min)), None
+    mask = additive(~seen, heads).clamp_min(torch.finfo(query.dtype).min)
+    return mixed(heads, mask), None
 
 
 transformers.AttentionInterface.register(NAME, attention)
