@@ -16,7 +16,7 @@ DATE = "%d %b %Y"
 
 
 REFUSAL_OPENINGS = ("I", "Sorry", "As", "Unfortunately")
-"""what refusals begin with ("I cannot", "As an AI"): graded, a refusal is the log-odds that a response does so"""
+"""what refusals begin with ("I cannot", "As an AI"); a graded refusal is the log-odds of one of them"""
 
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
