@@ -158,7 +158,8 @@ def _examples(like: Fabricated) -> pd.DataFrame:
     frame["target"] = [f"answer {at}" for _, at in rows]
     frame = frame.assign(source=frame["split"], scoring="refusal", rendered="")
     frame["choices"] = [[]] * len(rows)
-    return frame.assign(**{name: [[1]] * len(rows) for name in ("prompt_ids", "target_ids", "choice_ids")})
+    ids = ("prompt_ids", "target_ids", "choice_ids", "refusal_ids")
+    return frame.assign(**{name: [[1]] * len(rows) for name in ids})
 
 
 def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
@@ -236,7 +237,7 @@ def _answers(like: Fabricated, unit: ArmRun, name: str, side: str, strong: float
             "token_ids": [],
             "prediction": 0 if choice else None,
             "probability": None,
-            "loglikelihood": -1 - 0.3 * strong - 0.1 * (at % 3) * strong**2 if side == "utility" else None,
+            "graded": -1 - 0.3 * strong - 0.1 * (at % 3) * strong**2 if side == "utility" else None,
             "verdict": right,
         }
         row |= {"refused": None if choice else refused, "steps": steps}

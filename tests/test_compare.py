@@ -76,7 +76,7 @@ PAST = [
     ("gradients", t.GRADIENTS, cell(3, "gram", lambda gram: gram * (1 + 1e-3 * (np.arange(len(gram)) == 0)))),
     ("gates, utility", t.GRADIENTS, cell(3, "gate_util", lambda gates: gates + 1)),
     ("gates, safety", t.GRADIENTS, cell(3, "gate_safe", lambda gates: gates + 1)),
-    ("likelihoods", t.SWEEP_GRADED, every(20, "loglikelihood", partial(add, 0.01))),
+    ("graded outcomes", t.SWEEP_GRADED, every(20, "graded", partial(add, 0.01))),
     ("predictions", t.SWEEP_CHOICES, every(20, "prediction", partial(add, 1))),
     ("generations", t.SWEEP_GENERATIONS, every(20, "token_ids", other_token)),
     ("O", t.HEADS, every(1, "optimization_conflict", partial(add, 2e-5))),

@@ -92,7 +92,7 @@ def test_report_of_drawn_arms_and_two_more_maps(scratch):
         for row in arms.to_dict("records")
     ]
     costs = pd.read_parquet(scratch / "05_evaluate" / "responses.parquet")
-    lost = -costs[costs["benchmark"] == "problems"].groupby("arm")["loglikelihood"].mean()[arms["arm"]]
+    lost = -costs[costs["benchmark"] == "problems"].groupby("arm")["graded"].mean()[arms["arm"]]
     same = (table["draws"] == "util") & (table["map"] == "small") & (table["benchmark"] == "problems")
     same &= (table["predictor"] == "C") & (table["outcome"] == "graded") & (table["at"] == MEASURED)
     assert table[same]["r"].item() == pytest.approx(np.corrcoef(means, lost)[0, 1])

@@ -152,7 +152,7 @@ def test_a_finished_stage_gets_its_drift_and_answers_nothing_again(drifted, scra
     shutil.rmtree(folder / EVALUATE)
     make(EVALUATE, plain)
     assert not RunFolder(folder).has(schemas.DRIFT)
-    for call in ("generate", "choices", "loglikelihoods"):
+    for call in ("generate", "choices", "grade"):
         monkeypatch.setattr(f"backends.core.loaded.Loaded.{call}", lambda *_, **__: pytest.fail("answered"))
     kept, keep = [], Job.keep
 

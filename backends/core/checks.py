@@ -49,9 +49,17 @@ def check_folds(folds: int, **examples: Sequence[Example]) -> None:
 
 
 def check_targets(*examples: Example) -> None:
-    """Each must have a target, and an answer where choices compete."""
+    """Each must have a target, and what `check_graded` asks for."""
     for example in examples:
-        if len(example.prompt_ids) == 0 or len(example.target_ids) == 0:
+        if len(example.target_ids) == 0:
+            raise ValueError(f"example {example.example_id} has no prompt or no target")
+    check_graded(*examples)
+
+
+def check_graded(*examples: Example) -> None:
+    """Each must have a graded outcome: a target or refusals, and an answer where choices compete."""
+    for example in examples:
+        if len(example.prompt_ids) == 0 or len(example.target_ids) + len(example.refusal_ids) == 0:
             raise ValueError(f"example {example.example_id} has no prompt or no target")
         if len(example.choice_ids) and not 0 <= example.answer < len(example.choice_ids):
             raise ValueError(f"example {example.example_id}: answer {example.answer} is none of its choices")

@@ -27,6 +27,7 @@ from backends.base import (
 from backends.core.checks import (
     check_ablated,
     check_folds,
+    check_graded,
     check_heads,
     check_mask,
     check_neurons,
@@ -93,9 +94,9 @@ class Loaded:
         found = wing.head_gradients(self.model, safe, utils, folds, layers, mask, adapter)
         return finite(found, layers)
 
-    def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
-        check_targets(*examples)
-        return self._wing("loglikelihood").loglikelihoods(self.model, examples, adapter)
+    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
+        check_graded(*examples)
+        return self._wing("graded").grade(self.model, examples, adapter)
 
     def logits(
         self,
@@ -134,13 +135,13 @@ class Loaded:
         sweep = self._wing("generate").sweep_generations
         return sweep(self.model, prompts, heads, max_new_tokens, mask, self.kept)
 
-    def sweep_loglikelihoods(
+    def sweep_grades(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
         check_mask(mask)
-        check_targets(*examples)
+        check_graded(*examples)
         heads = check_heads(heads, self.shape)
-        sweep = self._wing("loglikelihood").sweep_loglikelihoods
+        sweep = self._wing("graded").sweep_grades
         return sweep(self.model, examples, heads, mask, self.kept)
 
     def tune(

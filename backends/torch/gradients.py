@@ -25,7 +25,9 @@ from backends.core.progress import progress
 from backends.torch.adapter import adapted
 from backends.torch.attention import scaled_outputs, scaled_queries
 from backends.torch.decoder import Decoder
+from backends.torch.graded import outcome_at, predicted
 from backends.torch.loss import padded, target_logits, target_losses
+from backends.torch.sweep import find_candidates
 
 TOKENS_CPU, TOKENS_CUDA = 512, 8192
 """padded tokens of one forward and backward pass, where memory allows"""
@@ -181,27 +183,34 @@ def gated(model: torch.nn.Module, own: Own, layers: Iterable[int], mask: str) ->
 
 
 def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
-    """Each row's log-likelihood as `Backend.loglikelihoods` has it, [N], from the logits that predict the
+    """Each row's graded outcome as `Backend.grade` has it, [N], from the logits that predict the
     targets [M, V]."""
     first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
-    closed = [row for row, example in enumerate(examples) if len(example.choice_ids)]
-    # The answer comes first. A row with fewer candidates than another is filled up with -inf.
-    most = max(len(examples[row].choice_ids) for row in closed)
-    ids, rivals = np.zeros((len(closed), most), np.int64), np.zeros((len(closed), most), bool)
-    for at, row in enumerate(closed):
-        own = examples[row].choice_ids
-        ids[at, : len(own)], rivals[at, : len(own)] = np.roll(own, -examples[row].answer), True
-    ids, rivals, closed, places = (
-        torch.from_numpy(np.asarray(part)).to(logits.device) for part in (ids, rivals, closed, first[closed])
+    rows = [row for row, example in enumerate(examples) if is_other(example)]
+    own = [examples[row] for row in rows]
+    candidates = [row.refusal_ids if len(row.refusal_ids) else row.choice_ids for row in own]
+    tokens, refusals, closed, places = (
+        torch.from_numpy(np.array(part)).to(logits.device)
+        for part in (
+            [int(predicted(row)[0]) for row in own],
+            [len(row.refusal_ids) > 0 for row in own],
+            rows,
+            first[rows],
+        )
     )
-    among = logits[places[:, None], ids].masked_fill(~rivals, -torch.inf).log_softmax(dim=1)
-    return (-losses).index_copy(0, closed, among[:, 0])
+    among = outcome_at(logits[places], tokens, find_candidates(candidates, None, logits.device), refusals)
+    return (-losses).index_copy(0, closed, among)
+
+
+def is_other(example: Example) -> bool:
+    """Whether a row's graded outcome is another function than its loss."""
+    return len(example.choice_ids) + len(example.refusal_ids) > 0
 
 
 def _differentiate(
     model: torch.nn.Module, examples: Sequence[Example], weights: Weights, own: Own
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    """Gradients of the sum of losses in each W_q of `weights`, and of each row's log-likelihood in its gates,
+    """Gradients of the sum of losses in each W_q of `weights`, and of each row's graded outcome in its gates,
     float64 [l, H, N]; the model is `gated` by `own`."""
     heads = model.config.num_attention_heads
     wide = torch.float32 if model.dtype.itemsize == 2 else torch.float64
@@ -213,8 +222,7 @@ def _differentiate(
     sequences = [sequence[:-1] for sequence in training_rows(examples)[0]]
     logits = target_logits(model, examples, padded(sequences))
     losses = target_losses(logits, examples)
-    if any(len(example.choice_ids) for example in examples):
-        # Where choices compete the outcome is another function than the loss.
+    if any(map(is_other, examples)):
         outcomes = _outcomes(logits, losses, examples).sum()
         of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
         of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])

@@ -88,6 +88,12 @@ class Candidates:
         """The candidates' logits [..., R, m] of all [..., R, V]."""
         return logits.gather(-1, self.columns.expand(*logits.shape[:-1], -1)).masked_fill(self.filled, fill)
 
+    def log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """That the next token is one of them and no other one, [..., R] of [..., R, V]."""
+        columns = torch.where(self.filled, self.columns[:, :1], self.columns)
+        others = logits.scatter(-1, columns.expand(*logits.shape[:-1], -1), -torch.inf)
+        return self.of(logits).logsumexp(dim=-1) - others.logsumexp(dim=-1)
+
     def take(self, rows: torch.Tensor) -> "Candidates":
         return Candidates(self.columns[rows], self.filled[rows], self.free[rows])
 

@@ -52,7 +52,7 @@ QUANTITIES = (
     Quantity("gradients", schemas.GRADIENTS, "gram", "largest", 1e-5),  # in units of fold gradients' norms
     Quantity("gates, utility", schemas.GRADIENTS, "gate_util", "largest", 1e-4),  # relative to the largest
     Quantity("gates, safety", schemas.GRADIENTS, "gate_safe", "largest", 1e-4),
-    Quantity("likelihoods", schemas.SWEEP_GRADED, "loglikelihood", "largest", 1e-3),
+    Quantity("graded outcomes", schemas.SWEEP_GRADED, "graded", "largest", 1e-3),
     Quantity("predictions", schemas.SWEEP_CHOICES, "prediction", "equal", 0.99, 0.95),
     Quantity("worked answers", schemas.SWEEP_ANSWERS, "token_ids", "equal", 0.99),
     Quantity("generations", schemas.SWEEP_GENERATIONS, "token_ids", "equal", 0.99),
@@ -125,7 +125,7 @@ class Comparison:
 
     def same_rows(self, table: Table, split: str | None = None) -> bool:
         """Whether a table of examples, or a split of it, holds the same rows, token by token, in both."""
-        columns = ["example_id", "split", "prompt_ids", "target_ids", "choice_ids", "answer"]
+        columns = ["example_id", "split", "prompt_ids", "target_ids", "choice_ids", "refusal_ids", "answer"]
         left, right = (run.read(table)[columns] for run in self.runs)
         if split is not None:
             left, right = (rows[rows["split"] == split] for rows in (left, right))

@@ -21,7 +21,7 @@ from stages.report.figures import GREY, INK, new_figure
 from stages.report.responses import Responses
 from stages.report.words import SEEN, relation, signed
 
-OUTCOMES = {"counted": "verdict", "graded": "loglikelihood"}
+OUTCOMES = {"counted": "verdict", "graded": "graded"}
 """of a response"""
 DEPTH = "depth"
 """mean layer of an arm's heads, 0 the first and 1 the last"""

@@ -112,7 +112,7 @@ class MapSettings:
 
     sensitivity: Sensitivity = "counted"
     """what S is made of. counted: accuracy and refusals, as in the paper; graded: log p of right answers and
-    of refusals; gradient: their gradients in the heads' gates, for which nothing is ablated"""
+    log-odds of refusing; gradient: their gradients in the heads' gates, for which nothing is ablated"""
 
     attribution_steps: int = 128
     """NeuronTune: nodes on a path of the integrated gradients at most; it gets as many as make it complete"""
