@@ -53,7 +53,8 @@ def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers:
         folds=folds,
         longest=max(len(row.prompt_ids) + len(row.target_ids) for row in examples),
         targets=max(len(row.target_ids) / (len(row.prompt_ids) + len(row.target_ids)) for row in examples),
-        squares=cuda and decoder.model.dtype == torch.float32,  # no fused attention in float64
+        squares=(cuda and decoder.model.dtype == torch.float32)  # no fused attention in float64,
+        or bool(getattr(decoder.model.config, "attn_logit_softcapping", None)),  # and none with a soft cap
         host=cuda,
     )
     if cuda:
