@@ -55,7 +55,7 @@ _SMOLLM = {
     # The reliability of C is 0.83 (docs/LOG.md), and no head need be ablated.
     "sensitivity": "gradient",
     "util_rows": 384,
-    "safe_rows": 128,
+    "safe_rows": 96,
     "folds": 8,
     "align_rows": 200,
     "benign_share": 0.55,
