@@ -10,7 +10,7 @@ usage: bash run_all.sh PRESET|MODEL_PATH [--backend torch|flax] [--run DIR] [--d
 PRESET      smollm (a 135M model on a laptop), smollm-study (50 tuned arms of it: does the map predict the cost?),
             smollm-neurons (with NeuronTune), smollm-paper (the paper's protocol on that model), llama, qwen, mistral
             (the paper's, on a GPU), tiny (a test of the machinery)
-MODEL_PATH  a folder with a Llama, Qwen2 or Mistral model (safetensors, chat template)
+MODEL_PATH  a folder with a model (safetensors, chat template) whose attention has a q_proj and an o_proj: README
 --dry-run   only what would run: units, time and disk, from a short measured probe
 --ray       units on Ray's actors: those of this machine, or of the cluster at ADDRESS (host:port, auto)
             --actors N, --gpus-per-actor N and --cpus-per-actor N say how many and how large (default: all there are)

@@ -36,12 +36,19 @@ def load(
 
     Raises InputError, one line, on a folder that cannot be used.
     """
-    from backends import models
-
     check(name)
-    models.check_folder(Path(model_dir))
+    check_folder(name, Path(model_dir))
     wing = importlib.import_module(f"backends.{name}.backend")
     return wing.load(Path(model_dir), dtype, device, model_parallel)
+
+
+def check_folder(name: str, model_dir: Path) -> None:
+    """InputError, one line, on a folder that a backend cannot use, as far as that can be told without loading
+    its weights."""
+    from backends import models
+
+    models.check_folder(model_dir)
+    importlib.import_module(f"backends.{name}.usable").check_folder(model_dir)
 
 
 def check(name: str) -> None:

@@ -6,7 +6,7 @@ T tokens, V vocabulary, N examples, P paths, r LoRA's rank. Layers, heads and ne
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -33,18 +33,21 @@ class Example:
     """[n], candidate next tokens; empty: the whole vocabulary competes"""
     answer: int
     """index into choice_ids, or the token id where choice_ids is empty; -1: none"""
+    refusal_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """[m], of a request: the tokens that refusals begin with; empty: no request, or an answer has begun"""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: L, H, K, D, E, width of the MLP, V."""
+    """Sizes of a model: L, H, K, D, E, F, V."""
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     model_dim: int
-    mlp_dim: int
+    mlp_dim: int | None
+    """None: the MLPs have no W_down of their own (a mixture of experts), and so no neurons"""
     vocab: int
 
 
@@ -105,7 +108,7 @@ class HeadGradients:
     """float64 [L, H, 2F, 2F]: inner products of the fold-mean gradients of the loss in W_q's head rows
     (θ_h, [D, E]), safe folds first"""
     gate_safe: np.ndarray
-    """float64 [L, H, N]: d loglikelihood / d gate of each head, for each row of D_safe. A gate is 1 and
+    """float64 [L, H, N]: d graded outcome / d gate of each head, for each row of D_safe. A gate is 1 and
     multiplies what ablating the head zeroes; minus its gradient is the first-order effect of the ablation
     (Michel et al. 2019, "Are sixteen heads really better than one?")"""
     gate_util: np.ndarray
@@ -266,11 +269,14 @@ class Backend(Protocol):
         once."""
         ...
 
-    def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
-        """float64 [N]: how likely the target is, the graded outcome of a row: mean log p over its tokens;
-        where choices compete, log p of the answer's token among them.
+    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
+        """float64 [N], the graded outcome of a row: the mean log p of its target's tokens; where choices
+        compete, log p of the answer's token among them; of a request the log-odds that the next token is one
+        that refusals begin with (Arditi et al. 2024, "Refusal in language models is mediated by a single
+        direction"; over 51 tuned models it tells refused from answered requests with an AUC of 0.82, the mean
+        log p of a refusal's tokens with 0.63: docs/LOG.md).
 
-        Raises ValueError where a row has no target.
+        Raises ValueError where a row has neither a target nor refusals.
         """
         ...
 
@@ -310,10 +316,10 @@ class Backend(Protocol):
         """For each head in order: the continuations of `generate` with that head ablated."""
         ...
 
-    def sweep_loglikelihoods(
+    def sweep_grades(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
-        """For each head in order: `loglikelihoods` with that head ablated, float64 [N]; nothing is
+        """For each head in order: `grade` with that head ablated, float64 [N]; nothing is
         decoded."""
         ...
 

@@ -52,6 +52,15 @@ BENCHMARKS = {
     )
 }
 
+DOMAINS = {
+    "embedded/util": "facts",
+    "embedded/sums": "problems",
+    "mmlu_calibration": "mmlu",
+    "gsm8k_calibration": "gsm8k",
+    "own/util": "own_util",
+}
+"""pool that calibrates a map -> the benchmark of its own domain"""
+
 
 def parse_benchmarks(texts: Sequence[str], own_util: bool, own_safe: bool) -> tuple[Benchmark, ...]:
     """The benchmarks of a run: a user's own rows, which come last, replace all others of their side.

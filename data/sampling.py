@@ -347,8 +347,14 @@ class _Draws:
                 f"{split}: rows of {wanted.pool} without a target have neither gradient nor log p: choose "
                 f"another pool"
             )
-        if split != "safe" and any(record.scoring not in ("choice", "boxed") for record in rows):
-            raise InputError(f"{split}: calibration rows are scored by the next token or a boxed answer")
+        scorings = {"choice", "boxed"}
+        if embedded.GROUPS.get(wanted.pool.removeprefix("embedded/")) == "calibration":
+            scorings.add("number")  # worked problems that no benchmark scores
+        if split != "safe" and not {record.scoring for record in rows} <= scorings:
+            raise InputError(
+                f"{split}: calibration rows are scored by the next token or a boxed answer, or are "
+                f"embedded/sums"
+            )
         self.note(split, wanted.rows, rows, wanted.pool)
         return rows
 

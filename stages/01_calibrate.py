@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
+import backends
 from backends import models
+from backends.core.checks import check_neurons
 from backends.core.errors import InputError
 from backends.core.files import sha256
 from data import sampling
@@ -57,16 +59,17 @@ def check(settings: Settings) -> None:
     problems = (models.missing(model.model, model.revision), classify.missing(settings))
     sampling.check_reachable(sampling.needed_pools(plan_of(settings)), *problems)
     folder = models.local_folder(model.model, model.revision)
-    models.check_folder(folder)
+    backends.check_folder(model.backend, folder)
     models.load_tokenizer(folder)
     classify.folder_of(settings)  # stage 05 needs it, after all tuning
     shape = models.folder_shape(folder)
     needed = max(settings.map.buckets, required_heads(run.arm for run in settings.arm_runs))
     if needed > shape.layers * shape.heads:
         raise InputError(f"--buckets {needed}: the model has {shape.layers * shape.heads} heads")
-    neurons = shape.layers * shape.mlp_dim
-    for arm in (run.arm for run in settings.arm_runs):
-        if arm.of_neurons and arm.neurons > neurons:
+    if settings.data.pairs:
+        check_neurons(shape)
+    for arm in (run.arm for run in settings.arm_runs if run.arm.of_neurons):
+        if arm.neurons > (neurons := shape.layers * shape.mlp_dim):
             raise InputError(f"--neurons {arm.neurons} (arm {arm.name}): the model has {neurons} neurons")
 
 
@@ -119,6 +122,8 @@ def join(job: Job) -> dict:
     for shortfall in drawn.short:
         job.warn(f"too few rows: {shortfall}")
     warn_of_length(job, tables)
+    if job.shape.mlp_dim is None:
+        job.warn("no NeuronTune: this model has no down_proj of its own in every layer's MLP")
     counts = {table.stem: len(rows) for table, rows in tables.items()}
     counts |= Counter(tables[CALIBRATION]["split"]) | Counter(tables[BENCHMARKS]["split"])
     job.say(", ".join(f"{name} {count}" for name, count in counts.items()))

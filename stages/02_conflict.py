@@ -5,7 +5,7 @@ and, for NeuronTune, what every MLP neuron contributes to safety and to utility.
 
 Reads calibration.parquet; writes gradients.parquet: for each head the Gram matrix [2F, 2F] of F fold-mean
 gradients of D_safe and of D_util, and what follows from it: dot, norms, O (its interval is in heads.parquet);
-and from the same passes, for every row, the gradient of its log-likelihood in the head's gate, which to first
+and from the same passes, for every row, the gradient of its graded outcome in the head's gate, which to first
 order is what ablating the head does (stage 03, --sensitivity gradient).
 Every other map (--maps) has its own table, gradients-<map>.parquet. As many layers of a map as memory
 allows are a unit (stages.run.diagnosis; a small model is one unit); for units of the same layers D_safe is

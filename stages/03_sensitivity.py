@@ -4,7 +4,8 @@
 
 With --sensitivity counted, as in the paper, every head is ablated once: the utility rows are answered again
 (next token; worked problems in writing), and the harmful prompts (generation, keyword judge). From the same
-heads, counted or graded, also how likely the right answers and the refusals are (log p, nothing decoded).
+heads, counted or graded, also how likely the right answers are (log p) and a refusal is (log-odds that one
+begins); nothing is decoded for it.
 With gradient nothing is ablated: stage 02 has the gradients in the heads' gates.
 
 Reads calibration.parquet and gradients.parquet. Writes sweep_choices, sweep_generations, sweep_answers (where

@@ -97,10 +97,10 @@ def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) ->
         texts = [job.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated]
         columns = {"output": texts, "token_ids": [tokens.tolist() for tokens in generated]}
         outputs.loc[~choice, list(columns)] = pd.DataFrame(columns, index=rows.index[~choice], dtype=object)
-    targeted = rows["target_ids"].map(len) > 0
+    targeted = rows["target_ids"].map(len) + rows["refusal_ids"].map(len) > 0
     if targeted.any():
         graded = [example(row) for row in rows[targeted].to_dict("records")]
-        outputs.loc[targeted, "loglikelihood"] = backend.loglikelihoods(graded, adapter)
+        outputs.loc[targeted, "graded"] = backend.grade(graded, adapter)
     return outputs
 
 

@@ -59,11 +59,13 @@ def compute(job: Job) -> tuple[Results, Responses]:
     resamples, generator = settings.map.resamples, stream(settings.data.seed, "costs", "rows")
     draws = costs.resampled(responses.of, sides, losses, resamples, generator)
     means = costs.with_intervals(costs.mean_over_seeds(by_seed, losses), draws)
+    heads = {spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in settings.maps}
+    drawn = drawn_arms.families(by_seed, arms.set_axis(runs_of(arms, by_name)), responses, heads)
     results = Results(
         m=settings.map.buckets,
         paper=settings.model.paper or None,
         maps=settings.maps,
-        heads={spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in settings.maps},
+        heads=heads,
         sensitivity=settings.map.sensitivity,
         reliability=job.read(RELIABILITY),
         sides=sides,
@@ -73,14 +75,9 @@ def compute(job: Job) -> tuple[Results, Responses]:
         draws=draws,
         # §5.3: does what the buckets were ranked by predict their cost?
         correlations=correlations.correlations(by_seed, means, draws, settings.map.buckets),
+        drawn=drawn,
+        predictions=drawn_arms.predictions(drawn, stream(settings.data.seed, "draws", "permutations")),
         # App. C: refusals of harmless questions, reasoning that is gone
-        predictions=drawn_arms.predictions(
-            by_seed,
-            arms.set_axis(runs_of(arms, by_name)),
-            responses,
-            job.read(HEADS)["layer"].max(),
-            stream(settings.data.seed, "draws", "permutations"),
-        ),
         failures=examples.count_failures(responses),
         # §7: does the map move while a model is tuned?
         **drift.fields(job, by_name),

@@ -139,7 +139,7 @@ def sweeps(backend: Backend, options: Options) -> None:
             list(backend.sweep_generations(safe, heads, options.tokens))
     if "likelihoods" in options.parts:
         with timed(options, told(f"sweep of {len(safe)} targets of 16 tokens")):
-            list(backend.sweep_loglikelihoods(targets, heads))
+            list(backend.sweep_grades(targets, heads))
 
 
 def gradients(backend: Backend, options: Options) -> None:

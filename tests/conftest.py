@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -30,6 +29,17 @@ import backends  # noqa: E402
 from backends import models as folders  # noqa: E402
 from backends.base import Backend, Example  # noqa: E402
 from backends.core.errors import InputError  # noqa: E402
+from tests import reference  # noqa: E402
+from tests.families import (  # noqa: E402
+    FAMILIES,
+    HEAD_DIM,  # noqa: F401 (tests take all sizes from here)
+    HEADS,
+    KINDS,
+    LAYERS,
+    VOCABULARY,
+    write_family,
+    write_model,
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers.utils.logging.disable_progress_bar()
@@ -37,8 +47,6 @@ transformers.utils.logging.disable_progress_bar()
 pytest_plugins = ["tests.public_sets", "tests.runs"]
 
 BACKENDS = ["torch", "flax"]
-KINDS = ["llama-gqa", "qwen2-mha", "qwen2-mqa", "mistral-mqa"]
-"""each family and each sharing of keys, with one window for all layers, for some, and for none"""
 COMPILED = {
     "llama-gqa": (),  # scaled rotary embedding and a tied matrix
     "qwen2-mha": pytest.mark.long,
@@ -46,46 +54,7 @@ COMPILED = {
     "mistral-mqa": pytest.mark.long,
 }
 """marks of the kinds where Flax compiles for each"""
-VOCABULARY, LAYERS, HEADS, HEAD_DIM = 97, 3, 4, 8
 ALL_HEADS = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 40,  # not H * D, so that mixing the two up fails
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "head_dim": HEAD_DIM,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.25,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
-ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-SOME_SLIDE = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
-
-
-def write_model(folder: Path, kind: str) -> Path:
-    """A random model with weights large enough that heads matter and greedy tokens vary."""
-    family, sharing = kind.split("-")
-    common = COMMON | {"num_key_value_heads": {"mha": HEADS, "gqa": 2, "mqa": 1}[sharing]}
-    if family == "llama":
-        config = transformers.LlamaConfig(**common, rope_parameters=dict(ROPE), tie_word_embeddings=True)
-    elif family == "qwen2":
-        config = transformers.Qwen2Config(**common, **(SOME_SLIDE if sharing == "mqa" else {}))
-    else:
-        config = transformers.MistralConfig(**common, sliding_window=9)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(weight, std=0.3)
-            elif name.endswith("norm.weight"):
-                torch.nn.init.uniform_(weight, 0.7, 1.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -115,8 +84,7 @@ class Pair(NamedTuple):
 
 
 def load_pair(name: str, folder: Path, dtype: str = "float32") -> Pair:
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Pair(backends.load(name, folder, device="cpu", dtype=dtype), plain)
+    return Pair(backends.load(name, folder, device="cpu", dtype=dtype), reference.load(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -133,13 +101,14 @@ def few_programs():
     scope="session",
     params=[
         *(pytest.param(("torch", kind), id=f"torch-{kind}") for kind in KINDS),
+        *(pytest.param(("torch", kind), id=f"torch-{kind}", marks=pytest.mark.long) for kind in FAMILIES),
         *(pytest.param(("flax", kind), id=f"flax-{kind}", marks=marks) for kind, marks in COMPILED.items()),
     ],
 )
-def pair(request, models) -> Pair:
+def pair(request, models, tmp_path_factory) -> Pair:
     """Either backend on every kind of model."""
     name, kind = request.param
-    return load_pair(name, models[kind])
+    return load_pair(name, models.get(kind) or write_family(tmp_path_factory.mktemp("family") / kind, kind))
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

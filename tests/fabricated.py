@@ -83,6 +83,7 @@ def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **m
     values["reliability"] = _reliability({OWN_MAP: None}, 0.7)
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
     values |= dict.fromkeys(("predictions", "drift", "drift_layers", "redraws"), pd.DataFrame())
+    values["drawn"] = ()
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)
 
@@ -157,7 +158,8 @@ def _examples(like: Fabricated) -> pd.DataFrame:
     frame["target"] = [f"answer {at}" for _, at in rows]
     frame = frame.assign(source=frame["split"], scoring="refusal", rendered="")
     frame["choices"] = [[]] * len(rows)
-    return frame.assign(**{name: [[1]] * len(rows) for name in ("prompt_ids", "target_ids", "choice_ids")})
+    ids = ("prompt_ids", "target_ids", "choice_ids", "refusal_ids")
+    return frame.assign(**{name: [[1]] * len(rows) for name in ids})
 
 
 def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
@@ -235,7 +237,7 @@ def _answers(like: Fabricated, unit: ArmRun, name: str, side: str, strong: float
             "token_ids": [],
             "prediction": 0 if choice else None,
             "probability": None,
-            "loglikelihood": None,
+            "graded": -1 - 0.3 * strong - 0.1 * (at % 3) * strong**2 if side == "utility" else None,
             "verdict": right,
         }
         row |= {"refused": None if choice else refused, "steps": steps}

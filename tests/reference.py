@@ -6,6 +6,7 @@ Shares no code with the backends; tests and benchmarks hold them against it.
 
 import dataclasses
 import json
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,27 +14,33 @@ import peft
 import pytest
 import torch
 import transformers
+from transformers.masking_utils import eager_mask
 
 from backends.core.errors import InputError
 from backends.core.seeds import lora_a
 
 
+def load(folder) -> torch.nn.Module:
+    """transformers' model with each family's own attention; sdpa passes over Gemma 2's soft cap in 5.17."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model.eval()
+
+
 @contextmanager
 def ablated(model, layer: int, head: int, mask: str = "output", gate: float | torch.Tensor = 0.0):
-    """The model with what `mask` zeroes of a head multiplied by `gate`."""
+    """The model with what `mask` zeroes of a head multiplied by `gate`: what W_o reads of it, or the query
+    that attention is given (some families norm what W_q answers)."""
     attention = model.model.layers[layer].self_attn
     own = torch.arange(attention.head_dim * model.config.num_attention_heads) // attention.head_dim == head
 
     def before(_, inputs):
         return (torch.where(own, inputs[0] * gate, inputs[0]),)
 
-    def after(_, __, output):
-        return torch.where(own, output * gate, output)
-
-    if mask == "output":
-        hook = attention.o_proj.register_forward_pre_hook(before)
-    else:
-        hook = attention.q_proj.register_forward_hook(after)
+    if mask == "query":
+        with _query(model, attention, head, gate):
+            yield
+        return
+    hook = attention.o_proj.register_forward_pre_hook(before)
     try:
         yield
     finally:
@@ -41,12 +48,35 @@ def ablated(model, layer: int, head: int, mask: str = "output", gate: float | to
 
 
 @contextmanager
+def _query(model, attention, head: int, gate: float | torch.Tensor):
+    """The family's own eager attention on queries [N, H, T, D], one head's multiplied in one layer."""
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+
+    def attend(module, query, *rest, **options):
+        if module is attention:
+            own = torch.arange(query.shape[1])[:, None, None] == head
+            query = torch.where(own, query * gate, query)
+        return eager(module, query, *rest, **options)
+
+    transformers.AttentionInterface.register("reference", attend)
+    transformers.AttentionMaskInterface.register("reference", eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("reference")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
 def doubled(model):
-    """The model in float64, and in float32 again afterwards."""
+    """The model in float64, and in float32 again afterwards; joint products of experts know no float64."""
+    experts = model.config._experts_implementation
+    model.set_experts_implementation("eager")
     try:
         yield model.double()
     finally:
-        model.float()
+        model.float().set_experts_implementation(experts)
 
 
 @torch.no_grad()
@@ -102,13 +132,12 @@ def mean_loss(model, examples) -> torch.Tensor:
 
 def merged(folder, adapter) -> torch.nn.Module:
     """PEFT's own merge of an adapter."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    return peft.PeftModel.from_pretrained(load(folder), adapter).merge_and_unload()
 
 
 def lora(folder, recipe) -> peft.PeftModel:
     """PEFT's own LoRA on all of W_q, from the start that the recipe's seed gives."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = load(folder)
     config = peft.LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["q_proj"], task_type="CAUSAL_LM"
     )

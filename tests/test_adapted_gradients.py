@@ -9,7 +9,7 @@ import torch
 from backends.base import GainRecipe, Recipe, Selection, Task
 from tests import reference
 from tests.conftest import ALL_HEADS, HEAD_DIM, change_tensors, make_examples
-from tests.test_graded import plain_loglikelihood
+from tests.test_graded import plain_grade
 
 SAFE, UTIL = make_examples(4, seed=1), make_examples(4, seed=2, choices=3)
 FOLDS = 2
@@ -43,7 +43,7 @@ def merged_gradients(model, mask: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
                 losses = []
                 for row in rows[fold::FOLDS]:
                     target = dataclasses.replace(row, choice_ids=row.choice_ids[:0])  # the loss knows none
-                    losses.append(-plain_loglikelihood(model, target))
+                    losses.append(-plain_grade(model, target))
                 means.append(torch.autograd.grad(torch.stack(losses).mean(), weights))
         model.requires_grad_(False)
         gram, gates = [], []
@@ -52,7 +52,7 @@ def merged_gradients(model, mask: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
             stacked = torch.stack([mean[layer][rows].flatten() for mean in means])
             gram.append((stacked @ stacked.T).numpy())
             with reference.ablated(model, layer, head, mask, gate):
-                of_rows = [plain_loglikelihood(model, row) for row in (*SAFE, *UTIL)]
+                of_rows = [plain_grade(model, row) for row in (*SAFE, *UTIL)]
                 gates.append([float(torch.autograd.grad(each, gate)[0]) for each in of_rows])
     gates = np.array(gates).reshape(3, 4, -1)
     return np.array(gram).reshape(3, 4, 2 * FOLDS, 2 * FOLDS), gates[..., :4], gates[..., 4:]

@@ -83,7 +83,7 @@ def test_logits_choices_and_likelihoods(two):
     for examples in (open_, closed):
         for found, expected in zip(here.choices(examples), cpu.choices(examples), strict=True):
             close(found, expected)
-        close(here.loglikelihoods(examples), cpu.loglikelihoods(examples))
+        close(here.grade(examples), cpu.grade(examples))
 
 
 @pytest.mark.parametrize("mask", ["output", "query"])
@@ -93,7 +93,7 @@ def test_sweeps(two, mask):
     for examples in (open_, closed):
         found, expected = (dict(own.sweep_choices(examples, ALL_HEADS, mask)) for own in two)
         assert all(np.array_equal(found[head], expected[head]) for head in ALL_HEADS)
-        found, expected = (dict(own.sweep_loglikelihoods(examples, ALL_HEADS, mask)) for own in two)
+        found, expected = (dict(own.sweep_grades(examples, ALL_HEADS, mask)) for own in two)
         close([found[head] for head in ALL_HEADS], [expected[head] for head in ALL_HEADS])
     found, expected = (dict(own.sweep_generations(open_, ALL_HEADS, 10, mask)) for own in two)
     for head in ALL_HEADS:
@@ -202,9 +202,7 @@ def test_bfloat16_is_near_float32(models, kind):
     examples = make_examples(24, seed=5)
     spread = float(full.logits(examples).std())
     assert np.abs(half.logits(examples) - full.logits(examples)).mean() < 0.05 * spread
-    np.testing.assert_allclose(
-        half.loglikelihoods(examples), full.loglikelihoods(examples), atol=0.05 * spread, rtol=0.05
-    )
+    np.testing.assert_allclose(half.grade(examples), full.grade(examples), atol=0.05 * spread, rtol=0.05)
 
 
 # A whole run

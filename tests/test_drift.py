@@ -13,6 +13,8 @@ from backends import models
 from backends.core.errors import InputError
 from data.rendering import example
 from stages import audit
+from stages.checks import comparison
+from stages.checks.finished import FinishedRun
 from stages.method import drift as method
 from stages.method.conflict_map import HeadScores, head_scores
 from stages.run import drift as units
@@ -150,7 +152,7 @@ def test_a_finished_stage_gets_its_drift_and_answers_nothing_again(drifted, scra
     shutil.rmtree(folder / EVALUATE)
     make(EVALUATE, plain)
     assert not RunFolder(folder).has(schemas.DRIFT)
-    for call in ("generate", "choices", "loglikelihoods"):
+    for call in ("generate", "choices", "grade"):
         monkeypatch.setattr(f"backends.core.loaded.Loaded.{call}", lambda *_, **__: pytest.fail("answered"))
     kept, keep = [], Job.keep
 
@@ -225,6 +227,31 @@ def test_the_audit_finds_what_was_changed(drifted, scratch, capsys):
     )
     edit(folder, schemas.TRAINING, lambda rows: rows.assign(drawn=rows["drawn"].shift(1)))
     assert "steps: bucket1-rediagnosed-sft-21: heads were drawn before steps [1, 3]" in failed()
+
+
+def test_the_comparison_holds_the_map_of_every_tuned_model(drifted, scratch):
+    def compared(other: Path) -> dict:
+        pair = comparison.Comparison(*(FinishedRun(run, STAGES[:-1]) for run in (drifted, other)))
+        return {row.quantity: row for row in pair.rows()}
+
+    names = [f"{name}, tuned" for name in comparison.DRIFTED]
+    rows = compared(drifted)
+    assert all(rows[name].ok and (rows[name].compared, rows[name].rank) == ("72", 1) for name in names)
+    assert rows["buckets, tuned"].equal == 1 and comparison.DRIFT_RANK == 0.99
+    folder, settings = copied(drifted, scratch)
+
+    def other_map(table: pd.DataFrame) -> None:
+        """Of one model of six."""
+        own = table["arm"] == "bucket1"
+        table.loc[own, "conflict_score"] = np.roll(table.loc[own, "conflict_score"], 5)
+
+    edit(folder, schemas.DRIFT, other_map)
+    rows = compared(folder)
+    assert [name for name in names if rows[name].ok is False] == ["C, tuned"]
+    shutil.rmtree(folder / EVALUATE)
+    make(EVALUATE, settings.replace(drift=False))
+    rows = compared(folder)
+    assert {(rows[name].ok, rows[name].note) for name in names} == {(None, "in one run only")}
 
 
 @pytest.mark.parametrize(

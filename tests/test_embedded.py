@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from operator import add, mul, sub
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from data.records import SCORINGS, Record, normalise
 from data.refusal_judge import keyword_refusal
 
 HARMFUL = ("safe", "vanilla_harmful", "adversarial_harmful", "vanilla", "adversarial", "plain", "attacked")
+ENDING = " Answer in one sentence."
 BENIGN = ("vanilla_benign", "adversarial_benign", "benign")
 
 
@@ -36,7 +38,12 @@ def test_rows_are_those_that_finished_runs_used(rows):
     all others as they are."""
     calibrating = [split for split in SPLITS if GROUPS[split] == "calibration"]
     others = [split for split in SPLITS if split not in calibrating]
-    for splits, expected in ((calibrating, "3e274ea4e58c5c6e"), (others, "37f12a548982fcbb")):
+    assert calibrating[-1] == SPLITS[-1] == "sums"  # what came later moves nothing that was there
+    for splits, expected in (
+        (calibrating[:-1], "3e274ea4e58c5c6e"),
+        (others, "37f12a548982fcbb"),
+        (["sums"], "d5630ae8147afd61"),
+    ):
         texts = [
             f"{row.example_id}|{row.prompt}|{row.prefix}|{row.target}"
             for split in splits
@@ -46,7 +53,7 @@ def test_rows_are_those_that_finished_runs_used(rows):
 
 
 def test_there_are_enough_rows_for_a_reliable_map(rows):
-    for split, least in (("util", 640), ("safe", 288), ("plain", 288), ("attacked", 288)):
+    for split, least in (("util", 640), ("safe", 288), ("plain", 288), ("attacked", 288), ("sums", 240)):
         own = rows[split]
         assert len(own) >= least
         for texts in ({row.entry for row in own}, {normalise(row.prompt) for row in own}):
@@ -65,6 +72,25 @@ def test_no_fact_that_calibrates_is_scored_in_another_family_or_the_other_way_ro
     assert len(pairs("util")) > 640 and not set(pairs("util")) & set(pairs("facts", "words"))
     domains = [{row.source for row in rows[split]} for split in ("util", "words")]
     assert not domains[0] & domains[1], "words is another domain than D_util's"
+
+
+def test_no_problem_that_calibrates_is_scored_with_other_numbers_or_in_another_story(rows):
+    """Each worked answer is right; sums and problems share neither a first number nor a story."""
+
+    def problems(split):
+        for row in rows[split]:
+            a, sign, b, equals, result = row.target.split()
+            assert equals == "=" and int(result) == {"+": add, "-": sub, "x": mul}[sign](int(a), int(b))
+            story = row.prompt.removesuffix(ENDING).replace(f"{a} ", "{a} ").replace(f"{b} ", "{b} ")
+            assert row.scoring == "number" and story.count("{") == 2
+            names = r"\b(Tom|Anna|Ben|Maria|Sam|Lucy|Omar|Nina|Jack|Emma)\b"
+            yield row.source, int(a), re.sub(names, "{name}", story)
+
+    sums, scored = ([*problems(split)] for split in ("sums", "problems"))
+    for at in (1, 2):
+        assert not {row[at] for row in sums} & {row[at] for row in scored}
+    stories = Counter(source for source, story in {(source, story) for source, _, story in sums})
+    assert len(stories) == 3 and min(stories.values()) >= 6
 
 
 def test_ids_and_prompts_are_unique_across_the_project(rows):

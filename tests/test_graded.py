@@ -2,6 +2,7 @@
 transformers' own loss with a hook, one row at a time, float32."""
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,53 +12,73 @@ from backends.core.packing import by_tokens
 from tests import reference
 from tests.conftest import ALL_HEADS, make_examples
 
-EXAMPLES = [*make_examples(5, seed=3), *make_examples(4, seed=4, choices=3)]
-"""rows whose whole target counts, and rows whose answer competes with two other tokens"""
+REQUESTS = [
+    replace(row, refusal_ids=np.array([5, 9, 11][: 1 + at % 3], np.int32))
+    for at, row in enumerate(make_examples(3, seed=6))
+]
+EXAMPLES = [*make_examples(5, seed=3), *REQUESTS, *make_examples(4, seed=4, choices=3)]
+"""rows whose whole target counts, requests, and rows whose answer competes with two other tokens"""
 
 
-def plain_loglikelihood(model, example) -> torch.Tensor:
+def plain_grade(model, example) -> torch.Tensor:
     """In the model's own precision (transformers' loss rounds to float32)."""
     start, target = len(example.prompt_ids) - 1, torch.from_numpy(example.target_ids.astype(np.int64))
     ids = torch.from_numpy(np.concatenate([example.prompt_ids, example.target_ids]).astype(np.int64))[None]
     logits = model(input_ids=ids).logits[0, start:-1]
+    if len(example.refusal_ids):
+        refuses = logits[0].softmax(dim=-1)[example.refusal_ids.astype(np.int64)].sum()
+        return (refuses / (1 - refuses)).log()
     if len(example.choice_ids):
         return logits[0, example.choice_ids.astype(np.int64)].log_softmax(dim=-1)[example.answer]
     return logits.log_softmax(dim=-1)[torch.arange(len(target)), target].mean()
 
 
 @torch.no_grad()
-def plain_loglikelihoods(model, examples) -> np.ndarray:
-    return np.array([float(plain_loglikelihood(model, example)) for example in examples])
+def plain_grades(model, examples) -> np.ndarray:
+    return np.array([float(plain_grade(model, example)) for example in examples])
 
 
 @pytest.mark.parametrize("mask", ["output", "query"])
 def test_sweep_equals_hook_and_loop(pair, mask):
-    clean = plain_loglikelihoods(pair.plain, EXAMPLES)
-    np.testing.assert_allclose(pair.backend.loglikelihoods(EXAMPLES), clean, atol=1e-5)
-    for (layer, head), found in pair.backend.sweep_loglikelihoods(EXAMPLES, ALL_HEADS, mask):
+    clean = plain_grades(pair.plain, EXAMPLES)
+    np.testing.assert_allclose(pair.backend.grade(EXAMPLES), clean, atol=1e-5)
+    for (layer, head), found in pair.backend.sweep_grades(EXAMPLES, ALL_HEADS, mask):
         with reference.ablated(pair.plain, layer, head, mask):
-            expected = plain_loglikelihoods(pair.plain, EXAMPLES)
+            expected = plain_grades(pair.plain, EXAMPLES)
         np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=f"head ({layer}, {head})")
         assert np.abs(found - clean).max() > 1e-3 or mask == "query"
 
 
 @pytest.mark.parametrize("mask", ["output", "query"])
 def test_gates_equal_a_hooked_gate_and_finite_differences(pair, mask):
-    rows, gate, step = EXAMPLES[:8], torch.ones((), requires_grad=True), 0.01
+    rows, gate, step = EXAMPLES[2:10], torch.ones((), requires_grad=True), 0.01
     found = pair.backend.head_gradients(rows[:4], rows[4:], 2, mask=mask)
     gates = np.concatenate([found.gate_safe, found.gate_util], axis=2)  # (L, H, 8)
     assert np.abs(gates).max() > 0.01
     with reference.doubled(pair.plain) as model:
         for layer, head in ALL_HEADS:
             with reference.ablated(model, layer, head, mask, gate):
-                exact = [torch.autograd.grad(plain_loglikelihood(model, row), gate)[0] for row in rows]
+                exact = [torch.autograd.grad(plain_grade(model, row), gate)[0] for row in rows]
             np.testing.assert_allclose(gates[layer, head], exact, atol=1e-5 * np.abs(gates).max())
             sides = []
             for moved in (1 + step, 1 - step):
                 with reference.ablated(model, layer, head, mask, moved):
-                    sides.append(plain_loglikelihoods(model, rows))
+                    sides.append(plain_grades(model, rows))
             near = (sides[0] - sides[1]) / (2 * step)
             np.testing.assert_allclose(gates[layer, head], near, atol=2e-2 * np.abs(gates).max())
+
+
+def test_a_request_needs_no_target_and_a_sure_refusal_is_a_number(pair):
+    nothing = np.zeros(0, np.int32)
+    bare = [replace(row, target_ids=nothing) for row in REQUESTS]
+    found = pair.backend.grade(bare)
+    np.testing.assert_allclose(found, pair.backend.grade(REQUESTS), atol=1e-6)
+    _, swept = next(iter(pair.backend.sweep_grades(bare, [(1, 0)])))
+    assert np.isfinite(swept).all()
+    vocabulary = np.arange(pair.backend.shape.vocab, dtype=np.int32)
+    sure = [replace(row, refusal_ids=np.delete(vocabulary, 7)) for row in REQUESTS]
+    other = [replace(row, refusal_ids=vocabulary[[7]]) for row in REQUESTS]
+    np.testing.assert_allclose(pair.backend.grade(sure), -pair.backend.grade(other), atol=1e-4)
 
 
 def test_gates_of_some_layers_and_the_same_gram(gqa):
@@ -91,9 +112,9 @@ def test_an_adapter_changes_them(gqa, scratch):
     tuning = gqa.backend.tune(EXAMPLES[:4], [(0, 1), (2, 3)], recipe)
     assert list(tuning)
     merged = reference.merged(gqa.plain.config._name_or_path, tuning.adapter)
-    found = gqa.backend.loglikelihoods(EXAMPLES, tuning.adapter)
-    np.testing.assert_allclose(found, plain_loglikelihoods(merged, EXAMPLES), atol=1e-5)
-    assert np.abs(found - gqa.backend.loglikelihoods(EXAMPLES)).max() > 1e-3
+    found = gqa.backend.grade(EXAMPLES, tuning.adapter)
+    np.testing.assert_allclose(found, plain_grades(merged, EXAMPLES), atol=1e-5)
+    assert np.abs(found - gqa.backend.grade(EXAMPLES)).max() > 1e-3
 
 
 def test_a_row_without_target_is_named(gqa):
@@ -102,7 +123,7 @@ def test_a_row_without_target_is_named(gqa):
     bare = dataclasses.replace(EXAMPLES[0], target_ids=np.zeros(0, np.int32))
     wrong = dataclasses.replace(EXAMPLES[-1], answer=3)
     for rows, message in (([bare], "no prompt or no target"), ([wrong], "answer 3 is none")):
-        for call in (gqa.backend.loglikelihoods, lambda own: gqa.backend.sweep_loglikelihoods(own, [(0, 0)])):
+        for call in (gqa.backend.grade, lambda own: gqa.backend.sweep_grades(own, [(0, 0)])):
             with pytest.raises(ValueError, match=message):
                 call(rows)
-    assert gqa.backend.loglikelihoods([]).shape == (0,)
+    assert gqa.backend.grade([]).shape == (0,)

@@ -1,5 +1,8 @@
 """How gradients fit: whatever the plan they are the same, and its estimates hold."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ OTHERS = [
     Plan(32, recompute=False, by_layer=False, sums_on_device=False),
     Plan(64, recompute=True, by_layer=False, sums_on_device=True),
     Plan(1, recompute=True, by_layer=True, sums_on_device=False),
+    Plan(32, recompute=False, by_layer=False, sums_on_device=True, threads=3),
 ]
 
 
@@ -34,7 +38,7 @@ def test_every_plan_gives_the_same(models, monkeypatch, kind, dtype):
     before = {name: weight.clone() for name, weight in own.model.model.state_dict().items()}
     expected = found_by(own, PLAIN, monkeypatch)
     bound = 1e-6 if dtype == "float32" else 0.05  # a bfloat16 pass of fewer rows rounds otherwise
-    for plan in OTHERS if dtype == "float32" else OTHERS[:2]:
+    for plan in OTHERS if dtype == "float32" else OTHERS[:2] + OTHERS[3:]:
         for part, same in zip(found_by(own, plan, monkeypatch), expected, strict=True):
             np.testing.assert_allclose(part, same, rtol=0, atol=bound * np.abs(same).max())
         some = found_by(own, plan, monkeypatch, [2, 0], "query")
@@ -71,13 +75,17 @@ def test_what_a_pass_keeps_is_foreseen(models, dtype):
 
     targets = sum(len(row.target_ids) for row in rows) / tokens
     work = Work(decoder.shape, decoder.itemsize, 3, 3, 2, 80, targets)
+    own = SimpleNamespace()
     with (
         gradients.prepared(decoder.model, PLAIN),
+        gradients.gated(decoder.model, own, weights, "output"),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        own = {weight.untyped_storage().data_ptr() for weight in decoder.model.parameters()}
-        gradients._differentiate(decoder.model, rows, weights, "output")
-    found = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+        weight_places = {weight.untyped_storage().data_ptr() for weight in decoder.model.parameters()}
+        gradients._differentiate(decoder.model, rows, weights, own)
+    found = sum(
+        tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weight_places
+    )
     foreseen = tokens * (work.layers * work.kept_of_layer + work.kept_of_logits)
     assert foreseen / 3 < found < foreseen
 
@@ -103,6 +111,33 @@ def test_an_8b_model_by_what_is_free(itemsize, gib, expected):
     assert found.tokens == pytest.approx(expected.tokens, rel=0.1)
 
 
+def test_how_many_threads_there_are_changes_no_bit(models, monkeypatch):
+    own = backends.load("torch", models["llama-gqa"], device="cpu")
+    expected = found_by(own, replace(OTHERS[3], threads=1), monkeypatch)
+    for part, same in zip(found_by(own, OTHERS[3], monkeypatch), expected, strict=True):
+        np.testing.assert_array_equal(part, same)
+
+
+def test_an_error_in_a_thread_is_raised(models, monkeypatch):
+    own = backends.load("torch", models["llama-gqa"], device="cpu")
+
+    def fail(*_):
+        raise ValueError("no such row")
+
+    monkeypatch.setattr(gradients, "_differentiate", fail)
+    with pytest.raises(ValueError, match="no such row"):
+        found_by(own, OTHERS[3], monkeypatch)
+    assert not any(weight.requires_grad for weight in own.model.model.parameters())
+    assert own.model.model.dtype == torch.float32
+
+
+def test_passes_go_side_by_side_where_memory_allows():
+    work = Work(LLAMA, 2, layers=32, wanted=32, folds=4, longest=100, targets=0.5, host=False)
+    assert plan_gradients(work, 400 * GIB, 512, threads=8).threads == 8
+    assert plan_gradients(work, 40 * GIB, 512, threads=8).threads == 0
+    assert plan_gradients(work, GIB, 512, threads=8).threads == 0
+
+
 def test_a_cpu_keeps_its_sums():
     work = Work(LLAMA, 2, layers=32, wanted=32, folds=4, longest=100, targets=0.5, host=False)
     assert all(plan_gradients(work, gib * GIB, 1024).sums_on_device for gib in (1, 20, 40))
@@ -110,6 +145,7 @@ def test_a_cpu_keeps_its_sums():
 
 def test_a_plan_says_what_it_is():
     assert str(PLAIN) == "1024 tokens a pass, sums on the device"
+    assert str(OTHERS[3]) == "32 tokens a pass, 3 at a time, sums on the device"
     assert str(OTHERS[2]) == (
         "1 tokens a pass, layers computed again in the backward pass, float64 one by one, sums on the host"
     )

@@ -18,7 +18,8 @@ import backends
 from backends import models as folders
 from backends.core.errors import InputError
 from backends.models import sources
-from tests.conftest import BACKENDS, change_tensors, edited, make_examples
+from tests import reference
+from tests.conftest import BACKENDS, change_tensors, edited, load_pair, make_examples
 
 
 @pytest.fixture()
@@ -38,21 +39,44 @@ def test_not_a_model_folder(scratch):
         folders.local_folder("./not/here")
 
 
-YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+REFUSED = [
+    ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM"),
+    ({"attn_logit_softcapping": 50.0}, "attribute attn_logit_softcapping = 50.0"),
+    ({"attn_logit_softcapping": 0}, "attribute attn_logit_softcapping = 0 is"),  # 0 == False, no default
+    ({"use_cache": 0}, "config.json cannot be used .*'use_cache' expected bool"),
+]
+"""by either backend"""
+REFUSED_FLAX = [
+    ({"attn_logit_softcapping": False, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"rope_parameters": YARN}, "rope_type 'yarn'"),
+    ({"rms_norm_eps": 0.5, "clip_qkv": 8.0}, "attribute clip_qkv = 8.0"),
+]
+REFUSED_TORCH = [
+    ({"rope_parameters": YARN | {"rope_type": "dynamic"}}, "rope_type 'dynamic' is not handled"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is not handled"),
+    ({"num_attention_heads": 8}, r"q_proj.weight has shape \(32, 40\), by config.json it is \(64, 40\)"),
+]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM"),
-        ({"attn_logit_softcapping": 50.0}, "attribute attn_logit_softcapping = 50.0"),
-        ({"attn_logit_softcapping": 0}, "attribute attn_logit_softcapping = 0 is"),  # 0 == False, no default
-        ({"attn_logit_softcapping": False, "use_cache": 0, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_parameters": YARN}, "rope_type 'yarn'"),
-    ],
+    ("backend", "changes", "message"),
+    [(backend, *case) for backend in BACKENDS for case in REFUSED]
+    + [("flax", *case) for case in REFUSED_FLAX]
+    + [("torch", *case) for case in REFUSED_TORCH],
 )
-def test_architecture_and_attributes_are_refused_by_name(models, scratch, changes, message):
-    refused(edited(models, scratch, **changes), message)
+def test_architecture_and_attributes_are_refused_by_name(models, scratch, backend, changes, message):
+    refused(edited(models, scratch, **changes), message, backend)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"rope_parameters": YARN}])
+def test_torch_computes_with_what_transformers_knows(models, scratch, changes):
+    own, plain = load_pair("torch", edited(models, scratch, **changes))
+    examples = make_examples(4)
+    found, expected = own.logits(examples), reference.logits(plain, examples)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    other = backends.load("torch", models["llama-gqa"], device="cpu").logits(examples)
+    assert np.abs(found - other).max() > 1e-2 * np.abs(other).max()
 
 
 def test_marks_and_labels_of_other_tools_change_nothing(models, scratch):

@@ -13,11 +13,10 @@ import transformers
 import backends
 from backends.base import Example, Recipe
 from stages.method import metrics, prediction
-from stages.method.arms import BASE_RUN, arm_runs, parse, select_heads
+from stages.method.arms import BASE_RUN, OWN, arm_runs, parse, select_heads
 from stages.method.conflict_map import HeadScores, head_scores
 from stages.method.gradients import conflict_from_gram
-from stages.method.heads import COLUMN
-from stages.report.drawn_arms import MEASURED, predictions
+from stages.report.drawn_arms import MEASURED, families, predictions
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 4, 8, 8, 64
 ABILITY, HARM, LAST, OUT = range(16), range(16, 32), range(32, 40), range(40, 48)
@@ -104,34 +103,27 @@ def gradient_map(backend) -> HeadScores:
     return head_scores(conflict, *changes, "rank-difference", 4)
 
 
-def study(scores: HeadScores, tuned: dict, outcomes: dict) -> pd.Series:
-    """What the report's table says of C and of the log p of right answers that was lost.
+def study(maps: dict[str, HeadScores], tuned: dict, outcomes: dict) -> pd.DataFrame:
+    """What the report's table says of C of each map and of the log p of right answers that was lost.
 
     Args:
         tuned: arm as tuned -> its heads.
         outcomes: arm as tuned, or the base model -> log p of each benchmark row.
     """
-    means = []
-    for heads in tuned.values():
-        at = tuple(np.array(heads).T)
-        means.append({f"mean_{name}": scores.by(by)[at].mean() for by, name in COLUMN.items()})
-    index = pd.Index([BASE_RUN, *tuned], dtype=object)
-    costs = pd.DataFrame([{}, *means], index=index).assign(safety_gain=0.0)
+    costs = pd.DataFrame({"safety_gain": 0.0}, index=pd.Index([BASE_RUN, *tuned], dtype=object))
     columns = {"layers": 0, "heads": 1}
     arms = pd.DataFrame(
         [{name: [head[at] for head in heads] for name, at in columns.items()} for heads in tuned.values()],
-        index=index[1:],
+        index=costs.index[1:],
     )
     of = {
-        run: pd.DataFrame(
-            {"side": "utility", "benchmark": "own", "verdict": values > -1, "loglikelihood": values}
-        )
+        run: pd.DataFrame({"side": "utility", "benchmark": "own", "verdict": values > -1, "graded": values})
         for run, values in outcomes.items()
     }
-    generator = np.random.default_rng(0)
-    found = predictions(costs, arms, SimpleNamespace(of=of), LAYERS - 1, generator)
+    drawn = families(costs, arms, SimpleNamespace(of=of), maps)
+    found = predictions(drawn, np.random.default_rng(0))
     own = found[(found["outcome"] == "graded") & (found["at"] == MEASURED) & (found["predictor"] == "C")]
-    return own.iloc[0]
+    return own.set_index("map")
 
 
 def shuffled(scores: HeadScores, seed: int) -> HeadScores:
@@ -149,15 +141,15 @@ def test_an_effect_of_c_is_found_and_none_of_a_shuffled_c(scratch, monkeypatch):
     assert np.corrcoef(wired.ravel(), scores.conflict_score.ravel())[0, 1] > 0.5, "C must know the wiring"
     benchmark = answered(backend, rows(QUESTIONS, 48, 3, 0))
     align = rows(REQUESTS, 32, 4, REFUSAL)
-    tuned, outcomes = {}, {BASE_RUN: backend.loglikelihoods(benchmark)}
+    tuned, outcomes = {}, {BASE_RUN: backend.grade(benchmark)}
     for run in arm_runs(parse([f"draws{DRAWS}"], 4), (), ("sft",), (21,)):
         tuned[run] = select_heads(run.arm, scores, 4, np.random.default_rng(run.seed))
         recipe = Recipe(
             rank=2, alpha=4.0, lr=0.1, batch=8, accumulation=1, seed=run.seed, folder=scratch / run.name
         )
         assert len(list(backend.tune(align, tuned[run], recipe))) == 4
-        outcomes[run] = backend.loglikelihoods(benchmark, recipe.folder)
-    found = study(scores, tuned, outcomes)
-    assert found["r"] > 0.5 and found["p_heads"] < 0.05
-    others = [study(shuffled(scores, seed), tuned, outcomes) for seed in range(20)]
-    assert sum(each["p_heads"] < 0.05 for each in others) <= 1
+        outcomes[run] = backend.grade(benchmark, recipe.folder)
+    others = {f"shuffled{seed}": shuffled(scores, seed) for seed in range(20)}
+    found = study({OWN: scores} | others, tuned, outcomes)
+    assert found["r"][OWN] > 0.5 and found["p_heads"][OWN] < 0.05
+    assert sum(found["p_heads"][list(others)] < 0.05) <= 1

@@ -32,8 +32,11 @@ def test_the_papers_protocol_is_the_papers():
 
 
 def test_the_study_is_smollm_with_more_arms():
-    """The same rows, map and recipe; six arms with three seeds, 32 draws with a seed each."""
+    """The same rows, map and recipe, beside it a map of sums; six arms with three seeds, 32 draws with a seed
+    each."""
     smollm, study = (presets.preset_settings(name) for name in ("smollm", "smollm-study"))
+    assert [(spec.name, spec.pool, spec.rows) for spec in study.maps[1:]] == [("sums", "embedded/sums", 96)]
+    study = study.replace(maps=())
     for group in ("model", "data", "map", "evaluation"):
         assert getattr(study, group) == getattr(smollm, group)
     assert study.replace(seeds=smollm.tuning.seeds, ablations=()).tuning == smollm.tuning

@@ -74,6 +74,15 @@ def test_completions_end_with_eos_and_next_token_answers_do_not():
     assert gold["answer"] is None and gold["choice_ids"] == []
 
 
+def test_a_request_has_what_its_refusal_may_begin_with():
+    request = dataclasses.replace(RECORD, scoring="refusal", prefix="", target="Sorry, no.")
+    row = render(request)
+    assert row["target_ids"][0] in row["refusal_ids"] and len(row["refusal_ids"]) == 4
+    assert render(dataclasses.replace(request, scoring="over_refusal"))["refusal_ids"] == row["refusal_ids"]
+    begun = dataclasses.replace(request, prefix="Sure, ", target="no")
+    assert render(begun)["refusal_ids"] == render()["refusal_ids"] == []
+
+
 def test_choices_are_first_tokens_after_the_prompt():
     letters = dataclasses.replace(RECORD, prefix="", target="B", choices=("A", "B"), answer=1)
     row = render(letters)

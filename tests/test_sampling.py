@@ -16,6 +16,7 @@ from tests.public_sets import put
 
 SMOLLM = ("facts=120", "words=120", "problems=32:48", "adversarial=40:32", "vanilla=40:32", "benign=40:32")
 FEW = SimpleNamespace(name="few", pool="embedded/util", rows=8)
+SUMS = SimpleNamespace(name="sums", pool="embedded/sums", rows=96)
 PLAN = Plan(
     seed=3,
     folds=4,
@@ -110,6 +111,19 @@ def test_too_few_rows_are_balanced_to_what_there_is_and_said():
     assert str(short["facts"]) == "facts: 251 of 99999 rows, embedded/facts has 251 in all"
     (few,) = draw(replace(PLAN, util=Wanted("embedded/util", 16))).short
     assert (few.split, few.requested, few.drawn) == ("util for attribution", 32, 16)
+
+
+def test_worked_problems_make_a_map_and_move_no_other_row():
+    plan = replace(PLAN, benchmarks=parse_benchmarks(("problems=0:8", *SMOLLM[3:]), False, False))
+    before, found = draw(plan), draw(replace(plan, maps=(FEW, SUMS)))
+    sums = [row for row in found.calibration if row.split == "sums"]
+    assert len(sums) == SUMS.rows and {row.scoring for row in sums} == {"number"}
+    assert [row for row in found.calibration if row.split != "sums"] == before.calibration
+    assert (found.alignment, found.benchmarks, found.short) == (
+        before.alignment,
+        before.benchmarks,
+        before.short,
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_a_counted_map_has_the_other_two_beside_it(tiny_run):
     calibration = pd.read_parquet(tiny_run / "01_calibrate" / "calibration.parquet")
     util = list(calibration["example_id"][calibration["split"] == "util"])
     clean, ablated = (
-        graded[rows].set_index("example_id")["loglikelihood"][util]
+        graded[rows].set_index("example_id")["graded"][util]
         for rows in (graded["layer"].isna(), (graded["layer"] == 1) & (graded["head"] == 2))
     )
     at = (heads["layer"] == 1) & (heads["head"] == 2)
@@ -44,7 +44,7 @@ def test_a_counted_map_has_the_other_two_beside_it(tiny_run):
     found = run.read(RELIABILITY)
     assert list(found["sensitivity"].unique()) == ["counted", "graded", "gradient"]
     assert len(found) == 18 and found["reliability"].dropna().between(0, 1).all()
-    assert run.read(RESPONSES)["loglikelihood"].notna().all()
+    assert run.read(RESPONSES)["graded"].notna().all()
 
 
 def test_a_graded_map_writes_no_response(scratch):

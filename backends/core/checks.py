@@ -49,9 +49,17 @@ def check_folds(folds: int, **examples: Sequence[Example]) -> None:
 
 
 def check_targets(*examples: Example) -> None:
-    """Each must have a target, and an answer where choices compete."""
+    """Each must have a target, and what `check_graded` asks for."""
     for example in examples:
-        if len(example.prompt_ids) == 0 or len(example.target_ids) == 0:
+        if len(example.target_ids) == 0:
+            raise ValueError(f"example {example.example_id} has no prompt or no target")
+    check_graded(*examples)
+
+
+def check_graded(*examples: Example) -> None:
+    """Each must have a graded outcome: a target or refusals, and an answer where choices compete."""
+    for example in examples:
+        if len(example.prompt_ids) == 0 or len(example.target_ids) + len(example.refusal_ids) == 0:
             raise ValueError(f"example {example.example_id} has no prompt or no target")
         if len(example.choice_ids) and not 0 <= example.answer < len(example.choice_ids):
             raise ValueError(f"example {example.example_id}: answer {example.answer} is none of its choices")
@@ -94,8 +102,18 @@ def check_redraw(redraw: Redraw | None) -> None:
         raise ValueError(f"redraw: every {redraw.every} steps, must be positive")
 
 
+def check_neurons(shape: Shape) -> None:
+    """InputError where the model has none that can be tuned."""
+    if shape.mlp_dim is None:
+        raise InputError(
+            "NeuronTune needs a down_proj in the MLP of every layer, and this model has none (a mixture of "
+            "experts, say): --pairs 0, and no arms of neurons"
+        )
+
+
 def check_gains(tasks: Sequence[Task], neurons: Selection, shape: Shape) -> None:
     """Each neuron must exist and be given once, and each task have enough rows to be split."""
+    check_neurons(shape)
     _check_units("neuron", [*neurons.safety, *neurons.utility], shape.layers, shape.mlp_dim)
     if not tasks:
         raise ValueError("tune_gains: no tasks")

@@ -27,8 +27,10 @@ from backends.base import (
 from backends.core.checks import (
     check_ablated,
     check_folds,
+    check_graded,
     check_heads,
     check_mask,
+    check_neurons,
     check_targets,
     finite,
 )
@@ -92,9 +94,9 @@ class Loaded:
         found = wing.head_gradients(self.model, safe, utils, folds, layers, mask, adapter)
         return finite(found, layers)
 
-    def loglikelihoods(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
-        check_targets(*examples)
-        return self._wing("loglikelihood").loglikelihoods(self.model, examples, adapter)
+    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
+        check_graded(*examples)
+        return self._wing("graded").grade(self.model, examples, adapter)
 
     def logits(
         self,
@@ -133,13 +135,13 @@ class Loaded:
         sweep = self._wing("generate").sweep_generations
         return sweep(self.model, prompts, heads, max_new_tokens, mask, self.kept)
 
-    def sweep_loglikelihoods(
+    def sweep_grades(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
         check_mask(mask)
-        check_targets(*examples)
+        check_graded(*examples)
         heads = check_heads(heads, self.shape)
-        sweep = self._wing("loglikelihood").sweep_loglikelihoods
+        sweep = self._wing("graded").sweep_grades
         return sweep(self.model, examples, heads, mask, self.kept)
 
     def tune(
@@ -158,6 +160,7 @@ class Loaded:
         self, examples: Sequence[Example], baselines: Sequence[Example] | None = None, steps: int = 64
     ) -> Attribution:
         self.kept.drop()
+        check_neurons(self.shape)
         return self._wing("neurons").attribute_neurons(self.model, examples, baselines, steps)
 
     def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:

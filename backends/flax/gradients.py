@@ -16,7 +16,7 @@ from backends.core.packing import by_tokens
 from backends.core.progress import progress
 from backends.flax import adapter as adapters
 from backends.flax.decoder import Adapter, Decoder
-from backends.flax.loglikelihood import Batch, log_likelihood, make_batch
+from backends.flax.graded import Batch, grades, make_batch
 from backends.flax.loss import TOKENS_CPU, TOKENS_DEVICE, recomputes, row_losses, target_logits
 from backends.flax.model import Model
 
@@ -31,24 +31,24 @@ class _Passes(NamedTuple):
     bar: tqdm
 
 
-@partial(jax.jit, static_argnames=("graph", "mask", "compete", "recompute"))
-def differentiate(graph, weights, batch: Batch, adapter, layers, mask: str, compete: bool, recompute: bool):
+@partial(jax.jit, static_argnames=("graph", "mask", "other", "recompute"))
+def differentiate(graph, weights, batch: Batch, adapter, layers, mask: str, other: bool, recompute: bool):
     """Gradients of the sum of losses in W_q of some layers, float32 [l, E, H, D], and of each row's
-    log-likelihood in its gates, [R, l, H].
+    graded outcome in its gates, [R, l, H].
 
     Args:
-        compete: choices do in some row, where the outcome is another function than the loss.
+        other: some row's outcome is another function than its loss.
     """
     if weights["embedding"][...].dtype == jnp.float32:
         weights, adapter = jax.tree.map(lambda each: each.astype(jnp.float64), (weights, adapter))
 
     def sums(kernel: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of losses, and of log-likelihoods."""
+        """Of losses, and of graded outcomes."""
         decoder: Decoder = nnx.merge(graph, weights)
         decoder.layers.attention.query.kernel = nnx.Param(kernel)
         hidden = decoder.forward(batch.rows.ids, adapter, recompute, gates, mask)
         logits = target_logits(decoder, hidden, batch.rows)
-        return row_losses(logits, batch.rows).sum(), log_likelihood(logits, batch).sum()
+        return row_losses(logits, batch.rows).sum(), grades(logits, batch).sum()
 
     decoder: Decoder = nnx.merge(graph, weights)
     kernel, size = decoder.layers.attention.query.kernel[...], decoder.config.shape
@@ -56,7 +56,7 @@ def differentiate(graph, weights, batch: Batch, adapter, layers, mask: str, comp
     gates = jnp.ones((len(batch.rows.ids), size.layers, size.heads), wide)
     (loss, outcome), backward = jax.vjp(sums, kernel, gates)
     of_kernel, of_gates = backward((jnp.ones_like(loss), jnp.zeros_like(outcome)))
-    of_gates = backward((jnp.zeros_like(loss), jnp.ones_like(outcome)))[1] if compete else -of_gates
+    of_gates = backward((jnp.zeros_like(loss), jnp.ones_like(outcome)))[1] if other else -of_gates
     return of_kernel[layers].astype(jnp.float32), of_gates[:, layers]
 
 
@@ -73,10 +73,10 @@ def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tupl
         for some in by_tokens([examples[row] for row in members], budget):
             rows = [examples[row] for row in members[some]]
             batch = make_batch(model, rows)
-            compete = any(len(row.choice_ids) for row in rows)
+            other = any(len(row.choice_ids) + len(row.refusal_ids) for row in rows)
             recompute = recomputes(model, *batch.rows.ids.shape)
             with jax.enable_x64(model.config.dtype == "float32"):
-                found = model.apply(differentiate, batch, adapter, layers, mask, compete, recompute)
+                found = model.apply(differentiate, batch, adapter, layers, mask, other, recompute)
             of_kernel, of_gates = (np.asarray(part) for part in found)
             sums[fold] += of_kernel / len(members)
             gates[:, :, members[some]] = np.moveaxis(of_gates[: len(rows)], 0, -1)

@@ -36,15 +36,16 @@ def make_rows(model: Model, examples: Sequence[Example], filled: int, of: int) -
     sequences, starts = training_rows(examples)
     width = round_up(max(map(len, sequences)), WIDTH)
     most = max(len(sequence) - start for sequence, start in zip(sequences, starts, strict=True))
-    shape = (filled, round_up(most, PLACES))
+    shape = (filled, round_up(max(1, most), PLACES))
     ids = np.zeros((filled, width), np.int32)
     places, targets, share = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         ids[row, : len(sequence)] = sequence
         count = len(sequence) - start
+        places[row, 0] = start - 1  # also of a row without a target
         places[row, :count] = np.arange(start - 1, len(sequence) - 1)
         targets[row, :count] = sequence[start:]
-        share[row, :count] = 1 / (count * of)
+        share[row, :count] = 1 / (max(1, count) * of)
     return Rows(*(model.put(array, 0) for array in (ids, places, targets, share)))
 
 

@@ -94,8 +94,7 @@ _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def read_config(folder: Path, dtype: str) -> Config:
-    """The decoder's configuration. The folder has passed `models.check_folder`, which refuses what no
-    backend handles."""
+    """The decoder's configuration. The folder has passed `flax.usable`, which refuses what is not handled."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -2,15 +2,19 @@
 
 from backends.models.sources import EMBEDDED, TINY, cache_folder, local_folder, missing, without_progress_bars
 from backends.models.usable import (
+    INERT,
     MODEL_HASHES,
     check_folder,
+    configuration,
     eos_ids,
     folder_shape,
     load_tokenizer,
     model_hashes,
     read_config,
     read_shape,
+    rope_parameters,
     sliding_windows,
+    tensor_shapes,
     tokenizer_sha256,
     weight_files,
     weights_sha256,
@@ -18,10 +22,12 @@ from backends.models.usable import (
 
 __all__ = [
     "EMBEDDED",
+    "INERT",
     "MODEL_HASHES",
     "TINY",
     "cache_folder",
     "check_folder",
+    "configuration",
     "eos_ids",
     "folder_shape",
     "load_tokenizer",
@@ -30,7 +36,9 @@ __all__ = [
     "model_hashes",
     "read_config",
     "read_shape",
+    "rope_parameters",
     "sliding_windows",
+    "tensor_shapes",
     "tokenizer_sha256",
     "weight_files",
     "weights_sha256",

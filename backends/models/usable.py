@@ -1,5 +1,5 @@
-"""Which model folders can be used, and what a folder says of its model: sizes, EOS, windows, tokenizer,
-hashes."""
+"""Which folders hold a model, and what a folder says of it: sizes, EOS, windows, tokenizer, hashes. Which of
+them a backend can run says its own `usable`."""
 
 import hashlib
 import json
@@ -14,36 +14,18 @@ from safetensors import SafetensorError, safe_open
 from backends.base import Shape
 from backends.core.errors import InputError, reason
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MistralForCausalLM": "mistral"}
-"""architecture -> its model_type"""
-ROPE_TYPES = ("default", "llama3")
-
-# Attributes of config.json that the code handles, or that do not change what it computes. Any other attribute
-# whose value is not its class's default is refused by name: a model computed a little wrong is worse than
-# none.
+# Attributes of config.json from which no result follows (`eos_ids` says which ids end a response); also what
+# other tools and older versions leave there: marks, labels of classifiers, and settings of generation, which
+# is greedy here whatever they say.
 # fmt: off
-_HANDLED = frozenset([
-    "architectures", "attention_bias", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
-    "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
-    "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "model_type",
-    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "pad_token_id",
-    "pretraining_tp", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
-    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "unk_token_id",
-    "use_cache", "use_sliding_window", "vocab_size",
-])
-# Of those, what no result follows from; `eos_ids` says which ids end a response.
-_NOT_COMPUTED_WITH = frozenset([
-    "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id", "torch_dtype",
-    "transformers_version", "unk_token_id", "use_cache",
-])
-# What other tools and older versions leave in a config.json: marks, labels of classifiers, and settings of
-# generation, which is greedy here whatever they say.
-_INERT = frozenset([
-    "chunk_size_feed_forward", "do_sample", "id2label", "is_decoder", "is_llama_config", "label2id",
-    "max_length", "max_new_tokens", "model_max_length", "name_or_path", "num_beams", "num_labels",
-    "output_attentions", "output_hidden_states", "problem_type", "repetition_penalty", "return_dict",
-    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "transformers.js_config",
-    "unsloth_fixed", "unsloth_version",
+INERT = frozenset([
+    "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length", "max_new_tokens",
+    "model_max_length", "name_or_path", "num_beams", "num_labels", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "repetition_penalty", "return_dict",
+    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version",
+    "use_cache",
 ])
 # fmt: on
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
@@ -73,28 +55,49 @@ def _read_object(path: Path) -> dict:
 
 
 def check_folder(folder: Path) -> None:
-    """InputError, one line, on a folder that no backend can use: architecture, attribute, size, weights."""
+    """InputError, one line, on a folder that no backend can use: class, sizes, EOS, weights."""
     path, config = folder / "config.json", read_config(folder)
-    architectures = config.get("architectures") or ["none named"]
-    if not isinstance(architectures, list):
-        raise InputError(f"{path}: architectures = {architectures!r} is no list of names")
-    architecture = str(architectures[0])
-    if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"{folder}: architecture {architecture} is not handled, only {', '.join(ARCHITECTURES)}"
-        )
-    wanted, found = ARCHITECTURES[architecture], config.get("model_type")
-    if found != wanted:
-        raise InputError(f"{path}: model_type of {architecture} is {wanted!r}, not {found!r}")
-    _check_attributes(path, config)
-    _check_sizes(path, folder_shape(folder))
-    eos_ids(folder)
+    _check_class(path, config)
+    for rope in rope_parameters(path, config):
+        for name, value in rope.items():
+            if name not in ("rope_type", "type") and not isinstance(value, int | float | None):
+                raise InputError(f"{path}: rope parameter {name} = {value!r} is no number")
     for file in weight_files(folder):
         with open(file, "rb") as weights:
             if weights.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise InputError(f"{file} is a Git LFS pointer, not the weights: `git lfs pull` there")
+    _check_sizes(path, folder_shape(folder))
+    eos_ids(folder)
     if config.get("tie_word_embeddings"):
         _check_tied(folder)
+
+
+def _check_class(path: Path, config: dict) -> None:
+    """The architecture must be the one that transformers loads."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    architectures, found = config.get("architectures") or ["none named"], config.get("model_type")
+    if not isinstance(architectures, list):
+        raise InputError(f"{path}: architectures = {architectures!r} is no list of names")
+    architecture = str(architectures[0])
+    types = [kind for kind, name in CLASSES.items() if name == architecture]
+    if types and found not in CLASSES:
+        usual = max(types, key=lambda kind: architecture.lower().startswith(kind.replace("_", "")))
+        raise InputError(f"{path}: model_type of {architecture} is {usual!r}, not {found!r}")
+    if found not in types:
+        known = (
+            f"{found!r} is a {CLASSES[found]}" if found in CLASSES else "no language model of transformers"
+        )
+        raise InputError(f"{path}: architecture {architecture} is not handled: {known}")
+
+
+def rope_parameters(path: Path, config: dict) -> list[dict]:
+    """What config.json says of rotary turns: once, or for each kind of layer."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: the rope parameters are {rope!r}, not names and values")
+    by_kind = [value for value in rope.values() if isinstance(value, dict)]
+    return by_kind or [{"rope_theta": config.get("rope_theta")} | rope]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -127,54 +130,31 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_tied(folder: Path) -> None:
-    """InputError where the files hold an output matrix that is not the embedding, to which config.json ties
-    it: some loaders take the one, some the other."""
-    holders = {}
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a folder. InputError on a damaged file."""
+    shapes = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="numpy") as file:
-                holders |= {name: path for name in TIED if name in set(file.keys())}
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in set(file.keys())}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: the weights cannot be loaded ({reason(error)})") from None
-    if len(holders) < len(TIED):
-        return
+    return shapes
+
+
+def _check_tied(folder: Path) -> None:
+    """InputError where the files hold an output matrix that is not the embedding, to which config.json ties
+    it: some loaders take the one, some the other."""
     matrices = []
-    for name in TIED:
-        with safe_open(holders[name], framework="numpy") as file:
-            matrices.append(file.get_tensor(name))
-    if not np.array_equal(*matrices):
+    for path in weight_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            matrices += [file.get_tensor(name) for name in TIED if name in set(file.keys())]
+    if len(matrices) == len(TIED) and not np.array_equal(*matrices):
         raise InputError(f"{folder}: tie_word_embeddings is true, but {' is not '.join(TIED)}")
 
 
-def _check_attributes(path: Path, config: dict) -> None:
-    from transformers import AutoConfig
-
-    default = AutoConfig.for_model(config["model_type"])
-    for name, value in config.items():
-        described = name.startswith("_")  # names and hashes, never arithmetic
-        if described or name in _HANDLED | _INERT or value is None or value is False:
-            continue
-        usual = getattr(default, name, None)
-        if value != usual or isinstance(value, bool) != isinstance(usual, bool):  # 0 == False
-            raise InputError(f"{path}: attribute {name} = {value!r} is not handled")
-    if config.get("hidden_act", "silu") != "silu":
-        raise InputError(
-            f"{path}: attribute hidden_act = {config['hidden_act']!r} is not handled, only 'silu'"
-        )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: the rope parameters are {rope!r}, not names and values")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise InputError(f"{path}: rope_type {kind!r} is not handled, only {' and '.join(ROPE_TYPES)}")
-    for name, value in ({"rope_theta": config.get("rope_theta")} | rope).items():
-        if name not in ("rope_type", "type") and not isinstance(value, int | float | None):
-            raise InputError(f"{path}: rope parameter {name} = {value!r} is no number")
-
-
 def _check_sizes(path: Path, shape: Shape) -> None:
-    if min(astuple(shape)) < 1:
+    if not all(type(size) is int and size > 0 for size in astuple(shape) if size is not None):
         raise InputError(f"{path}: sizes must be positive, not {shape}")
     if shape.heads % shape.kv_heads:
         raise InputError(
@@ -183,30 +163,43 @@ def _check_sizes(path: Path, shape: Shape) -> None:
         )
 
 
-def read_shape(config) -> Shape:
-    """Sizes of a model from transformers' configuration object."""
+def read_shape(config, neurons: bool = True) -> Shape:
+    """Sizes of a model from transformers' configuration object.
+
+    Args:
+        neurons: a matrix of its own reads the units of each layer's MLP.
+    """
     return Shape(
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         model_dim=config.hidden_size,
-        mlp_dim=config.intermediate_size,
+        mlp_dim=config.intermediate_size if neurons else None,
         vocab=config.vocab_size,
     )
 
 
-def folder_shape(folder: Path) -> Shape:
-    """Sizes of the model in a folder; nothing is loaded. InputError where transformers refuses its
-    config.json."""
+def configuration(folder: Path):
+    """transformers' configuration object. InputError where it refuses config.json."""
     from transformers import AutoConfig
 
+    read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the library's checks raise types of their own, the cause in the last line
         cause = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"{folder / 'config.json'} cannot be used ({cause})") from None
-    return read_shape(config)
+
+
+def folder_shape(folder: Path) -> Shape:
+    """Sizes of the model in a folder; nothing is loaded. InputError where config.json does not give them."""
+    config, names = configuration(folder), tensor_shapes(folder)
+    try:
+        layers = range(config.num_hidden_layers)
+        return read_shape(config, all(f"model.layers.{at}.mlp.down_proj.weight" in names for at in layers))
+    except (AttributeError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} gives no sizes of a decoder ({reason(error)})") from None
 
 
 def eos_ids(folder: Path) -> list[int]:
@@ -224,7 +217,7 @@ def eos_ids(folder: Path) -> list[int]:
 def sliding_windows(config) -> list[int | None]:
     """Tokens that each layer attends to, itself included; None: all. `config` is transformers' object."""
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "llama" or (config.model_type == "qwen2" and not config.use_sliding_window):
+    if config.model_type == "llama" or not getattr(config, "use_sliding_window", True):
         window = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
@@ -251,7 +244,7 @@ def config_sha256(folder: Path) -> str:
     config = {
         name: value
         for name, value in read_config(folder).items()
-        if not name.startswith("_") and name not in _NOT_COMPUTED_WITH | _INERT
+        if not name.startswith("_") and name not in INERT
     }
     described = json.dumps([config, sorted(set(eos_ids(folder)))], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
@@ -290,7 +283,7 @@ def load_tokenizer(folder: Path, chat: bool = True):
         raise InputError(f"{folder}: the tokenizer has no chat template, so this is no instruct model")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{folder}: the tokenizer has no EOS token")
-    largest, size = max(tokenizer.get_vocab().values()), folder_shape(folder).vocab
+    largest, size = max(tokenizer.get_vocab().values()), configuration(folder).vocab_size
     if largest >= size:
         raise InputError(f"{folder}: the tokenizer's ids go up to {largest}, vocab_size is {size} only")
     return tokenizer

@@ -1,4 +1,4 @@
-"""Loads a model folder into transformers' model and takes it apart (`torch.decoder`)."""
+"""Loads a model folder into transformers' model, to be run layer by layer (`torch.decoder`)."""
 
 from pathlib import Path
 
@@ -8,8 +8,7 @@ import transformers
 from backends import models
 from backends.core.errors import InputError, reason
 from backends.core.loaded import Loaded
-from backends.torch import devices
-from backends.torch.decoder import Decoder
+from backends.torch import attention, devices, probe
 
 SMALL = 5_000_000
 """parameters below which one CPU thread is faster (two took twice as long on `tiny`)"""
@@ -25,7 +24,7 @@ def load(model_dir: Path, dtype: str, device: str, model_parallel: int) -> Loade
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 model_dir,
                 dtype=kind,
-                attn_implementation="sdpa",
+                attn_implementation=attention.NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -46,5 +45,5 @@ def load(model_dir: Path, dtype: str, device: str, model_parallel: int) -> Loade
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise InputError(f"{model_dir}: weight {name} holds values that are not finite")
-    decoder = Decoder(model, places, models.eos_ids(model_dir))
+    decoder = probe.probed(model_dir, model, places)
     return Loaded("torch", decoder, str(kind).removeprefix("torch."), devices.describe(places), decoder.shape)

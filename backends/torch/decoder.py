@@ -1,15 +1,16 @@
-"""The transformers decoder, taken apart: prompts without padding, ablated heads, decoding from caches.
+"""The transformers decoder, layer by layer: prompts without padding, ablated heads, decoding from caches.
 
-The weights and small modules (projections, norms, MLP, rotary tables) are transformers' own and are called
-layer by layer; here is the order of a Llama, Qwen2 or Mistral layer, so that a pass can start at any layer
-from a kept residual stream, compute a shared prefix once, skip tokens whose output is not read, and ablate
-another head in every row. `choices`, `generate` and both sweeps run on this code path, so that clean and
-ablated models round alike.
+Layers are called as they are, whatever their family; only their attention (`torch.attention`) is told what to
+do, so that a pass can start at any layer from a kept residual stream, compute a shared prefix once, skip
+tokens whose output is not read, and ablate another head in every row. `choices`, `generate` and both sweeps
+run on this code path, so that clean and ablated models round alike. `torch.probe` compares it with the
+model's own forward.
 
 Axes as in `backends.base`; n copies or rows of a pass, R prompts of a batch, T tokens of its line, P of the
 prefix that all share, C of the longest prompt, or columns of a cache.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,55 +18,17 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from transformers.models.llama.modeling_llama import rotate_half
 
 from backends import models
-from backends.core import budgets, packing
-from backends.torch.masks import Masks
+from backends.core import budgets
+from backends.torch import attention
+from backends.torch.attention import Attend, Heads, Masks, mixed
+from backends.torch.batch import Batch, attend_all, attend_last
 
 PIECE = 1024
 """tokens of the vocabulary whose logits are computed together on a CPU"""
-Pair = tuple[torch.Tensor, torch.Tensor]
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A `packing.Line` on a device: prompts without padding, shared beginnings once."""
-
-    rows: np.ndarray
-    ids: torch.Tensor
-    positions: torch.Tensor
-    prefix: int
-    columns: torch.Tensor
-    lengths: torch.Tensor
-    picks: torch.Tensor
-    whole: bool = False
-    """the last layer's outcome is wanted of every token, not of the prompts' last ones only"""
-
-    @property
-    def last(self) -> torch.Tensor:
-        """Each prompt's last token in the line, [R]."""
-        return self.columns[:, -1]
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = ("ids", "positions", "columns", "lengths", "picks")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
-
-
-def make_batch(line: packing.Line, device: torch.device) -> Batch:
-    ids, positions, columns, lengths, picks = (
-        torch.from_numpy(part).to(device)
-        for part in (line.ids, line.positions, line.columns, line.lengths, line.picks)
-    )
-    return Batch(line.rows, ids, positions, line.prefix, columns, lengths, picks)
-
-
-def make_batches(
-    sequences: Sequence[np.ndarray], device: torch.device, tokens: int, shared: int, most: int = 0
-) -> list[Batch]:
-    """`packing.lines` on the device."""
-    return [make_batch(line, device) for line in packing.lines(sequences, tokens, shared, most)]
+Keep = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""takes a layer's index, keys and values, [n, T, K, D], on its device"""
 
 
 @dataclass(frozen=True)
@@ -85,13 +48,44 @@ class Ablation:
     def zeroed(self, part: str, index: int, per_head: torch.Tensor) -> torch.Tensor:
         """`part` of layer `index`, [n, M, H, D], without the ablated heads, if it is the one to be zeroed.
 
-        output: what W_o reads of a head (zeroing W_o's output would hit channels, not heads). query: after
-        the bias; rotary embedding leaves zero at zero, so the head attends uniformly.
+        output: what W_o reads of a head (zeroing W_o's output would hit channels, not heads). query: what
+        attention receives, after bias, norm and rotary turn; the head attends uniformly.
         """
         if part != self.mask or index != self.layer:
             return per_head
         every = torch.arange(per_head.shape[2], device=per_head.device)
         return per_head * (every != self.heads[:, None])[:, None, :, None]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where tokens stand, as layers are told it."""
+
+    ids: torch.Tensor
+    """[1 or n, T]"""
+    turns: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """kind of a layer -> cosines and sines, [1 or n, T, .] each"""
+
+    def to(self, place: torch.device) -> "Positions":
+        return self._each(lambda part: part.to(place))
+
+    def take(self, tokens: torch.Tensor | np.ndarray) -> "Positions":
+        return self._each(lambda part: part[:, tokens])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Positions":
+        turns = {kind: tuple(map(change, turn)) for kind, turn in self.turns.items()}
+        return Positions(change(self.ids), turns)
+
+
+class _Left(Exception):
+    """How the call of a layer is left once its attention has been given the heads."""
+
+    def __init__(self, heads: Heads):
+        self.heads = heads
+
+
+def _leave(heads: Heads) -> torch.Tensor:
+    raise _Left(heads)
 
 
 class Cache:
@@ -123,7 +117,7 @@ class Cache:
 
 
 class Decoder:
-    """A transformers causal LM, taken apart. Holds no weights of its own.
+    """A transformers causal LM, layer by layer. Holds no weights of its own.
 
     Args:
         places: each layer's device, the first one's also that of embedding, norm and output matrix. There a
@@ -137,10 +131,13 @@ class Decoder:
         places: Sequence[torch.device] | None = None,
         eos: Sequence[int] = (),
     ):
+        model.set_attn_implementation(attention.NAME)
         self.model, self.eos = model, frozenset(eos)
-        self.shape = models.read_shape(model.config)
+        self.shape = models.read_shape(model.config, all(map(has_neurons, model.model.layers)))
         self.layers = self.shape.layers
-        self.windows = models.sliding_windows(model.config)
+        # Some families turn the layers of a kind by angles of their own.
+        by_kind = "layer_type" in inspect.signature(model.model.rotary_emb.forward).parameters
+        self.kinds = model.config.layer_types if by_kind else [""] * self.layers
         self.places = list(places or [model.device] * self.layers)
         self.itemsize = model.dtype.itemsize
 
@@ -173,7 +170,10 @@ class Decoder:
         return groupby(layers, lambda index: self.places[index])
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model.model.embed_tokens(ids)
+        """What the first layer reads, [..., E]; Granite multiplies the embedding."""
+        embedded = self.model.model.embed_tokens(ids)
+        scale = getattr(self.model.config, "embedding_multiplier", None)
+        return embedded * scale if scale else embedded
 
     def logits(self, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [..., V] from the last layer's residual stream, or [..., m] for the m tokens of
@@ -182,13 +182,15 @@ class Decoder:
         if vocabulary is not None:
             weight = weight[vocabulary]
         if self.device.type == "cpu" or self.model.dtype == torch.float32:
-            return torch.nn.functional.linear(hidden.float(), weight.float())
-        found = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
-        return found.unflatten(0, hidden.shape[:-1])
+            found = torch.nn.functional.linear(hidden.float(), weight.float())
+        else:
+            found = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+            found = found.unflatten(0, hidden.shape[:-1])
+        return finished(self.model, found)
 
     def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
         """The token of the largest logit, int64 [...], from the last layer's residual stream; of several, the
-        first one."""
+        first one. What is done to logits (`finished`) leaves their order."""
         if self.device.type != "cpu":
             return self.logits(hidden).argmax(dim=-1)
         # A piece of the vocabulary at a time, whose logits stay in the cache, and tokens as columns: for the
@@ -210,40 +212,34 @@ class Decoder:
         start: int,
         stop: int,
         ablation: Ablation | None = None,
-        keep: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+        keep: Keep | None = None,
     ) -> torch.Tensor:
         """Layers start..stop-1 for copies of a batch, each with another head ablated.
 
         Args:
             hidden: residual stream before layer `start`, [n, T, E].
-            keep: called with each layer's index, keys and values, [n, T, K, D], on its device.
+            keep: called for each layer.
 
         Returns the residual stream after layer stop-1: [n, T, E], or after the model's last layer of the
         prompts' last tokens only, [n, R, E] (unless `batch.whole`).
         """
-        turns = self.rotary(hidden, batch.positions[None])
+        positions = self.positions(hidden, batch.positions[None])
         for place, layers in self.stretches(range(start, stop)):
-            hidden, line, rotary = hidden.to(place), batch.to(place), to(turns, place)
+            hidden, line, own_positions = hidden.to(place), batch.to(place), positions.to(place)
             ablated = ablation and ablation.to(place)
             at = torch.arange(line.columns.shape[1], device=place)
-            own = self.masks((at[:, None] - at)[None])  # (1, C, C)
-            ends = self.masks((line.lengths - 1)[:, None, None] - at)  # (R, 1, C)
+            among = Masks((at[:, None] - at)[None])  # (1, C, C)
+            ends = Masks((line.lengths - 1)[:, None, None] - at)  # (R, 1, C)
             for index in layers:
                 last = line.last if index == self.layers - 1 and not batch.whole else None
 
-                def attend(index, queries, keys, values, line=line, last=last, own=own, ends=ends):
+                def attend(heads, index=index, line=line, last=last, among=among, ends=ends):
                     if keep is not None:
-                        keep(index, keys, values)
-                    window = self.windows[index]
-                    if last is None:
-                        return self._attend_all(line, index, queries, keys, values, own.of(window))
-                    return self._attend_last(line, index, queries, keys, values, ends.of(window))
+                        keep(index, heads.keys, heads.values)
+                    return attend_all(line, heads, among) if last is None else attend_last(line, heads, ends)
 
-                hidden = self.layer(index, hidden, rotary, attend, ablated, last)
+                hidden = self.layer(index, hidden, own_positions, attend, ablated, last)
         return hidden.to(self.device)
-
-    def masks(self, distance: torch.Tensor) -> Masks:
-        return Masks(distance, self.shape.heads // self.shape.kv_heads, self.model.dtype)
 
     def extend(
         self,
@@ -259,125 +255,84 @@ class Decoder:
         Args:
             width: columns of the cache that any of them sees, one more than the largest position.
         """
-        turns = self.rotary(hidden, positions)
+        every = self.positions(hidden, positions)
         for place, layers in self.stretches(cache.layers):
-            hidden, at, rotary = hidden.to(place), positions.to(place), to(turns, place)
+            hidden, own = hidden.to(place), every.to(place)
             ablated = ablation and ablation.to(place)
             lines = torch.arange(len(hidden), device=place)[:, None]
-            masks = self.masks(at[:, :, None] - torch.arange(width, device=place))  # (n, w, C)
-
-            def attend(index, queries, keys, values, lines=lines, at=at, masks=masks):
-                cache.keys[index][lines, at] = keys
-                cache.values[index][lines, at] = values
-                known, held = (kept[index][: len(lines), :width] for kept in (cache.keys, cache.values))
-                return self._attention(index, queries, known, held, masks.of(self.windows[index]))
-
+            masks = Masks(own.ids[:, :, None] - torch.arange(width, device=place))  # (n, w, C)
             for index in layers:
-                hidden = self.layer(index, hidden, rotary, attend, ablated)
+
+                def attend(heads, index=index, lines=lines, at=own.ids, masks=masks):
+                    cache.keys[index][lines, at] = heads.keys
+                    cache.values[index][lines, at] = heads.values
+                    keys, values = (kept[index][: len(lines), :width] for kept in (cache.keys, cache.values))
+                    heads = replace(heads, keys=keys, values=values)
+                    return mixed(heads, masks.of(heads))
+
+                hidden = self.layer(index, hidden, own, attend, ablated)
         return hidden.to(self.device)
 
-    def rotary(self, hidden: torch.Tensor, positions: torch.Tensor) -> Pair:
-        """Cosines and sines, [n, T, 1, D] each."""
-        cos, sin = self.model.model.rotary_emb(hidden, position_ids=positions)
-        return cos[:, :, None], sin[:, :, None]
+    def positions(self, hidden: torch.Tensor, ids: torch.Tensor) -> Positions:
+        """Of tokens at positions `ids`, [1 or n, T]; `hidden` gives type and device."""
+        turn = self.model.model.rotary_emb
+        kinds = dict.fromkeys(self.kinds)
+        return Positions(ids, {kind: turn(hidden, ids, *([kind] if kind else [])) for kind in kinds})
 
     def layer(
         self,
         index: int,
         hidden: torch.Tensor,
-        rotary: Pair,
+        positions: Positions,
         attend: Attend,
         ablation: Ablation | None = None,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One decoder layer on [n, T, E]; its outcome for all tokens or for those of `wanted` [M]."""
-        module = self.model.model.layers[index]
-        attention, normed = module.self_attn, module.input_layernorm(hidden)
-        keys = attention.k_proj(normed).unflatten(-1, (self.shape.kv_heads, -1))  # (n, T, K, D)
-        values = attention.v_proj(normed).unflatten(-1, (self.shape.kv_heads, -1))
-        keys = _rotated(keys, rotary)
-        if wanted is not None:
-            hidden, normed = hidden[:, wanted], normed[:, wanted]
-            rotary = rotary[0][:, wanted], rotary[1][:, wanted]
-        queries = attention.q_proj(normed).unflatten(-1, (self.shape.heads, -1))  # (n, M, H, D)
-        if ablation is not None:
-            queries = ablation.zeroed("query", index, queries)
-        mixed = attend(index, _rotated(queries, rotary), keys, values)
-        if ablation is not None:
-            mixed = ablation.zeroed("output", index, mixed)
-        hidden = hidden + attention.o_proj(mixed.flatten(-2))
-        return hidden + module.mlp(module.post_attention_layernorm(hidden))
+        every = None
+        if wanted is not None:  # to all keys and values only these tokens attend
+            every = self.heads(index, hidden, positions)
+            hidden, positions = hidden[:, wanted], positions.take(wanted)
 
-    def _attention(self, index, queries, keys, values, mask) -> torch.Tensor:
-        """Queries [n, M, H, D] on keys and values [n, C, K, D], with one of `Masks`.
+        def answer(heads: Heads) -> torch.Tensor:
+            if every is not None:
+                heads = replace(heads, keys=every.keys, values=every.values)
+            if ablation is None:
+                return attend(heads)
+            heads = replace(heads, queries=ablation.zeroed("query", index, heads.queries))
+            return ablation.zeroed("output", index, attend(heads))
 
-        Heads that share a key are queries of one head here, so that no key is copied.
-        """
-        group = self.shape.heads // self.shape.kv_heads
-        grouped = queries.unflatten(2, (self.shape.kv_heads, group)).permute(0, 2, 3, 1, 4)  # (n, K, G, M, D)
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            grouped.flatten(2, 3),  # (n, K, G * M, D)
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            scale=self.model.model.layers[index].self_attn.scaling,
+        return self._call(index, hidden, positions, answer)
+
+    def heads(self, index: int, hidden: torch.Tensor, positions: Positions) -> Heads:
+        """What attention is given in a layer on [n, T, E]; nothing behind it is computed."""
+        try:
+            self._call(index, hidden, positions, _leave)
+        except _Left as left:
+            return left.heads
+        raise TypeError(f"layer {index} does not call the registered attention function")
+
+    def _call(self, index: int, hidden: torch.Tensor, positions: Positions, answer: Attend) -> torch.Tensor:
+        return self.model.model.layers[index](
+            hidden,
+            attention_mask=answer,
+            position_ids=positions.ids,
+            position_embeddings=positions.turns[self.kinds[index]],
         )
-        return mixed.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # (n, M, H, D)
-
-    def attend_behind(
-        self,
-        index: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        prefix_keys: torch.Tensor,
-        prefix_values: torch.Tensor,
-    ) -> torch.Tensor:
-        """Rows of w tokens [n, w, H, D] on their own keys and values [n, w, K, D] and those of a prefix
-        [P, K, D] that all share. It is not copied for each row, nor kept so for the gradient."""
-        window, group = self.windows[index], self.shape.heads // self.shape.kv_heads
-        width, prefix = queries.shape[1], len(prefix_keys)
-        grouped = queries.unflatten(2, (self.shape.kv_heads, group))  # (n, w, K, G, D)
-        before = torch.einsum("nwkgd,pkd->nkgwp", grouped, prefix_keys)
-        among = torch.einsum("nwkgd,nvkd->nkgwv", grouped, keys)
-        at = torch.arange(prefix + width, device=queries.device)
-        distance = at[prefix:, None] - at  # query minus key position, (w, P + w)
-        visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        scores = torch.cat([before, among], dim=-1) * self.model.model.layers[index].self_attn.scaling
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        share = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1, dtype=wide).to(scores.dtype)
-        mixed = torch.einsum("nkgwp,pkd->nwkgd", share[..., :prefix], prefix_values)
-        mixed = mixed + torch.einsum("nkgwv,nvkd->nwkgd", share[..., prefix:], values)
-        return mixed.flatten(2, 3)  # (n, w, H, D)
-
-    def _attend_all(self, batch: Batch, index, queries, keys, values, mask) -> torch.Tensor:
-        """Every token of a line on what stands before it in its own prompt, [n, T, H, D]."""
-        prefix, copies, group = batch.prefix, len(queries), self.shape.heads // self.shape.kv_heads
-        mask = mask.unflatten(2, (group, -1))  # (1, 1, G, C, C)
-        # Each prompt's own, (n * R, C, K, D) and (n * R, C - P, H, D); shared tokens are answered more than
-        # once and picked once.
-        known, held = (part[:, batch.columns].flatten(0, 1) for part in (keys, values))
-        own_queries = queries[:, batch.columns[:, prefix:]].flatten(0, 1)
-        own = self._attention(index, own_queries, known, held, mask[:, :, :, prefix:].flatten(2, 3))
-        own = own.unflatten(0, (copies, -1)).flatten(1, 2)[:, batch.picks]  # (n, T - P, H, D)
-        if not prefix:
-            return own
-        before = mask[:, :, :, :prefix, :prefix].flatten(2, 3)
-        first = self._attention(index, *(part[:, :prefix] for part in (queries, keys, values)), before)
-        return torch.cat([first, own], dim=1)
-
-    def _attend_last(self, batch: Batch, index, queries, keys, values, mask) -> torch.Tensor:
-        """The prompts' last tokens on their prompts, [n, R, H, D]."""
-        known, held = (part[:, batch.columns].flatten(0, 1) for part in (keys, values))
-        own = queries.flatten(0, 1)[:, None]
-        mixed = self._attention(index, own, known, held, mask.repeat(len(queries), 1, 1, 1))
-        return mixed[:, 0].unflatten(0, (len(queries), -1))
 
 
-def to(pair: Pair, place: torch.device) -> Pair:
-    return pair[0].to(place), pair[1].to(place)
+def has_neurons(layer: torch.nn.Module) -> bool:
+    """Whether one matrix reads all units of a layer's MLP, as NeuronTune needs it."""
+    return isinstance(getattr(getattr(layer, "mlp", None), "down_proj", None), torch.nn.Linear)
 
 
-def _rotated(per_head: torch.Tensor, rotary: Pair) -> torch.Tensor:
-    cos, sin = rotary
-    return per_head * cos + rotate_half(per_head) * sin
+def finished(model: torch.nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """What a model makes of its output matrix's products: Cohere multiplies, Granite divides, Gemma caps."""
+    config = model.config
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits

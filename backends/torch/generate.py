@@ -11,7 +11,8 @@ from backends.core import budgets, drafts, packing
 from backends.core.drafts import WIDTH, Decoding, Row, Settings
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Cache, Decoder, make_batch, make_batches, to
+from backends.torch.batch import Batch, make_batch, make_batches
+from backends.torch.decoder import Ablation, Cache, Decoder
 from backends.torch.sweep import Frontier, token_limit
 
 ROWS_CPU, ROWS_CUDA = 512, 2048
@@ -86,7 +87,7 @@ def _prefill(
     and returns their first tokens."""
 
     def keep(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        columns, rows = to((batch.columns, lines), decoder.places[index])
+        columns, rows = (part.to(decoder.places[index]) for part in (batch.columns, lines))
         cache.fill(index, rows, *(part[:, columns].flatten(0, 1) for part in (keys, values)))
 
     hidden = decoder.run(batch, hidden, cache.layers.start, decoder.layers, ablation, keep)  # (n, R, E)

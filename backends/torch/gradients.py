@@ -1,10 +1,16 @@
 """Gradients of single heads: in their rows of W_q, and in their gates, from one backward pass a row."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from threading import local
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -17,15 +23,20 @@ from backends.core.gradient_plan import Plan, Work, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
 from backends.torch.adapter import adapted
+from backends.torch.attention import scaled_outputs, scaled_queries
 from backends.torch.decoder import Decoder
+from backends.torch.graded import outcome_at, predicted
 from backends.torch.loss import padded, target_logits, target_losses
+from backends.torch.sweep import find_candidates
 
-TOKENS_CPU, TOKENS_CUDA = 1024, 8192
+TOKENS_CPU, TOKENS_CUDA = 512, 8192
 """padded tokens of one forward and backward pass, where memory allows"""
 Weights = dict[int, torch.Tensor]
 """layer -> W_q, [H * D, E]"""
 Sums = list[list[torch.Tensor]]
 """of each fold and layer the mean gradient in W_q, float32 [H * D, E]"""
+Own = local | SimpleNamespace
+"""what belongs to one pass: `gates`"""
 
 
 # Precision and memory
@@ -42,10 +53,13 @@ def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers:
         folds=folds,
         longest=max(len(row.prompt_ids) + len(row.target_ids) for row in examples),
         targets=max(len(row.target_ids) / (len(row.prompt_ids) + len(row.target_ids)) for row in examples),
-        squares=cuda and decoder.model.dtype == torch.float32,  # no fused attention in float64
+        squares=(cuda and decoder.model.dtype == torch.float32)  # no fused attention in float64,
+        or bool(getattr(decoder.model.config, "attn_logit_softcapping", None)),  # and none with a soft cap
         host=cuda,
     )
-    return plan_gradients(work, decoder.room, TOKENS_CUDA if cuda else TOKENS_CPU)
+    if cuda:
+        return plan_gradients(work, decoder.room, TOKENS_CUDA)
+    return plan_gradients(work, decoder.room, TOKENS_CPU, torch.get_num_threads())
 
 
 def _double(value: object) -> object:
@@ -108,6 +122,17 @@ def _float64(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _plain_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block a mixture's experts compute one by one: their joint product knows no float64."""
+    before = model.config._experts_implementation
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+@contextmanager
 def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
     """The model as it is differentiated: in float64 if it is float32, in half precision as it is.
 
@@ -116,6 +141,8 @@ def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
     """
     layers = list(model.model.layers)
     with ExitStack() as stack:
+        if model.dtype == torch.float32:
+            stack.enter_context(_plain_experts(model))
         if plan.by_layer:
             stack.enter_context(_recomputed([*layers, model.model.norm, model.lm_head], True))
         elif model.dtype == torch.float32:
@@ -138,81 +165,72 @@ def wanted(weights: Weights) -> Iterator[None]:
 
 
 @contextmanager
-def gated(model: torch.nn.Module, gates: dict[int, torch.Tensor], mask: str) -> Iterator[None]:
+def gated(model: torch.nn.Module, own: Own, layers: Iterable[int], mask: str) -> Iterator[None]:
     """Inside the block each row's heads are multiplied by its gates.
 
     Args:
-        gates: layer -> [N, H], for the rows [N, T, E] that the model is given.
-        mask: "output": what W_o reads of a head. "query": its query, before the rotary turn.
+        own: its `gates`, layer -> [N, H], are for the rows [N, T, E] that the model is given.
+        mask: "output": what W_o reads of a head. "query": what attention receives.
     """
-
-    def scaled(per_head: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        split = per_head.unflatten(-1, (own.shape[1], -1))  # (N, T, H, D)
-        return (split * own[:, None, :, None].to(split.device)).flatten(-2).to(per_head.dtype)
-
-    hooks = []
-    for layer, own in gates.items():
-        attention = model.model.layers[layer].self_attn
-        if mask == "output":
-            hook = attention.o_proj.register_forward_pre_hook(
-                lambda _, inputs, own=own: (scaled(inputs[0], own),)
-            )
-        else:
-            hook = attention.q_proj.register_forward_hook(lambda _, __, output, own=own: scaled(output, own))
-        hooks.append(hook)
-    try:
+    scaled = scaled_outputs if mask == "output" else scaled_queries
+    with ExitStack() as stack:
+        for layer in layers:
+            attention = model.model.layers[layer].self_attn
+            stack.enter_context(scaled(attention, lambda layer=layer: own.gates[layer]))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # One pass
 
 
 def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
-    """Each row's log-likelihood as `Backend.loglikelihoods` has it, [N], from the logits that predict the
+    """Each row's graded outcome as `Backend.grade` has it, [N], from the logits that predict the
     targets [M, V]."""
     first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
-    closed = [row for row, example in enumerate(examples) if len(example.choice_ids)]
-    # The answer comes first. A row with fewer candidates than another is filled up with -inf.
-    most = max(len(examples[row].choice_ids) for row in closed)
-    ids, rivals = np.zeros((len(closed), most), np.int64), np.zeros((len(closed), most), bool)
-    for at, row in enumerate(closed):
-        own = examples[row].choice_ids
-        ids[at, : len(own)], rivals[at, : len(own)] = np.roll(own, -examples[row].answer), True
-    ids, rivals, closed, places = (
-        torch.from_numpy(np.asarray(part)).to(logits.device) for part in (ids, rivals, closed, first[closed])
+    rows = [row for row, example in enumerate(examples) if is_other(example)]
+    own = [examples[row] for row in rows]
+    candidates = [row.refusal_ids if len(row.refusal_ids) else row.choice_ids for row in own]
+    tokens, refusals, closed, places = (
+        torch.from_numpy(np.array(part)).to(logits.device)
+        for part in (
+            [int(predicted(row)[0]) for row in own],
+            [len(row.refusal_ids) > 0 for row in own],
+            rows,
+            first[rows],
+        )
     )
-    among = logits[places[:, None], ids].masked_fill(~rivals, -torch.inf).log_softmax(dim=1)
-    return (-losses).index_copy(0, closed, among[:, 0])
+    among = outcome_at(logits[places], tokens, find_candidates(candidates, None, logits.device), refusals)
+    return (-losses).index_copy(0, closed, among)
+
+
+def is_other(example: Example) -> bool:
+    """Whether a row's graded outcome is another function than its loss."""
+    return len(example.choice_ids) + len(example.refusal_ids) > 0
 
 
 def _differentiate(
-    model: torch.nn.Module, examples: Sequence[Example], weights: Weights, mask: str
+    model: torch.nn.Module, examples: Sequence[Example], weights: Weights, own: Own
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    """Gradients of the sum of losses in each W_q of `weights`, and of each row's log-likelihood in its gates,
-    float64 [l, H, N]."""
+    """Gradients of the sum of losses in each W_q of `weights`, and of each row's graded outcome in its gates,
+    float64 [l, H, N]; the model is `gated` by `own`."""
     heads = model.config.num_attention_heads
     wide = torch.float32 if model.dtype.itemsize == 2 else torch.float64
-    gates = {
+    own.gates = gates = {
         layer: torch.ones(len(examples), heads, dtype=wide, device=weight.device, requires_grad=True)
         for layer, weight in weights.items()
     }
     # The last token predicts none.
     sequences = [sequence[:-1] for sequence in training_rows(examples)[0]]
-    with gated(model, gates, mask):  # also while layers are computed again
-        logits = target_logits(model, examples, padded(sequences))
-        losses = target_losses(logits, examples)
-        if any(len(example.choice_ids) for example in examples):
-            # Where choices compete the outcome is another function than the loss.
-            outcomes = _outcomes(logits, losses, examples).sum()
-            of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
-            of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
-        else:
-            found = torch.autograd.grad(losses.sum(), [*weights.values(), *gates.values()])
-            of_weights, of_gates = found[: len(weights)], [-own for own in found[len(weights) :]]
-    return of_weights, torch.stack([own.T.double().to(model.device) for own in of_gates])
+    logits = target_logits(model, examples, padded(sequences))
+    losses = target_losses(logits, examples)
+    if any(map(is_other, examples)):
+        outcomes = _outcomes(logits, losses, examples).sum()
+        of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
+        of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
+    else:
+        found = torch.autograd.grad(losses.sum(), [*weights.values(), *gates.values()])
+        of_weights, of_gates = found[: len(weights)], [-gradient for gradient in found[len(weights) :]]
+    return of_weights, torch.stack([gradient.T.double().to(model.device) for gradient in of_gates])
 
 
 # All passes
@@ -229,35 +247,56 @@ class _Passes:
     bar: tqdm
 
 
+def _in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
+    """The outcome of each item, in order. With threads, that many items are worked on at a time, each by one
+    thread, so that outcomes do not depend on how many there are."""
+    if not threads:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque()
+        for item in items:
+            if len(waiting) == threads:  # no more of them in memory
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, item))
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def _fold_sums(passes: _Passes, examples: Sequence[Example], folds: int) -> tuple[Sums, np.ndarray]:
-    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N]."""
-    gates = np.zeros((len(passes.weights), passes.model.config.num_attention_heads, len(examples)))
-    sums = []
-    with prepared(passes.model, passes.plan), wanted(passes.weights):
-        for fold in range(folds):
-            members = np.arange(fold, len(examples), folds)
-            mean, gates[:, :, members] = _mean_gradient(passes, [examples[row] for row in members])
-            sums.append(mean if passes.plan.sums_on_device else [of_layer.cpu() for of_layer in mean])
+    """The mean gradients of folds, and the gradients in the gates of all rows, float64 [l, H, N].
+
+    The host waits for the device at the end of a fold only, and where transformers looks whether a row of a
+    pass is padded.
+    """
+    model, weights, plan = passes.model, passes.weights, passes.plan
+    own = local() if plan.threads else SimpleNamespace()  # layers computed again may be so by another thread
+    batches = []
+    for fold in range(folds):
+        members = np.arange(fold, len(examples), folds)
+        batches += [
+            (fold, members[batch]) for batch in by_tokens([examples[row] for row in members], plan.tokens)
+        ]
+
+    def differentiate(batch: tuple[int, np.ndarray]) -> tuple:
+        return *batch, *_differentiate(model, [examples[row] for row in batch[1]], weights, own)
+
+    sums: Sums = []
+    rows, found = [], []
+    with prepared(model, plan), wanted(weights), gated(model, own, weights, passes.mask):
+        for _, done in groupby(_in_order(differentiate, batches, plan.threads), key=itemgetter(0)):
+            mean = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights.values()]
+            for _, members, of_weights, of_gates in done:
+                for total, gradient in zip(mean, of_weights, strict=True):
+                    total.add_(gradient, alpha=folds / len(examples))
+                rows.append(members)
+                found.append(of_gates)
+                del of_weights, gradient  # before the next pass
+                passes.bar.update(len(members))
+            sums.append(mean if plan.sums_on_device else [of_layer.cpu() for of_layer in mean])
             del mean  # before that of the next fold
-    return sums, gates
-
-
-def _mean_gradient(passes: _Passes, examples: Sequence[Example]) -> tuple[list[torch.Tensor], np.ndarray]:
-    """Over rows, in each W_q, and each row's in its gates, [l, H, N]. The host waits for the device at the
-    end only, and where transformers looks whether a row of a pass is padded."""
-    mean = [torch.zeros_like(weight, dtype=torch.float32) for weight in passes.weights.values()]
-    batches, found = by_tokens(examples, passes.plan.tokens), []
-    for batch in batches:
-        of_weights, of_gates = _differentiate(
-            passes.model, [examples[row] for row in batch], passes.weights, passes.mask
-        )
-        for total, gradient in zip(mean, of_weights, strict=True):
-            total.add_(gradient, alpha=1 / len(examples))
-        found.append(of_gates)
-        del of_weights, gradient  # before the next pass
-        passes.bar.update(len(batch))
-    order = np.argsort(np.concatenate(batches))
-    return mean, torch.cat(found, dim=2).cpu().numpy()[:, :, order]
+    order = np.argsort(np.concatenate(rows))
+    return sums, torch.cat(found, dim=2).cpu().numpy()[:, :, order]
 
 
 def _gram(sums: Sums, weights: Weights, heads: int) -> np.ndarray:

@@ -8,7 +8,8 @@ import torch
 
 from backends.base import Example
 from backends.core.packing import Line, join, training_rows
-from backends.models import sliding_windows
+from backends.models import read_shape, sliding_windows
+from backends.torch.decoder import finished
 
 
 class Rows(NamedTuple):
@@ -78,7 +79,7 @@ def target_logits(model: torch.nn.Module, examples: Sequence[Example], rows: Row
         start = len(examples[at].prompt_ids) - 1
         places.append(columns[start : start + len(examples[at].target_ids)])
     logits = model.lm_head(hidden[torch.from_numpy(np.concatenate(places)).to(device)])
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return finished(model, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def target_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
@@ -95,8 +96,8 @@ def _line_pays(model: torch.nn.Module, line: Line) -> bool:
     rows, longest = line.columns.shape
     if any(window is not None and window < longest for window in sliding_windows(model.config)):
         return False
-    layer = model.model.layers[0]
-    token = sum(weight.numel() for weight in layer.parameters())
-    pair = 2 * model.config.num_attention_heads * layer.self_attn.head_dim
+    shape = read_shape(model.config)
+    token = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    pair = 2 * shape.heads * shape.head_dim
     together, apart = len(line.ids), rows * longest
     return together * (token + pair * together) < apart * (token + pair * longest)

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from backends.base import Attribution, Example
 from backends.core.checks import check_attribution
 from backends.core.integration import Integrals, attribution, evaluated, grouped, integrate
 from backends.core.progress import progress
-from backends.torch.decoder import Cache, Decoder, to
+from backends.torch.attention import Heads, mixed_behind
+from backends.torch.decoder import Cache, Decoder, finished
 
 TOKENS_CPU, TOKENS_CUDA = 1024, 4096
 """tokens that go through the model together"""
@@ -87,17 +89,18 @@ def run(decoder: Decoder, held: Sequence[Held], of: np.ndarray, enters: np.ndarr
         np.array([len(example.keys[0]) for example in held])[of][row] + np.arange(len(row)) - first[row]
     )
     like = held[0].hidden[0]
-    turns = decoder.rotary(like, torch.from_numpy(positions)[None].to(decoder.device))
+    every = decoder.positions(like, torch.from_numpy(positions)[None].to(decoder.device))
     tokens, hidden = np.zeros(0, int), like[:0]  # those in the layer, [T], and their residual stream
 
-    def attend(index, queries, keys, values):
+    def attend(index: int, heads: Heads) -> torch.Tensor:
         found, bounds = [], np.searchsorted(of[row[tokens]], np.arange(len(held) + 1))
         for example, start, stop in zip(held, bounds, bounds[1:], strict=False):
             if start < stop:
-                own = (part[0, start:stop] for part in (queries, keys, values))
+                own = (part[0, start:stop] for part in (heads.queries, heads.keys, heads.values))
                 own = (part.unflatten(0, (-1, len(example.targets))) for part in own)  # (rows, t, H or K, D)
-                mixed = decoder.attend_behind(index, *own, example.keys[index], example.values[index])
-                found.append(mixed.flatten(0, 1))
+                queries, keys, values = own
+                behind = replace(heads, queries=queries, keys=keys, values=values)
+                found.append(mixed_behind(behind, example.keys[index], example.values[index]).flatten(0, 1))
         return torch.cat(found)[None]
 
     def hook(index, neurons):
@@ -109,7 +112,7 @@ def run(decoder: Decoder, held: Sequence[Held], of: np.ndarray, enters: np.ndarr
 
     with _on_down(decoder.model, hook):
         for place, layers in decoder.stretches(range(int(enters.min()), decoder.layers)):
-            hidden, rotary = hidden.to(place), to(turns, place)
+            hidden, positions = hidden.to(place), every.to(place)
             for index in layers:
                 entering = np.flatnonzero(enters == index)
                 if len(entering):
@@ -117,10 +120,9 @@ def run(decoder: Decoder, held: Sequence[Held], of: np.ndarray, enters: np.ndarr
                     tokens = np.concatenate([tokens, np.flatnonzero(enters[row] == index)])
                     order = np.argsort(tokens)
                     tokens, hidden = tokens[order], torch.cat([hidden, own.to(place)])[order]
-                turn = tuple(part[:, tokens] for part in rotary)
-                hidden = decoder.layer(index, hidden[None], turn, attend)[0]
+                hidden = decoder.layer(index, hidden[None], positions.take(tokens), partial(attend, index))[0]
     logits = decoder.model.lm_head(decoder.model.model.norm(hidden.to(decoder.device)))  # (T, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = finished(decoder.model, logits.to(torch.promote_types(logits.dtype, torch.float32)))
     targets = torch.cat([held[number].targets for number in of])
     each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     rows, counts = (torch.from_numpy(array).to(decoder.device) for array in (row, width))

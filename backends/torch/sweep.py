@@ -18,7 +18,8 @@ from backends.core import budgets, packing
 from backends.core.drafts import CLEAN
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Decoder, make_batches
+from backends.torch.batch import Batch, make_batches
+from backends.torch.decoder import Ablation, Decoder
 
 TOKENS_CPU, TOKENS_CUDA = 4096, 65536
 """tokens that go through a layer at once: enough to fill the cores, few enough for their caches"""
@@ -86,6 +87,12 @@ class Candidates:
     def of(self, logits: torch.Tensor, fill: float = -torch.inf) -> torch.Tensor:
         """The candidates' logits [..., R, m] of all [..., R, V]."""
         return logits.gather(-1, self.columns.expand(*logits.shape[:-1], -1)).masked_fill(self.filled, fill)
+
+    def log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """That the next token is one of them and no other one, [..., R] of [..., R, V]."""
+        columns = torch.where(self.filled, self.columns[:, :1], self.columns)
+        others = logits.scatter(-1, columns.expand(*logits.shape[:-1], -1), -torch.inf)
+        return self.of(logits).logsumexp(dim=-1) - others.logsumexp(dim=-1)
 
     def take(self, rows: torch.Tensor) -> "Candidates":
         return Candidates(self.columns[rows], self.filled[rows], self.free[rows])

@@ -3,7 +3,7 @@
 Every row was written for this project. A lexicon entry (a country of "capitals", an action-object pair of a
 harmful request, a benign act, a problem's template and numbers) belongs to one group:
 
-    calibration   util, safe, plain and attacked (a request's two forms, ids alike but for the split)
+    calibration   util, safe, plain and attacked (a request's two forms, ids alike but for the split), sums
     alignment     vanilla_harmful, adversarial_harmful, vanilla_benign, adversarial_benign
     benchmarks    facts, words, problems, vanilla, adversarial, benign
 
@@ -12,7 +12,8 @@ alignment wraps requests in one set of attack families, the benchmarks in anothe
 
 A conflict map needs more rows than that cut leaves it. What a lexicon lists under "calibration" is for maps
 only, and can grow without moving a row of the other groups. No family is of the kinds in "words": those stay
-another domain than D_util's.
+another domain than D_util's. "sums" are of the domain of "problems", for a map of their own (--maps
+sums=embedded/sums:96): other stories, and a first number that no scored problem has.
 
 Harmful requests name an aim and nothing more: they hold no operational detail, and no row answers one.
 """
@@ -57,6 +58,7 @@ _SPLITS = {
     "benign": _Split("benchmarks", "benign", ("plain", "held_out_attacks")),
     "plain": _Split("calibration", "harm", ("other plain",)),
     "attacked": _Split("calibration", "harm", ("attacks",)),
+    "sums": _Split("calibration", "problems"),
 }
 SPLITS = tuple(_SPLITS)
 GROUPS = {name: split.group for name, split in _SPLITS.items()}
@@ -73,6 +75,12 @@ _SHARES = {
     "ordinary": {"alignment": 0.75, "benchmarks": 0.25},
 }
 PROBLEMS_PER_TEMPLATE = 20
+# b < a: differences stay positive.
+_PAIRS = {
+    "benchmarks": [(a, b) for a in range(3, 10) for b in range(2, a)],
+    "calibration": [(a, b) for a in range(10, 20) for b in range(2, 10)],
+}
+"""the two numbers of a problem, by group"""
 
 
 def records(split: str) -> list[Record]:
@@ -120,22 +128,22 @@ def _answers(table: dict[str, str | list[str]]) -> dict[str, str]:
 
 
 def _problems(split: str, rng: np.random.Generator) -> list[Record]:
-    """One-step word problems with one-digit numbers; the numbers are fixed, as every group is. A target is
-    the worked answer, whose last number is right: its log p is the graded outcome."""
-    lexicon = _lexicon("problems")
+    """One-step word problems; the numbers are fixed, as every group is. A target is the worked answer, whose
+    last number is right: its log p is the graded outcome."""
+    lexicon, pairs = _lexicon("problems"), _PAIRS[GROUPS[split]]
+    templates = lexicon["calibration"] if GROUPS[split] == "calibration" else lexicon
     solve = {"add": lambda a, b: a + b, "subtract": lambda a, b: a - b, "multiply": lambda a, b: a * b}
     signs = {"add": "+", "subtract": "-", "multiply": "x"}
-    pairs = [(a, b) for a in range(3, 10) for b in range(2, a)]  # b < a: differences stay positive
     rows = []
     for operation in solve:
-        for number, template in enumerate(lexicon[operation]):
+        for number, template in enumerate(templates[operation]):
             family = f"{operation}{number}"
             for i in _fixed_order(family, len(pairs))[:PROBLEMS_PER_TEMPLATE]:
                 a, b = pairs[i]
                 question = template.format(a=a, b=b, name=rng.choice(lexicon["names"]))
                 worked = f"{a} {signs[operation]} {b} = {solve[operation](a, b)}"
                 texts = {"prompt": f"{question} {lexicon['ending']}", "target": worked}
-                rows.append(_row(split, operation, f"problems/{family}/{a}-{b}", scoring="number", **texts))
+                rows.append(_row(split, operation, f"{split}/{family}/{a}-{b}", scoring="number", **texts))
     return rows
 
 

@@ -42,11 +42,17 @@ class Quantity(NamedTuple):
 UPDATES = Quantity("updates", schemas.TRAINING, "", "largest", 0.01)
 BASE = Quantity("responses, base", schemas.RESPONSES, "output", "equal", 0.99)
 NEAR_TIES = Quantity("near-ties", schemas.RESPONSES, "", "largest", 1e-3)
+# Updates within t of one another are apart by |a - b|² <= 2 t |a|² at most, and so, to first order, is what
+# they did to the map. 1 - r of two maps is half their squared distance by their variance: t at most, where
+# tuning moved the map no further than its heads differ.
+DRIFT_RANK = 1 - UPDATES.full
+DRIFTED = {"O": "optimization_conflict", "H_gen": "h_gen", "H_safe": "h_safe"}
+DRIFTED |= {"S": "functional_sensitivity", "C": "conflict_score"}
 QUANTITIES = (
     Quantity("gradients", schemas.GRADIENTS, "gram", "largest", 1e-5),  # in units of fold gradients' norms
     Quantity("gates, utility", schemas.GRADIENTS, "gate_util", "largest", 1e-4),  # relative to the largest
     Quantity("gates, safety", schemas.GRADIENTS, "gate_safe", "largest", 1e-4),
-    Quantity("likelihoods", schemas.SWEEP_GRADED, "loglikelihood", "largest", 1e-3),
+    Quantity("graded outcomes", schemas.SWEEP_GRADED, "graded", "largest", 1e-3),
     Quantity("predictions", schemas.SWEEP_CHOICES, "prediction", "equal", 0.99, 0.95),
     Quantity("worked answers", schemas.SWEEP_ANSWERS, "token_ids", "equal", 0.99),
     Quantity("generations", schemas.SWEEP_GENERATIONS, "token_ids", "equal", 0.99),
@@ -62,6 +68,11 @@ QUANTITIES = (
     BASE,
     Quantity("responses, tuned", schemas.RESPONSES, "output", "equal", None),  # scores hold them
     Quantity("scores", schemas.SCORES, "score", "largest", 0.03),
+    *(
+        Quantity(f"{name}, tuned", schemas.DRIFT, column, "rank", DRIFT_RANK)
+        for name, column in DRIFTED.items()
+    ),
+    Quantity("buckets, tuned", schemas.DRIFT, "bucket", "equal", None),  # C's ranks hold them
 )
 CALIBRATED = (schemas.GRADIENTS, schemas.NEURONS, *TABLES.values())
 """what is compared row by row of the calibration set; a map is compared whatever it was made from"""
@@ -69,7 +80,8 @@ CALIBRATED = (schemas.GRADIENTS, schemas.NEURONS, *TABLES.values())
 
 class Row(NamedTuple):
     """What was found of a quantity: how many were compared, their largest and mean difference, Spearman's
-    correlation, the share that is equal; None where a measure does not apply."""
+    correlation (of maps of tuned models the lowest), the share that is equal; None where a measure does not
+    apply."""
 
     quantity: str
     compared: str
@@ -113,7 +125,7 @@ class Comparison:
 
     def same_rows(self, table: Table, split: str | None = None) -> bool:
         """Whether a table of examples, or a split of it, holds the same rows, token by token, in both."""
-        columns = ["example_id", "split", "prompt_ids", "target_ids", "choice_ids", "answer"]
+        columns = ["example_id", "split", "prompt_ids", "target_ids", "choice_ids", "refusal_ids", "answer"]
         left, right = (run.read(table)[columns] for run in self.runs)
         if split is not None:
             left, right = (rows[rows["split"] == split] for rows in (left, right))
@@ -152,7 +164,7 @@ class Comparison:
             keys.remove("seed")
             sides = (rows.groupby(keys, dropna=False, as_index=False) for rows in (left, right))
             left, right = (side["score"].mean() for side in sides)
-        elif table in (schemas.TRAINING, schemas.RESPONSES):
+        elif table in (schemas.TRAINING, schemas.RESPONSES, schemas.DRIFT):
             chosen = [BASE_RUN] if quantity is BASE else self.arms
             wanted = pd.DataFrame([tuned.labels for tuned in chosen], columns=keys[:3], dtype=object)
             left, right = (rows.astype(dict.fromkeys(keys[:3], object)) for rows in (left, right))
@@ -177,9 +189,11 @@ class Comparison:
         if quantity.measure == "equal":
             return self.held(quantity, Row(label, compared, equal=float((~differs(right, left)).mean())))
         left, right = numbers(quantity, left, right)
-        apart, rank = np.abs(left - right), None
-        if len(left) > 2 and min(np.ptp(left), np.ptp(right)) > 0:
-            rank = metrics.correlation(left, right).spearman
+        apart, parts = np.abs(left - right), [slice(None)]
+        if quantity.table is schemas.DRIFT:  # one model's map would be lost among those of many
+            parts = list(table.groupby(list(LABELS[:3])).indices.values())
+        ranks = [spearman(left[part], right[part]) for part in parts]
+        rank = None if None in ranks else min(ranks)
         return self.held(quantity, Row(label, compared, float(apart.max()), float(apart.mean()), rank))
 
     def held(self, quantity: Quantity, row: Row) -> Row:
@@ -200,6 +214,13 @@ class Comparison:
             a, b = (factors(run, tuned) for run in self.runs)
             apart.append(update_difference(inner(a, a), inner(a, b), inner(b, b)))
         return self.held(UPDATES, Row(UPDATES.name, f"{len(apart)}", max(apart), float(np.mean(apart))))
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
+    """Rank correlation; None where one is constant or there are fewer than three values."""
+    if len(left) < 3 or min(np.ptp(left), np.ptp(right)) == 0:
+        return None
+    return metrics.correlation(left, right).spearman
 
 
 def factors(run: FinishedRun, tuned: ArmRun) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -85,7 +85,7 @@ def believed(
     if classified and table is schemas.SCORES:
         again = judging.score_rows(run.read(schemas.RESPONSES), sides)
     # `texts` checks texts; parameters are counted in the adapters, where the model need not be here.
-    others = ["text", "token_ids", "output", "prompt", "loglikelihood", "gram", "trainable_parameters"]
+    others = ["text", "token_ids", "output", "prompt", "graded", "gram", "trainable_parameters"]
     return again.drop(columns=others, errors="ignore")
 
 

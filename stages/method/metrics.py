@@ -228,7 +228,8 @@ def mean_change(effects: ArrayLike) -> FloatArray:
 
     `effects` [L, H, N] is the change of each row's outcome. Counted outcomes are 0 or 1, so effects are -1,
     0 or 1 and the mean is the change of accuracy (or refusal rate); they are summed before they are divided
-    by N, so that equal changes are equal floats: Eq. 5's ranks live on exact ties. Graded outcomes are log p.
+    by N, so that equal changes are equal floats: Eq. 5's ranks live on exact ties. Graded outcomes are log p
+    or log-odds.
 
     Raises ValueError on NaN, other than three axes, no rows.
 
@@ -241,7 +242,7 @@ def mean_change(effects: ArrayLike) -> FloatArray:
 
 def unit_range(change: ArrayLike) -> FloatArray:
     """Changes in any unit as values in [0, 1] with the same ranks: divided by the largest where that is over
-    1, as changes of log p may be.
+    1, as changes of graded outcomes may be.
 
     Raises ValueError on NaN or a negative change.
 

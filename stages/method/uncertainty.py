@@ -30,7 +30,7 @@ BOUNDS = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What the sweep found on one set of rows: whether each was right (or refused), or its log p."""
+    """What the sweep found on one set of rows: whether each was right (or refused), or its graded outcome."""
 
     clean: np.ndarray
     """bool or float [N], of the clean model"""

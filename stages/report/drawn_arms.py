@@ -1,21 +1,27 @@
-"""Does the map predict the cost of arms drawn for that (--ablations draws32)?
+"""Do the maps predict the cost of arms drawn for that (--ablations draws32)?
 
-A point is an arm of a quarter of the heads, drawn with preferences along O and along S that are independent
-of one another (stages.method.arms). Costs are counted (accuracy lost) and graded (log p of the right answers
-lost), of each utility benchmark and of their mean, as measured and at equal safety gained.
+A point is an arm of a quarter of the heads, drawn with preferences along O and along S of one map that are
+independent of one another (stages.method.arms). Every map of the run is asked what they cost (App. F.4): its
+O, S and C are means over an arm's heads. Costs are counted (accuracy lost) and graded (log p of the right
+answers lost), of each utility benchmark and of their mean, as measured and at equal safety gained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from stages.method.arms import BASE_RUN, ArmRun
-from stages.method.heads import COLUMN
-from stages.method.prediction import predict, smallest_r
+from stages.method.arms import BASE_RUN, OWN, ArmRun
+from stages.method.heads import COLUMN, HeadMap
+from stages.method.prediction import predict, residuals, smallest_r
+from stages.report.figures import GREY, INK, new_figure
 from stages.report.responses import Responses
+from stages.report.words import SEEN, relation, signed
 
-OUTCOMES = {"counted": "verdict", "graded": "loglikelihood"}
+OUTCOMES = {"counted": "verdict", "graded": "graded"}
 """of a response"""
 DEPTH = "depth"
 """mean layer of an arm's heads, 0 the first and 1 the last"""
@@ -24,34 +30,63 @@ OTHERS = {"C": (DEPTH,), "O": ("S", DEPTH), "S": ("O", DEPTH), DEPTH: ("C",)}
 MEASURED, EQUAL = "as measured", "at equal safety"
 TOGETHER = "utility"
 """the mean of the utility benchmarks"""
-COLUMNS = ["map", "benchmark", "outcome", "at", "predictor", "n"]
+COLUMNS = ["draws", "map", "benchmark", "outcome", "at", "predictor", "n"]
 COLUMNS += ["r", "low", "high", "p", "p_heads", "slope", "partial", "smallest_r"]
 
 
-def families(costs: pd.DataFrame) -> dict[str, list[ArmRun]]:
-    """The draws of each map, as they were tuned."""
-    found: dict[str, list[ArmRun]] = {}
+@dataclass(frozen=True)
+class Family:
+    """The arms that were drawn along one map, [A] each."""
+
+    draws: str
+    """the map"""
+    predictors: Mapping[str, Mapping[str, np.ndarray]]
+    """map that predicts -> C, O, S, depth -> means over each arm's heads"""
+    gained: np.ndarray
+    """safety"""
+    overlap: np.ndarray
+    """how many heads two arms share, [A, A]"""
+    lost: Sequence[tuple[str, str, np.ndarray]]
+    """benchmark (or their mean), outcome, cost"""
+
+
+def families(
+    costs: pd.DataFrame, arms: pd.DataFrame, responses: Responses, heads: Mapping[str, HeadMap]
+) -> list[Family]:
+    """The draws of each map, as they were tuned.
+
+    Args:
+        costs: costs.arm_costs, the base model first.
+        arms: arms.parquet, by ArmRun.
+        heads: every map of the run by name.
+    """
+    drawn: dict[str, list[ArmRun]] = {}
     for run in costs.index[1:]:
         if run.arm.draw is not None:
-            found.setdefault(run.arm.map, []).append(run)
+            drawn.setdefault(run.arm.map, []).append(run)
+    found = []
+    for name, runs in drawn.items():
+        own = [np.array([row["layers"], row["heads"]]) for row in arms.loc[runs].to_dict("records")]
+        by_map = {other: predictors(head_map, own) for other, head_map in heads.items()}
+        gained = costs.loc[runs, "safety_gain"].to_numpy(float)
+        found.append(Family(name, by_map, gained, shared_heads(own), [*losses(responses, runs)]))
     return found
 
 
-def predictors(means: pd.DataFrame, layers: pd.Series, last: int) -> dict[str, np.ndarray]:
+def predictors(head_map: HeadMap, heads: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Means over each arm's heads, [A] each.
 
     Args:
-        means: rows of costs.arm_costs.
-        layers: of each arm's heads.
-        last: the model's last layer.
+        heads: of each arm: layers and heads, [2, n].
     """
-    found = {name: means[f"mean_{column}"].to_numpy(float) for name, column in COLUMN.items()}
-    return found | {DEPTH: np.array([np.mean(own) / max(1, last) for own in layers])}
+    found = {by: np.array([head_map.by(by)[tuple(own)].mean() for own in heads]) for by in COLUMN}
+    last = max(1, head_map.shape[0] - 1)
+    return found | {DEPTH: np.array([np.mean(layers) / last for layers, _ in heads])}
 
 
-def shared_heads(arms: pd.DataFrame) -> np.ndarray:
-    """How many heads two arms share, [A, A], from their rows of arms.parquet."""
-    sets = [set(zip(row["layers"], row["heads"], strict=True)) for row in arms.to_dict("records")]
+def shared_heads(heads: Sequence[np.ndarray]) -> np.ndarray:
+    """How many heads two arms share, [A, A]."""
+    sets = [set(map(tuple, own.T.tolist())) for own in heads]
     return np.array([[len(one & other) for other in sets] for one in sets], float)
 
 
@@ -71,31 +106,65 @@ def losses(responses: Responses, runs: list[ArmRun]) -> Iterator[tuple[str, str,
             yield TOGETHER, outcome, lost.mean(axis=1).to_numpy(float)
 
 
-def predictions(
-    costs: pd.DataFrame,
-    arms: pd.DataFrame,
-    responses: Responses,
-    last: int,
-    generator: np.random.Generator,
-) -> pd.DataFrame:
-    """A row a map, benchmark, outcome, condition and predictor: columns of `method.prediction.Prediction`.
+def predictions(drawn: Sequence[Family], generator: np.random.Generator) -> pd.DataFrame:
+    """A row a family of draws, map, benchmark, outcome, condition and predictor: the columns of
+    `method.prediction.Prediction`.
 
-    Args:
-        costs: costs.arm_costs, the base model first.
-        arms: arms.parquet, by ArmRun.
-        last: the model's last layer.
+    The map along which arms were drawn comes first: its numbers are the same whatever other maps there are.
     """
+    pairs = [(family, family.draws) for family in drawn]
+    pairs += [(family, name) for family in drawn for name in family.predictors if name != family.draws]
     rows = []
-    for name, runs in families(costs).items():
-        x = predictors(costs.loc[runs], arms.loc[runs, "layers"], last)
-        overlap = shared_heads(arms.loc[runs])
-        gained = costs.loc[runs, "safety_gain"].to_numpy(float)
-        for benchmark, outcome, cost in losses(responses, runs):
-            for at, fixed in ((MEASURED, {}), (EQUAL, {"safety": gained})):
+    for family, name in pairs:
+        x, count = family.predictors[name], len(family.gained)
+        for benchmark, outcome, cost in family.lost:
+            for at, fixed in ((MEASURED, {}), (EQUAL, {"safety": family.gained})):
                 for predictor, own in x.items():
+                    if predictor == DEPTH and name != family.draws:
+                        continue  # the same for every map
                     others = {other: x[other] for other in OTHERS[predictor]}
-                    found = predict(own, cost, fixed, others, generator, overlap)
-                    labels = {"map": name, "benchmark": benchmark, "outcome": outcome, "at": at}
-                    labels |= {"predictor": predictor, "smallest_r": smallest_r(len(runs))}
-                    rows.append(labels | found._asdict())
+                    found = predict(own, cost, fixed, others, generator, family.overlap)
+                    labels = {"draws": family.draws, "map": name, "benchmark": benchmark}
+                    labels |= {"outcome": outcome, "at": at, "predictor": predictor}
+                    rows.append(labels | {"smallest_r": smallest_r(count)} | found._asdict())
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def figure(drawn: Sequence[Family], predicted: pd.DataFrame) -> Figure | None:
+    """Graded cost against mean C of the run's own map, over the arms drawn along it, at equal safety: a panel
+    a benchmark. None where no such arm was tuned."""
+    own = next((family for family in drawn if family.draws == OWN), None)
+    lost = own.lost if own else ()
+    costs = {name: cost for name, outcome, cost in lost if outcome == "graded" and name != TOGETHER}
+    if not costs:
+        return None
+    rows = predicted[(predicted[["draws", "map"]] == OWN).all(axis=1) & (predicted["at"] == EQUAL)]
+    rows = rows[(rows["predictor"] == "C") & (rows["outcome"] == "graded")].set_index("benchmark")
+    drawing, panels = new_figure(3.1 * len(costs) + 0.3, 3.4, ncols=len(costs), squeeze=False)
+    for axes, (name, cost) in zip(panels[0], costs.items(), strict=True):
+        cost_panel(axes, own, cost, rows.loc[name])
+    panels[0][0].set_ylabel("log p of right answers lost, at equal safety")
+    return drawing
+
+
+def cost_panel(axes: Axes, family: Family, cost: np.ndarray, row: pd.Series) -> None:
+    """One benchmark: what is left of C and of its cost [A] when the safety gained is held fixed, about their
+    means; `row` of the predictions says what their correlation is."""
+    base = family.gained[:, None]
+    x, y = (values.mean() + residuals(values, base) for values in (family.predictors[OWN]["C"], cost))
+    told = not pd.isna(row["r"])
+    seen = told and row["p_heads"] < SEEN
+    axes.scatter(x, y, s=16, color=INK if seen else GREY, linewidths=0, zorder=3)
+    words = "cannot be told"
+    if told:
+        ends = np.array([x.min(), x.max()])
+        line = (
+            {"color": INK, "linewidth": 1.2} if seen else {"color": GREY, "linewidth": 1, "linestyle": "--"}
+        )
+        axes.plot(ends, y.mean() + row["slope"] * (ends - x.mean()), **line, zorder=2)
+        words = f"$r$ = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}), p = "
+        words += f"{row['p_heads']:.2f}:\n{relation(row['p_heads'])}"
+    axes.set_title(f"{row.name}\n{words}", fontsize=8.5)
+    axes.set_xlabel("mean C of an arm's heads")
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -3,12 +3,14 @@
 import numpy as np
 import pandas as pd
 
+from data.benchmarks import DOMAINS
 from stages.method.arms import OWN, ArmRun, neuron_arm
 from stages.method.reliability import ENOUGH, WANTED
 from stages.report.claims import PREDICTS, unclear_buckets
 from stages.report.drawn_arms import TOGETHER
 from stages.report.results import FULL, Results, plain
-from stages.report.words import UNKNOWN, arm_words, percent, points, signed
+from stages.report.words import SEEN, UNKNOWN, arm_words, percent, points, relation, signed
+from stages.run.maps import MapSpec
 
 WORTH_A_WORD = 0.05
 """a difference in safety (as a share) that the summary mentions"""
@@ -31,7 +33,7 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
             paragraphs[-1] += parts
         else:
             paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
-    rest = [_drawn(results), _drift(results), _neurons(results), _broken(results)]
+    rest = [*_drawn(results), _drift(results), _neurons(results), _broken(results)]
     if own_probability is not None:
         rest.append(
             f"The map itself: when its calibration rows are resampled, a head stays in its bucket "
@@ -123,27 +125,50 @@ def _predicted(results: Results, claims: pd.DataFrame, optimizer: str) -> str:
     return f"{sentence} The paper's claim that C predicts cost: {own['verdict'].iloc[0]}."
 
 
-def _drawn(results: Results) -> str:
-    """Whether C predicted what drawn arms lost of all utility benchmarks; empty where none were tuned."""
+def _drawn(results: Results) -> list[str]:
+    """Whether C predicted what arms drawn for that lost: of all utility benchmarks; then of each, by map."""
+    if not results.by_domain:
+        return []
     rows = results.predictions
-    if rows.empty or not (rows["map"] == OWN).any():
-        return ""
-    own = rows[(rows["map"] == OWN) & (rows["predictor"] == "C") & (rows["outcome"] == "graded")]
-    whole = TOGETHER if (own["benchmark"] == TOGETHER).any() else own["benchmark"].iloc[0]
+    own = rows[(rows[["draws", "map"]] == OWN).all(axis=1) & (rows["outcome"] == "graded")]
+    own = own[own["predictor"] == "C"]
+    together = own["benchmark"] == TOGETHER
     parts = []
-    for row in plain(own[own["benchmark"] == whole]).to_dict("records"):
+    for row in plain(own[together if together.any() else slice(None)]).to_dict("records"):
         if row["r"] is None:
             parts.append(f"{row['at']} it cannot be told")
             continue
-        verdict = "a relation" if row["p_heads"] < 0.05 else "none that can be told from chance"
         parts.append(
             f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, p = "
-            f"{row['p_heads']:.3f} where heads have effects of their own: {verdict})"
+            f"{row['p_heads']:.3f} where heads have effects of their own: {relation(row['p_heads'])})"
         )
-    first = plain(own).iloc[0]
-    return (
+    sentences = [_of_map(*line) for line in results.by_domain]
+    if not parts:
+        return sentences
+    first = own.iloc[0]
+    return [
         f"Over {first['n']} arms drawn for it, mean C against the log p of right answers that was lost: "
-        f"{'; '.join(parts)}. |r| of {first['smallest_r']:.2f} would have been seen in four cases of five."
+        f"{'; '.join(parts)}. |r| of {first['smallest_r']:.2f} would have been seen in four cases of five.",
+        *sentences,
+    ]
+
+
+def _of_map(draws: str, spec: MapSpec, found: dict[str, dict]) -> str:
+    """Whether C of a map predicted the cost of its own domain and of the others (`Results.by_domain`)."""
+    domain, parts, seen = DOMAINS.get(spec.pool), [], []
+    for name in sorted(found.keys() - {TOGETHER}, key=lambda name: (name != domain, [*found].index(name))):
+        row, label = found[name], f"{name}, its own domain," if name == domain else name
+        if row["r"] is None:
+            parts.append(f"{label} {UNKNOWN}")
+            continue
+        parts.append(f"{label} {signed(row['r'])} (p = {row['p_heads']:.3f})")
+        seen += [name] if row["p_heads"] < SEEN else []
+    verdict = f"a relation with {' and '.join(seen)}" if seen else "no relation that can be told from chance"
+    head_map = "this map" if spec.name == OWN else f"map {spec.name}"
+    along = "" if draws == OWN else f", over arms drawn along map {draws}"
+    return (
+        f"C of {head_map} ({spec.rows} rows of {spec.pool}) at equal safety{along}: r = {', '.join(parts)}: "
+        f"{verdict}."
     )
 
 

@@ -12,6 +12,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
+from data.benchmarks import DOMAINS
 from stages.method.arms import BASE, ArmRun
 from stages.report import examples, words
 from stages.report.results import FULL, RANDOM, Results, plain
@@ -101,6 +102,7 @@ def render(
         words=words,
         is_score=is_score,
         COLLAPSE=examples.COLLAPSE,
+        DOMAINS=DOMAINS,
         model=manifests["02_conflict"]["model"],
         arms=arms(results, results.main),
         correlations=records(rows[own]),

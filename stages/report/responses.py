@@ -15,7 +15,7 @@ from stages.run.schemas import RESPONSES
 from stages.run.store import RunFolder
 
 LABELS = ["arm", "optimizer", "seed"]
-MEASURES = ["verdict", "refused", "harmful", "steps", "strict", "flexible", "prediction", "loglikelihood"]
+MEASURES = ["verdict", "refused", "harmful", "steps", "strict", "flexible", "prediction", "graded"]
 TEXTS = ["example_id", "prompt", "output"]
 BATCH = 4096
 """rows whose texts are in memory at a time"""

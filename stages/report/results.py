@@ -1,6 +1,6 @@
 """All that stage 06 computes of a run, as what tables, claims, figures and the page are made of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from stages.method.arms import OWN, Arm, ArmRun, head_arm
 from stages.method.heads import HeadMap, Sensitivity
 from stages.report import drift
 from stages.report.costs import Draws
+from stages.report.drawn_arms import EQUAL, Family
 from stages.run.maps import MapSpec
 
 FULL, RANDOM = (head_arm(kind, None, 1) for kind in ("full", "random"))
@@ -47,8 +48,10 @@ class Results:
     draws: Draws
     correlations: pd.DataFrame
     failures: pd.DataFrame
+    drawn: Sequence[Family]
+    """arms drawn to be predicted"""
     predictions: pd.DataFrame
-    """what the map says of drawn arms' costs: drawn_arms.predictions"""
+    """what each map says of their costs: drawn_arms.predictions"""
     drift: pd.DataFrame
     """how far the map of each tuned model moved: drift.drift_tables; empty without --drift"""
     drift_layers: pd.DataFrame
@@ -94,6 +97,21 @@ class Results:
         """Drift of models and of layers, over seeds and draws."""
         arms = {run.arm.name: run.arm for run in self.tuned}
         return tuple(drift.means(table, arms, self.m) for table in (self.drift, self.drift_layers))
+
+    @cached_property
+    def by_domain(self) -> list[tuple[str, MapSpec, dict[str, dict]]]:
+        """C of each map against the graded cost of each benchmark at equal safety: family of draws, MapSpec,
+        and by benchmark the rows of the predictions."""
+        rows = self.predictions
+        if rows.empty:
+            return []
+        rows = rows[(rows["predictor"] == "C") & (rows["outcome"] == "graded") & (rows["at"] == EQUAL)]
+        return [
+            (family.draws, spec, plain(own.set_index("benchmark")).to_dict("index"))
+            for family in self.drawn
+            for spec in self.maps
+            if len(own := rows[(rows["draws"] == family.draws) & (rows["map"] == spec.name)])
+        ]
 
     def map_reliability(self, quantity: str) -> dict:
         """A quantity's row of the run's own map as it is used, None for what is unknown."""

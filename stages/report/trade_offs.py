@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from stages.method.arms import BASE_RUN, OWN, SHARES, ArmRun, head_arm
+from stages.report import drawn_arms
 from stages.report.figures import GREY, INK, LOOKS, arm_look, arm_name, bucket_look, new_figure, score_map
 from stages.report.results import FULL, Results
 from stages.report.words import cost_name
@@ -281,6 +282,7 @@ def all_figures(results: Results) -> dict[str, Figure]:
         "figure5_source_cr": cost_against_conflict(results, "source_cr", own if results.source else []),
         "figure6_ucr": cost_against_conflict(results, "ucr", own),
         "finer_buckets": cost_against_conflict(results, "ucr", finer),
+        "drawn_arms": drawn_arms.figure(results.drawn, results.predictions),
         "ratio_trajectories": trajectories(results),
         "neurontune_threshold": over_threshold(results),
         "neurontune_pareto": pareto(results, beside, [], both),

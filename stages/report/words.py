@@ -18,6 +18,13 @@ QUANTITIES = {
 }
 """columns of heads.parquet"""
 
+SEEN = 0.05
+"""p below which a relation is said to be one"""
+
+
+def relation(p: float) -> str:
+    return "a relation" if p < SEEN else "no relation that can be told from chance"
+
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"

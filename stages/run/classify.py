@@ -55,7 +55,7 @@ def folder_of(settings: Settings) -> Path | None:
     if problem := missing(settings):
         raise InputError(problem)
     folder = models.local_folder(settings.evaluation.judge_model)
-    models.check_folder(folder)
+    backends.check_folder("torch", folder)
     models.load_tokenizer(folder, chat=False)
     return folder
 

@@ -43,7 +43,7 @@ def effects_of(
         refused = judging.outcomes([judged["generations"]], "refused", safe, shape)
         found["counted"] = Effects(correct.effects, refused.effects)
     if "graded" in judged:
-        sides = (judging.outcomes([judged["graded"]], "loglikelihood", own, shape) for own in (util, safe))
+        sides = (judging.outcomes([judged["graded"]], "graded", own, shape) for own in (util, safe))
         found["graded"] = Effects(*(side.effects for side in sides))
     # To first order: a gate goes from 1 to 0.
     found["gradient"] = Effects(-gradients["gate_util"], -gradients["gate_safe"])

@@ -48,7 +48,7 @@ def outcomes(
 
     Args:
         sweeps: judged sweep tables, each the clean model first, then every head in order, with the same rows.
-        column: "correct", "refused" or "loglikelihood".
+        column: "correct", "refused" or "graded".
         rows: example ids, in the order wanted.
         heads: (L, H).
 

@@ -55,7 +55,7 @@ _SMOLLM = {
     # The reliability of C is 0.83 (docs/LOG.md), and no head need be ablated.
     "sensitivity": "gradient",
     "util_rows": 384,
-    "safe_rows": 128,
+    "safe_rows": 96,
     "folds": 8,
     "align_rows": 200,
     "benign_share": 0.55,
@@ -85,6 +85,8 @@ PRESETS: dict[str, dict] = {
     "smollm": _SMOLLM,
     "smollm-study": {
         **_SMOLLM,
+        # Does a map of arithmetic predict what arithmetic loses? Asked of the same draws.
+        "maps": ("sums=embedded/sums:96",),
         # 32 arms beside the six that have names, each draw with a training seed of its own.
         "ablations": ("draws32",),
         "seeds": (21, 42, 84),
@@ -132,9 +134,8 @@ _OWN = {
     "benchmarks": _words(
         "facts=200 words=200 problems=100:48 adversarial=100:32 vanilla=100:32 benign=100:32"
     ),
-    "pairs": 32,
-    "neurons": (256,),
 }
+_OWN_NEURONS = {"pairs": 32, "neurons": (256,)}
 
 
 def preset_settings(preset: str) -> Settings:
@@ -142,7 +143,10 @@ def preset_settings(preset: str) -> Settings:
     if preset in PRESETS:
         return Settings().replace(preset=preset, **PRESETS[preset])
     if Path(preset).is_dir():
-        return Settings().replace(preset=preset, model=preset, **_OWN)
+        has_neurons = models.folder_shape(Path(preset)).mlp_dim is not None
+        return Settings().replace(
+            preset=preset, model=preset, **_OWN, **(_OWN_NEURONS if has_neurons else {})
+        )
     if any(mark in preset for mark in "/.~"):
         raise InputError(
             f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"

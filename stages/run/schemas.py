@@ -65,7 +65,7 @@ _example = {
     **dict.fromkeys(("scoring", "prompt", "rendered", "target"), _text),
     "choices": _texts,
     "answer": _int,  # index into choices, or the token where the whole vocabulary competes; null: none
-    **dict.fromkeys(("prompt_ids", "target_ids", "choice_ids"), _ids),
+    **dict.fromkeys(("prompt_ids", "target_ids", "choice_ids", "refusal_ids"), _ids),
 }
 EXAMPLES = _schema("examples", _example, nullable="answer")
 CALIBRATION = Table("01_calibrate", "calibration", EXAMPLES)
@@ -110,8 +110,8 @@ SWEEP_GENERATIONS = _table(
     nullable="layer head",
     optional=True,
 )
-# Graded outcomes: log p of each row's target (backends.base.Backend.loglikelihoods).
-_graded = {**_ablated, "loglikelihood": _float}
+# Graded outcomes: log p of each row's target, or log-odds of refusing (backends.base.Backend.grade).
+_graded = {**_ablated, "graded": _float}
 SWEEP_GRADED = _table("03_sensitivity", "sweep_graded", _graded, nullable="layer head", optional=True)
 # H by every kind of outcome; null where it was not computed.
 _changes = [f"{name}_{kind}" for kind in ("counted", "graded", "gradient") for name in ("h_gen", "h_safe")]
@@ -162,7 +162,7 @@ _output = {
     "token_ids": _ids,  # what was generated; empty for a choice
     "prediction": _int,  # of a choice: as Example.answer
     "probability": _float,  # of a choice: what the model gives to all candidates together
-    "loglikelihood": _float,  # of the row's target, where it has one
+    "graded": _float,  # the graded outcome, where the row has a target or is a request
 }
 _judged = {
     "verdict": _bool,
@@ -172,7 +172,7 @@ _judged = {
     "strict": _bool,  # the two other ways to read a worked answer with a number for gold
     "flexible": _bool,
 }
-_no_base = "optimizer seed prediction probability loglikelihood"
+_no_base = "optimizer seed prediction probability graded"
 OUTPUTS = _schema("outputs", _output, nullable=_no_base)  # a unit's, before they are judged
 # A unit's: a classifier's words. unclear: it gave no answer that can be read; what it calls n/a is null.
 _words = {"example_id": _text, "unclear": _bool, "refusal": _bool, "harmful": _bool}

@@ -31,7 +31,7 @@ class RunSettings:
 
     preset: str = "smollm"
     """smollm, smollm-study, smollm-neurons, smollm-paper, llama, qwen, mistral, tiny; or the folder of a
-    model of your own (Llama, Qwen2 or Mistral architecture)"""
+    model of your own (README says which)"""
     run: str = ""
     """folder of this run's artifacts; default: outputs/<preset>"""
     device: str = "auto"
@@ -115,7 +115,7 @@ class MapSettings:
 
     sensitivity: Sensitivity = "counted"
     """what S is made of. counted: accuracy and refusals, as in the paper; graded: log p of right answers and
-    of refusals; gradient: their gradients in the heads' gates, for which nothing is ablated"""
+    log-odds of refusing; gradient: their gradients in the heads' gates, for which nothing is ablated"""
 
     attribution_steps: int = 128
     """NeuronTune: nodes on a path of the integrated gradients at most; it gets as many as make it complete"""

@@ -27,8 +27,8 @@ TABLES = {
     "generations": SWEEP_GENERATIONS,
     "graded": SWEEP_GRADED,
 }
-"""part of the sweep -> its table: next tokens of utility rows, their answers in writing, responses; and how
-likely the targets of all rows are"""
+"""part of the sweep -> its table: next tokens of utility rows, their answers in writing, responses; and the
+graded outcomes of all rows"""
 OUTPUTS = {"choices": PREDICTIONS, "answers": TEXTS, "generations": TEXTS, "graded": SWEEP_GRADED.schema}
 """part -> columns of a unit"""
 
@@ -74,7 +74,7 @@ def sweep(job: Job, part: str, rows: pd.DataFrame, layers: list[int | None]) -> 
         if part == "choices":
             return pd.DataFrame(columns | {"prediction": outcome})
         if part == "graded":
-            return pd.DataFrame(columns | {"loglikelihood": outcome})
+            return pd.DataFrame(columns | {"graded": outcome})
         texts = [decode(tuple(tokens.tolist())) for tokens in outcome]
         return pd.DataFrame(columns | {"token_ids": outcome, "text": texts})
 
@@ -103,11 +103,11 @@ def new_tokens(job: Job, part: str) -> int:
 
 
 def answer_clean(job: Job, part: str, examples: list[Example]) -> Sequence:
-    """Predictions, token ids of responses, or log p of targets, of the clean model."""
+    """Predictions, token ids of responses, or graded outcomes, of the clean model."""
     if part == "choices":
         return job.backend.choices(examples)[0]
     if part == "graded":
-        return job.backend.loglikelihoods(examples)
+        return job.backend.grade(examples)
     return job.backend.generate(examples, new_tokens(job, part))
 
 
@@ -119,7 +119,7 @@ def answer_ablated(
     if part == "choices":
         return job.backend.sweep_choices(examples, heads, mask)
     if part == "graded":
-        return job.backend.sweep_loglikelihoods(examples, heads, mask)
+        return job.backend.sweep_grades(examples, heads, mask)
     return job.backend.sweep_generations(examples, heads, new_tokens(job, part), mask)
 
 

@@ -148,8 +148,8 @@ def sweep(job: Job, backend: Backend, units: Sequence) -> Estimate:
         took = seconds_of(lambda: list(backend.sweep_choices(some, heads, mask)))
         more = tokens_of(rows) / tokens_of(typical(rows))
     elif part == "graded":
-        what, disk = f"likelihoods of {len(rows)} targets", 8
-        took = seconds_of(lambda: list(backend.sweep_loglikelihoods(some, heads, mask)))
+        what, disk = f"graded outcomes of {len(rows)} rows", 8
+        took = seconds_of(lambda: list(backend.sweep_grades(some, heads, mask)))
         more = tokens_of(rows, target=True) / tokens_of(typical(rows), target=True)
     else:
         new = new_tokens(job, part)

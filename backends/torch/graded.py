@@ -1,7 +1,7 @@
-"""How likely targets are: of the model, and with one head at a time ablated. Nothing is decoded.
+"""Graded outcomes of rows: of the model, and with one head at a time ablated. Nothing is decoded.
 
 As in `torch.sweep` a pass starts at the ablated layer from the clean residual stream; a prompt and its target
-are read at once, and the output matrix sees only the places that predict a target.
+are read at once, and the output matrix sees only the places whose next tokens count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ from backends.base import Example, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
-from backends.torch.decoder import Ablation, Batch, Decoder
+from backends.torch.batch import Batch
+from backends.torch.decoder import Ablation, Decoder
 from backends.torch.sweep import Candidates, Frontier, copies, find_candidates, line_batches
 
 LOGITS_CPU, LOGITS_CUDA = 256, 2048
@@ -24,7 +25,7 @@ LOGITS_CPU, LOGITS_CUDA = 256, 2048
 
 @dataclass(frozen=True)
 class Places:
-    """Where a batch predicts targets; M of them, a row's in a run."""
+    """Where a batch predicts what counts; M of them, a row's in a run."""
 
     at: torch.Tensor
     """columns of the line, [M]"""
@@ -33,11 +34,16 @@ class Places:
     counts: list[int]
     """places of each row, [R]"""
     candidates: Candidates
-    """what competes at each place, the answer among them"""
+    """what competes at each place, the answer among them; or what refusals begin with"""
+    refusals: torch.Tensor | None
+    """bool [M]: the candidates are what refusals begin with; None: nowhere"""
 
 
 def predicted(example: Example) -> np.ndarray:
-    """The tokens whose likelihood is a row's graded outcome: its target's, or the chosen answer's only."""
+    """The tokens whose likelihood is a row's graded outcome: its target's, or the chosen answer's only; of a
+    request one of those that refusals begin with."""
+    if len(example.refusal_ids):
+        return example.refusal_ids[:1]
     if len(example.choice_ids):
         return example.choice_ids[[example.answer]]
     return example.target_ids
@@ -49,10 +55,12 @@ def read_sequences(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def find_places(batch: Batch, examples: Sequence[Example]) -> Places:
-    at, tokens, counts, choices = [], [], [], []
+    at, tokens, counts, candidates, refusals = [], [], [], [], []
     for row, columns in zip(batch.rows, batch.columns.cpu(), strict=True):
         example, wanted = examples[row], predicted(examples[row])
-        choices += [example.choice_ids] * len(wanted)
+        refuses = len(example.refusal_ids) > 0
+        candidates += [example.refusal_ids if refuses else example.choice_ids] * len(wanted)
+        refusals += [refuses] * len(wanted)
         start = len(example.prompt_ids) - 1
         at.append(columns[start : start + len(wanted)])
         tokens += wanted.tolist()
@@ -62,21 +70,30 @@ def find_places(batch: Batch, examples: Sequence[Example]) -> Places:
         torch.cat(at).to(device),
         torch.tensor(tokens, device=device),
         counts,
-        find_candidates(choices, None, device),
+        find_candidates(candidates, None, device),
+        torch.tensor(refusals, device=device) if any(refusals) else None,
     )
 
 
-def log_likelihood(decoder: Decoder, hidden: torch.Tensor, places: Places) -> np.ndarray:
+def outcome_at(
+    logits: torch.Tensor, tokens: torch.Tensor, candidates: Candidates, refusals: torch.Tensor | None
+) -> torch.Tensor:
+    """The outcome at each place, [m], from its logits [m, V]: see `Places`."""
+    whole = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+    among = logits.gather(-1, tokens[:, None])[:, 0] - candidates.of(logits).logsumexp(dim=-1)
+    outcome = torch.where(candidates.free, whole, among)
+    return outcome if refusals is None else torch.where(refusals, candidates.log_odds(logits), outcome)
+
+
+def grades(decoder: Decoder, hidden: torch.Tensor, places: Places) -> np.ndarray:
     """float64 [n, R] from the last layer's residual stream of copies of a line, [n, T, E]."""
     size = LOGITS_CUDA if decoder.device.type == "cuda" else LOGITS_CPU
     found = torch.empty(len(hidden), len(places.at), device=decoder.device)
     for copy, stream in enumerate(hidden):
         for some in torch.arange(len(places.at), device=decoder.device).split(size):
-            logits, tokens = decoder.logits(stream[places.at[some]]), places.tokens[some]  # (m, V), (m,)
-            own = places.candidates.take(some)
-            whole = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
-            among = logits.gather(-1, tokens[:, None])[:, 0] - own.of(logits).logsumexp(dim=-1)
-            found[copy, some] = torch.where(own.free, whole, among)
+            logits, own = decoder.logits(stream[places.at[some]]), places.candidates.take(some)  # (m, V)
+            refusals = None if places.refusals is None else places.refusals[some]
+            found[copy, some] = outcome_at(logits, places.tokens[some], own, refusals)
     parts = found.double().cpu().split(places.counts, dim=1)
     return torch.stack([part.mean(dim=1) for part in parts], dim=1).numpy()
 
@@ -90,9 +107,9 @@ class _Line:
         self.clean = np.zeros(0)
 
     def read(self, decoder: Decoder) -> None:
-        """Sets `clean`, the clean model's log-likelihoods [R]."""
+        """Sets `clean`, the clean model's outcomes [R]."""
         self.frontier.move(decoder.layers)
-        self.clean = log_likelihood(decoder, self.frontier.hidden, self.places)[0]
+        self.clean = grades(decoder, self.frontier.hidden, self.places)[0]
         self.frontier.release()
 
 
@@ -102,8 +119,8 @@ def lines(decoder: Decoder, examples: Sequence[Example]) -> list[_Line]:
 
 
 @torch.no_grad()
-def loglikelihoods(decoder: Decoder, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
-    """See Backend.loglikelihoods."""
+def grade(decoder: Decoder, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
+    """See Backend.grade."""
     found = np.zeros(len(examples))
     with adapted(decoder.model, adapter):
         for line in lines(decoder, examples):
@@ -113,10 +130,10 @@ def loglikelihoods(decoder: Decoder, examples: Sequence[Example], adapter: Path 
 
 
 @torch.no_grad()
-def sweep_loglikelihoods(
+def sweep_grades(
     decoder: Decoder, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
 ) -> Iterator[tuple[Head, np.ndarray]]:
-    """See Backend.sweep_loglikelihoods."""
+    """See Backend.sweep_grades."""
     half = decoder.itemsize < 4
 
     def make() -> list[_Line]:
@@ -125,8 +142,11 @@ def sweep_loglikelihoods(
             line.read(decoder)
         return made
 
-    wanted = tuple((row.target_ids.tobytes(), row.choice_ids.tobytes(), row.answer) for row in examples)
-    every = kept.of(examples, ("loglikelihoods", wanted), make)
+    wanted = tuple(
+        (row.target_ids.tobytes(), row.choice_ids.tobytes(), row.refusal_ids.tobytes(), row.answer)
+        for row in examples
+    )
+    every = kept.of(examples, ("grade", wanted), make)
     tokens = sum(len(line.frontier.batch.ids) for line in every)
     keep = budgets.keeps_choices(decoder.shape, decoder.itemsize, decoder.room, tokens)
     for layer, group in packing.by_layer(heads):
@@ -137,7 +157,7 @@ def sweep_loglikelihoods(
             for some, ablated in copies(decoder, group, len(batch.ids)):
                 hidden = frontier.hidden.expand(len(ablated), -1, -1)
                 hidden = decoder.run(batch, hidden, layer, decoder.layers, Ablation(layer, ablated, mask))
-                own = log_likelihood(decoder, hidden, line.places)  # (n, R)
+                own = grades(decoder, hidden, line.places)  # (n, R)
                 found[some, batch.rows] = line.clean + (own - own[-1])[:-1] if half else own
             if not keep:
                 frontier.release()

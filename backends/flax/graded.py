@@ -1,4 +1,4 @@
-"""How likely targets are, of the model and with one head at a time ablated: padded rows, nothing decoded."""
+"""Graded outcomes, of the model and with one head at a time ablated: padded rows, nothing decoded."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -30,22 +30,42 @@ class Batch(NamedTuple):
     rivals: jax.Array
     """tokens that compete for a row's next token, the answer first, int32 [R, n], then -1; all -1: none do,
     the whole target is predicted from the whole vocabulary"""
+    refusals: jax.Array
+    """tokens that refusals of a request begin with, int32 [R, m], then -1; all -1: no request"""
 
 
 def make_batch(model: Model, examples: Sequence[Example]) -> Batch:
     filled = model.rows(len(examples))
-    rivals = np.full((filled, max([1, *(len(example.choice_ids) for example in examples)])), -1, np.int32)
-    for row, example in enumerate(examples):
-        if count := len(example.choice_ids):
-            rivals[row, :count] = np.roll(example.choice_ids, -example.answer)
-    return Batch(make_rows(model, examples, filled, 1), model.put(rivals, 0))
+    rivals = filled_up([np.roll(row.choice_ids, -row.answer) for row in examples], filled)
+    refusals = filled_up([row.refusal_ids for row in examples], filled)
+    return Batch(make_rows(model, examples, filled, 1), model.put(rivals, 0), model.put(refusals, 0))
 
 
-def log_likelihood(logits: jax.Array, batch: Batch) -> jax.Array:
+def filled_up(lists: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """int32 [rows, n], n the longest and 1 at the least; -1 where there is nothing."""
+    found = np.full((rows, max([1, *map(len, lists)])), -1, np.int32)
+    for row, own in enumerate(lists):
+        found[row, : len(own)] = own
+    return found
+
+
+def grades(logits: jax.Array, batch: Batch) -> jax.Array:
     """[R] from logits [R, G, V] of the places that predict targets."""
-    among = jnp.take_along_axis(logits[:, 0], jnp.maximum(batch.rivals, 0), axis=-1)
+    first = logits[:, 0]
+    among = jnp.take_along_axis(first, jnp.maximum(batch.rivals, 0), axis=-1)
     among = jax.nn.log_softmax(among, axis=-1, where=batch.rivals >= 0)[:, 0]
-    return jnp.where(batch.rivals[:, 0] >= 0, among, -row_losses(logits, batch.rows))
+    outcome = jnp.where(batch.rivals[:, 0] >= 0, among, -row_losses(logits, batch.rows))
+    return jnp.where(batch.refusals[:, 0] >= 0, log_odds(first, batch.refusals), outcome)
+
+
+def log_odds(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """That the next token is one of a row's tokens [R, m] (-1: none) and no other one, [R] of [R, V]."""
+    named = jnp.where(tokens >= 0, tokens, logits.shape[1])  # no column
+    rows = jnp.arange(len(logits))[:, None]
+    among = jnp.zeros(logits.shape, bool).at[rows, named].set(True, mode="drop")
+    among = among.at[:, 0].set(among[:, 0] | (tokens[:, 0] < 0))  # a row without: a number, which none reads
+    own, others = (jax.nn.logsumexp(logits, axis=-1, where=where) for where in (among, ~among))
+    return own - others
 
 
 # Programs
@@ -56,7 +76,7 @@ def clean(graph, weights, batch: Batch, adapter: Adapter | None) -> jax.Array:
     """[R]"""
     decoder: Decoder = nnx.merge(graph, weights)
     hidden = decoder.forward(batch.rows.ids, adapter)
-    return log_likelihood(target_logits(decoder, hidden, batch.rows), batch)
+    return grades(target_logits(decoder, hidden, batch.rows), batch)
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("hidden",))
@@ -74,7 +94,7 @@ def ablated(graph, weights, hidden, batch: Batch, layer, keep, mask: str) -> jax
     def one(own: jax.Array) -> jax.Array:
         every = jnp.broadcast_to(own, (len(hidden), *own.shape))  # (R, L, H)
         last = decoder.climb(hidden, layer, decoder.config.shape.layers, every, mask)
-        return log_likelihood(target_logits(decoder, last, batch.rows), batch)
+        return grades(target_logits(decoder, last, batch.rows), batch)
 
     return jax.lax.map(one, keep)
 
@@ -88,8 +108,8 @@ def batches(model: Model, examples: Sequence[Example]) -> list[tuple[list[int], 
     return [(members, make_batch(model, [examples[row] for row in members])) for members in groups]
 
 
-def loglikelihoods(model: Model, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
-    """See Backend.loglikelihoods."""
+def grade(model: Model, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
+    """See Backend.grade."""
     adapter, found = peft_folder.load(model, adapter), np.zeros(len(examples))
     for members, batch in batches(model, examples):
         found[members] = np.asarray(model.apply(clean, batch, adapter))[: len(members)]
@@ -117,16 +137,19 @@ class Stream:
             self.hidden, self.layer = self.model.apply(advance, self.hidden, *bounds), layer
 
 
-def sweep_loglikelihoods(
+def sweep_grades(
     model: Model, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
 ) -> Iterator[tuple[Head, np.ndarray]]:
-    """See Backend.sweep_loglikelihoods."""
-    targets = tuple(example.target_ids.tobytes() for example in examples)
+    """See Backend.sweep_grades."""
+    targets = tuple(
+        (row.target_ids.tobytes(), row.choice_ids.tobytes(), row.refusal_ids.tobytes(), row.answer)
+        for row in examples
+    )
 
     def make() -> list[Stream]:
         return [Stream(model, *of_pass) for of_pass in batches(model, examples)]
 
-    streams = kept.of(examples, ("loglikelihoods", targets), make)
+    streams = kept.of(examples, ("grade", targets), make)
     tokens = sum(stream.batch.rows.ids.size for stream in streams)
     keep = budgets.keeps_choices(model.config.shape, model.itemsize, model.room, tokens)
     for layer, group in packing.by_layer(heads):
