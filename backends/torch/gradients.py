@@ -256,9 +256,9 @@ def _in_order(work: Callable, items: Iterable, threads: int) -> Iterator:
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque()
         for item in items:
-            if len(waiting) == threads:  # no more of them in memory
-                yield waiting.popleft().result()
             waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:  # one more than are worked on, so that no thread waits for the caller
+                yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 

@@ -9,8 +9,10 @@ memory.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
+from pathlib import Path
 
-from backends.base import Shape
+from backends import models
 from backends.core.budgets import machine_bytes
 from stages.run.job import Job, Units
 from stages.run.schemas import ALIGNMENT, BENCHMARKS
@@ -24,10 +26,9 @@ LIBRARIES, DIAGNOSIS = 2**29, 40
 """bytes of a process; and of a map by gradients, for each parameter (5 GiB of SmolLM2's 135 million)"""
 
 
-def parameters(shape: Shape) -> int:
-    """How many a model has but for norms, biases and an output matrix of its own."""
-    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    return shape.model_dim * (shape.layers * (attention + 3 * shape.mlp_dim) + shape.vocab)
+def parameters(folder: Path) -> int:
+    """How many the files of a model have."""
+    return sum(map(prod, models.tensor_shapes(folder).values()))
 
 
 def one_threaded(job: Job) -> bool:
@@ -35,7 +36,7 @@ def one_threaded(job: Job) -> bool:
     chosen, judge = job.settings.model, job.settings.evaluation.judge
     if job.stage.name not in FEW_ROWS or chosen.backend != "torch" or judge != "keyword":
         return False
-    if parameters(job.shape) not in SMALL:
+    if parameters(job.model_folder) not in SMALL:
         return False
     from backends.torch.devices import resolve_device  # takes seconds
 
@@ -84,7 +85,8 @@ def process_bytes(job: Job) -> int:
     if job.stage.name == "04_align":
         rows = job.read(ALIGNMENT)
         longest = (rows["prompt_ids"].map(len) + rows["target_ids"].map(len)).max()
-        layer = 6 * shape.model_dim + 4 * shape.mlp_dim + 5 * shape.heads * shape.head_dim
+        width = shape.mlp_dim or 4 * shape.model_dim  # of a mixture of experts: a usual one
+        layer = 6 * shape.model_dim + 4 * width + 5 * shape.heads * shape.head_dim
         token = 4 * (shape.layers * layer + 4 * shape.vocab)  # what it leaves for the backward pass
         work = tuning.batch * min(int(longest), job.settings.data.max_length) * token
     else:
@@ -95,4 +97,4 @@ def process_bytes(job: Job) -> int:
         caches = [token * rows[own.name] * (longest[own.name] + own.new_tokens) for own in written]
         work = min(int(max(caches, default=0)), machine_bytes() // 3)  # the most that decoding plans with
     maps = tuning.rediagnose or job.settings.evaluation.drift
-    return LIBRARIES + (8 + DIAGNOSIS * bool(maps)) * parameters(shape) + work
+    return LIBRARIES + (8 + DIAGNOSIS * bool(maps)) * parameters(job.model_folder) + work
