@@ -87,7 +87,11 @@ def test_a_zero_gradient_conflicts_with_nothing_and_nan_is_kept(module, symmetri
 
 @pytest.mark.parametrize("optimizer", ["sft", "pcgrad", "pcgrad-symmetric"])
 def test_three_steps_are_adam_on_plainly_projected_gradients(own, models, optimizer):
-    """Full batches of all heads, written out on PEFT's model; the rows of both are all that there are."""
+    """Full batches of all heads, written out on PEFT's model; the rows of both are all that there are.
+
+    Adam's first steps are signs: where a gradient is within rounding of zero they may go either way, and all
+    that is known is how far they reach.
+    """
     examples, utility = make_examples(4, seed=5), make_examples(4, seed=6)
     recipe = dataclasses.replace(RECIPE, optimizer=optimizer, epochs=3)
     tuning = own.tune(examples, ALL_HEADS, recipe, utility)
@@ -97,6 +101,7 @@ def test_three_steps_are_adam_on_plainly_projected_gradients(own, models, optimi
     model = reference.lora(models["llama-gqa"], RECIPE)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(parameters, weight_decay=0.0)
+    sure, reach = [torch.ones_like(parameter, dtype=torch.bool) for parameter in parameters], 0.0
     for step, record in enumerate(records):
         losses = [reference.mean_loss(model, rows) for rows in (examples, utility)]
         assert record["loss"] == pytest.approx(losses[0].item(), rel=1e-4 if step else 1e-5)
@@ -108,11 +113,18 @@ def test_three_steps_are_adam_on_plainly_projected_gradients(own, models, optimi
         parts = torch.from_numpy(gradient).float().split([parameter.numel() for parameter in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
+        for own, parameter in zip(sure, parameters, strict=True):
+            size = parameter.grad.abs()
+            own &= (size == 0) | (size > 1e-3 * size.max())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.param_groups[0]["lr"] = learning_rate(step, 3, RECIPE)
+        reach += 2 * adam.param_groups[0]["lr"]
         adam.step()
     assert any(record["projected"] for record in records) == (optimizer != "sft")
     expected = peft.get_peft_model_state_dict(model)
     assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5)
+    names = [name.replace(".default", "") for name, own in model.named_parameters() if own.requires_grad]
+    assert sum(own.sum() for own in sure) > 0.97 * sum(own.numel() for own in sure)
+    for name, own in zip(names, sure, strict=True):
+        torch.testing.assert_close(found[name][own], expected[name][own], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=reach)

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
 
+import backends
 from backends.base import Shape
 from stages.run import cli, threads
 from stages.run.job import Job
@@ -24,6 +24,8 @@ from tests.runs import assert_same
 
 SWEEP, ALIGN, EVALUATE = WITH_UNITS[1:]
 SMOLLM = Shape(layers=30, heads=9, kv_heads=3, head_dim=64, model_dim=576, mlp_dim=1536, vocab=49152)
+SIZE = 134_515_008
+"""its parameters"""
 
 
 @pytest.fixture()
@@ -139,12 +141,13 @@ def test_no_process_outlives_its_start(copy_run, tiny_run, number, code):
 
 
 def test_how_many_there_are(tiny_run, monkeypatch):
-    def count(name: str = ALIGN, shape: Shape = SMOLLM, cores: int = 4, gib: float = 64, **values) -> int:
+    def count(name: str = ALIGN, size: int = SIZE, cores: int = 4, gib: float = 64, **values) -> int:
+        monkeypatch.setattr(threads, "parameters", lambda _: size)
         monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
         monkeypatch.setattr(threads, "machine_bytes", lambda: int(gib * 2**30))
         settings = parse(["--run", str(tiny_run), "--device", "cpu"]).replace(**values)
         job = Job(declaration(name), settings)
-        job.shape = shape
+        job.shape = SMOLLM
         return threads.side_by_side(job)
 
     assert count() == count(EVALUATE) == 4 and count(cores=32) == 8 and count(cores=1) == 1
@@ -152,11 +155,17 @@ def test_how_many_there_are(tiny_run, monkeypatch):
     assert count(SWEEP) == count(SWEEP, processes=2) == 1, "only where products have few rows"
     assert count(shard="1/2") == count(shard="units=a", processes=2) == 1
     assert count(backend="flax") == count(judge="wildguard") == 1
-    tiny, large = (replace(SMOLLM, layers=1, vocab=96), replace(SMOLLM, layers=300))
-    assert count(shape=tiny) == count(shape=large) == 1 and count(shape=tiny, processes=3) == 3
+    tiny, large = 4_000_000, 1_100_000_000
+    assert count(size=tiny) == count(size=large) == 1 and count(size=tiny, processes=3) == 3
 
 
-def test_a_small_model_has_one_thread_also_in_one_process(tiny_run):
+def test_a_model_is_as_large_as_its_files_say(models):
+    size = backends.load("torch", models["llama-gqa"], device="cpu").model.model.num_parameters()
+    assert threads.parameters(Path(models["llama-gqa"])) == size
+
+
+def test_a_small_model_has_one_thread_also_in_one_process(tiny_run, monkeypatch):
+    monkeypatch.setattr(threads, "parameters", lambda _: SIZE)
     before, seen = torch.get_num_threads(), {}
     torch.set_num_threads(2)
     try:
