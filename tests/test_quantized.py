@@ -16,20 +16,32 @@ import backends
 from backends.base import GainRecipe, Recipe, Selection
 from backends.core.errors import InputError
 from backends.torch import devices, quantized
+from stages import audit
+from stages.checks.comparison import Comparison
+from stages.checks.finished import FinishedRun
+from stages.run.pipeline import STAGES
+from stages.run.store import MANIFEST, read_json
 from tests import reference
 from tests.conftest import ALL_HEADS, HEAD_DIM, change_tensors, edited, make_examples
 from tests.families import write_family
+from tests.runs import COMPUTED, TINY, make_run
+from tests.tampering import edit_manifest
 from tests.test_sweep import assert_idle, idle_model
 
 KINDS = ["nf4", "int8"]
 PACKED = {"nf4": torch.uint8, "int8": torch.int8}
 
 
-def loaded(folder, kind: str, device: str, monkeypatch) -> backends.Backend:
+def on_a_cpu(monkeypatch) -> None:
+    """Lets a CPU have quantized weights."""
     pytest.importorskip("bitsandbytes", reason="requirements-quantize.txt is not installed")
     monkeypatch.setattr(quantized, "check_here", lambda *_: None)
     # Its kernel for CPUs wants matrices larger than a tiny model's, and packs them anew, for inference only.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+def loaded(folder, kind: str, device: str, monkeypatch) -> backends.Backend:
+    on_a_cpu(monkeypatch)
     return backends.load("torch", folder, dtype="auto", device=device, quantize=kind)
 
 
@@ -189,3 +201,22 @@ def test_without_cuda_or_bitsandbytes_one_line_says_so(models, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     refused("--quantize nf4 needs bitsandbytes: .*requirements-quantize.txt")
+
+
+# A whole run
+
+
+def test_a_run_says_so_and_passes_the_audit(kind, scratch, monkeypatch, capsys):
+    on_a_cpu(monkeypatch)
+    settings = TINY.replace(quantize=kind, dtype="bfloat16", device="cpu", arms=("full", "bucket1"))
+    run = make_run(scratch / "run", settings, STAGES)
+    models = [read_json(run / stage / MANIFEST)["model"] for stage in COMPUTED[1:]]
+    assert {(model["quantize"], model["dtype"]) for model in models} == {(kind, "bfloat16")}
+    page = (run / STAGES[-1] / "report.html").read_text("utf-8")
+    assert f"torch, bfloat16 on cpu, base weights but W_q in {kind}" in page
+    assert audit.main(run) == 0
+    edit_manifest(run, "04_align", lambda manifest: manifest["model"].update(quantize=""))
+    capsys.readouterr()
+    assert audit.main(run) == 1
+    assert f"04_align: quantize '{kind}' -> ''" in capsys.readouterr().out
+    assert Comparison(*[FinishedRun(run, COMPUTED)] * 2).half
