@@ -8,7 +8,7 @@ T tokens, V vocabulary, N examples, P paths, r LoRA's rank. Layers, heads and ne
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -113,6 +113,23 @@ class HeadGradients:
     (Michel et al. 2019, "Are sixteen heads really better than one?")"""
     gate_util: np.ndarray
     """the same for each row of D_util"""
+
+
+class Choices(NamedTuple):
+    """What a model takes for the next token of each row."""
+
+    prediction: np.ndarray
+    """int32 [N], as Example.answer"""
+    probability: np.ndarray
+    """float32 [N], of all candidates together; of the predicted token where the whole vocabulary competes"""
+
+
+class Grades(NamedTuple):
+    """What a model says of each row's target, and of its next token."""
+
+    outcome: np.ndarray
+    """float64 [N]: see `Backend.grade`"""
+    choices: Choices
 
 
 @dataclass(frozen=True)
@@ -271,14 +288,14 @@ class Backend(Protocol):
         once."""
         ...
 
-    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
-        """float64 [N], the graded outcome of a row: the mean log p of its target's tokens; where choices
-        compete, log p of the answer's token among them; of a request the log-odds that the next token is one
-        that refusals begin with (Arditi et al. 2024, "Refusal in language models is mediated by a single
-        direction"; over 51 tuned models it tells refused from answered requests with an AUC of 0.82, the mean
-        log p of a refusal's tokens with 0.63: docs/LOG.md).
+    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> Grades:
+        """The graded outcome of each row: the mean log p of its target's tokens; where choices compete, log p
+        of the answer's token among them; of a request the log-odds that the next token is one that refusals
+        begin with (Arditi et al. 2024, "Refusal in language models is mediated by a single direction"; over
+        51 tuned models it tells refused from answered requests with an AUC of 0.82, the mean log p of a
+        refusal's tokens with 0.63: docs/LOG.md). From the same pass what `choices` returns.
 
-        Raises ValueError where a row has neither a target nor refusals.
+        Raises ValueError where a row has neither a target nor choices nor refusals.
         """
         ...
 
@@ -293,11 +310,8 @@ class Backend(Protocol):
         (ValueError on both)."""
         ...
 
-    def choices(
-        self, examples: Sequence[Example], adapter: Path | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions as in Example.answer, int32 [N], and the total probability of the candidates (of the
-        predicted token where the whole vocabulary competes), float32 [N]."""
+    def choices(self, examples: Sequence[Example], adapter: Path | None = None) -> Choices:
+        """The next token of each row; no target is read."""
         ...
 
     def generate(
@@ -321,7 +335,7 @@ class Backend(Protocol):
     def sweep_grades(
         self, examples: Sequence[Example], heads: Sequence[Head], mask: Mask = "output"
     ) -> Iterator[tuple[Head, np.ndarray]]:
-        """For each head in order: `grade` with that head ablated, float64 [N]; nothing is
+        """For each head in order: outcomes of `grade` with that head ablated, float64 [N]; nothing is
         decoded."""
         ...
 

@@ -81,15 +81,16 @@ def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) ->
         dtype=object,
     ).assign(example_id=rows["example_id"], prompt=rows["prompt"])
     choice = rows["scoring"] == "choice"
+    graded = (rows["target_ids"].map(len) + rows["refusal_ids"].map(len) > 0) & ~choice
     if choice.any():
         chosen = rows[choice].to_dict("records")
-        prediction, probability = backend.choices([example(row) for row in chosen], adapter)
+        outcome, found = backend.grade([example(row) for row in chosen], adapter)
         texts = [
             row["choices"][predicted] if len(row["choices"]) else job.tokenizer.decode([predicted])
-            for row, predicted in zip(chosen, prediction.tolist(), strict=True)
+            for row, predicted in zip(chosen, found.prediction.tolist(), strict=True)
         ]
-        columns = {"output": texts, "token_ids": [[]] * len(texts)}
-        columns |= {"prediction": prediction.tolist(), "probability": probability.tolist()}
+        columns = {"output": texts, "token_ids": [[]] * len(texts), "graded": outcome.tolist()}
+        columns |= {"prediction": found.prediction.tolist(), "probability": found.probability.tolist()}
         outputs.loc[choice, list(columns)] = pd.DataFrame(columns, index=rows.index[choice], dtype=object)
     if not choice.all():
         written = [example(row) for row in rows[~choice].to_dict("records")]
@@ -97,10 +98,9 @@ def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) ->
         texts = [job.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated]
         columns = {"output": texts, "token_ids": [tokens.tolist() for tokens in generated]}
         outputs.loc[~choice, list(columns)] = pd.DataFrame(columns, index=rows.index[~choice], dtype=object)
-    targeted = rows["target_ids"].map(len) + rows["refusal_ids"].map(len) > 0
-    if targeted.any():
-        graded = [example(row) for row in rows[targeted].to_dict("records")]
-        outputs.loc[targeted, "graded"] = backend.grade(graded, adapter)
+    if graded.any():
+        own = [example(row) for row in rows[graded].to_dict("records")]
+        outputs.loc[graded, "graded"] = backend.grade(own, adapter).outcome
     return outputs
 
 

@@ -83,7 +83,7 @@ def test_logits_choices_and_likelihoods(two):
     for examples in (open_, closed):
         for found, expected in zip(here.choices(examples), cpu.choices(examples), strict=True):
             close(found, expected)
-        close(here.grade(examples), cpu.grade(examples))
+        close(here.grade(examples).outcome, cpu.grade(examples).outcome)
 
 
 @pytest.mark.parametrize("mask", ["output", "query"])
@@ -202,7 +202,9 @@ def test_bfloat16_is_near_float32(models, kind):
     examples = make_examples(24, seed=5)
     spread = float(full.logits(examples).std())
     assert np.abs(half.logits(examples) - full.logits(examples)).mean() < 0.05 * spread
-    np.testing.assert_allclose(half.grade(examples), full.grade(examples), atol=0.05 * spread, rtol=0.05)
+    np.testing.assert_allclose(
+        half.grade(examples).outcome, full.grade(examples).outcome, atol=0.05 * spread, rtol=0.05
+    )
 
 
 # A whole run

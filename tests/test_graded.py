@@ -41,7 +41,10 @@ def plain_grades(model, examples) -> np.ndarray:
 @pytest.mark.parametrize("mask", ["output", "query"])
 def test_sweep_equals_hook_and_loop(pair, mask):
     clean = plain_grades(pair.plain, EXAMPLES)
-    np.testing.assert_allclose(pair.backend.grade(EXAMPLES), clean, atol=1e-5)
+    np.testing.assert_allclose(pair.backend.grade(EXAMPLES).outcome, clean, atol=1e-5)
+    choices = pair.backend.choices(EXAMPLES)
+    for part, same in zip(pair.backend.grade(EXAMPLES).choices, choices, strict=True):
+        np.testing.assert_allclose(part, same, rtol=1e-5)
     for (layer, head), found in pair.backend.sweep_grades(EXAMPLES, ALL_HEADS, mask):
         with reference.ablated(pair.plain, layer, head, mask):
             expected = plain_grades(pair.plain, EXAMPLES)
@@ -71,14 +74,16 @@ def test_gates_equal_a_hooked_gate_and_finite_differences(pair, mask):
 def test_a_request_needs_no_target_and_a_sure_refusal_is_a_number(pair):
     nothing = np.zeros(0, np.int32)
     bare = [replace(row, target_ids=nothing) for row in REQUESTS]
-    found = pair.backend.grade(bare)
-    np.testing.assert_allclose(found, pair.backend.grade(REQUESTS), atol=1e-6)
+    found = pair.backend.grade(bare).outcome
+    np.testing.assert_allclose(found, pair.backend.grade(REQUESTS).outcome, atol=1e-6)
     _, swept = next(iter(pair.backend.sweep_grades(bare, [(1, 0)])))
     assert np.isfinite(swept).all()
     vocabulary = np.arange(pair.backend.shape.vocab, dtype=np.int32)
     sure = [replace(row, refusal_ids=np.delete(vocabulary, 7)) for row in REQUESTS]
     other = [replace(row, refusal_ids=vocabulary[[7]]) for row in REQUESTS]
-    np.testing.assert_allclose(pair.backend.grade(sure), -pair.backend.grade(other), atol=1e-4)
+    np.testing.assert_allclose(
+        pair.backend.grade(sure).outcome, -pair.backend.grade(other).outcome, atol=1e-4
+    )
 
 
 def test_gates_of_some_layers_and_the_same_gram(gqa):
@@ -112,9 +117,9 @@ def test_an_adapter_changes_them(gqa, scratch):
     tuning = gqa.backend.tune(EXAMPLES[:4], [(0, 1), (2, 3)], recipe)
     assert list(tuning)
     merged = reference.merged(gqa.plain.config._name_or_path, tuning.adapter)
-    found = gqa.backend.grade(EXAMPLES, tuning.adapter)
+    found = gqa.backend.grade(EXAMPLES, tuning.adapter).outcome
     np.testing.assert_allclose(found, plain_grades(merged, EXAMPLES), atol=1e-5)
-    assert np.abs(found - gqa.backend.grade(EXAMPLES)).max() > 1e-3
+    assert np.abs(found - gqa.backend.grade(EXAMPLES).outcome).max() > 1e-3
 
 
 def test_a_row_without_target_is_named(gqa):
@@ -126,4 +131,4 @@ def test_a_row_without_target_is_named(gqa):
         for call in (gqa.backend.grade, lambda own: gqa.backend.sweep_grades(own, [(0, 0)])):
             with pytest.raises(ValueError, match=message):
                 call(rows)
-    assert gqa.backend.grade([]).shape == (0,)
+    assert gqa.backend.grade([]).outcome.shape == (0,)

@@ -141,14 +141,14 @@ def test_an_effect_of_c_is_found_and_none_of_a_shuffled_c(scratch, monkeypatch):
     assert np.corrcoef(wired.ravel(), scores.conflict_score.ravel())[0, 1] > 0.5, "C must know the wiring"
     benchmark = answered(backend, rows(QUESTIONS, 48, 3, 0))
     align = rows(REQUESTS, 32, 4, REFUSAL)
-    tuned, outcomes = {}, {BASE_RUN: backend.grade(benchmark)}
+    tuned, outcomes = {}, {BASE_RUN: backend.grade(benchmark).outcome}
     for run in arm_runs(parse([f"draws{DRAWS}"], 4), (), ("sft",), (21,)):
         tuned[run] = select_heads(run.arm, scores, 4, np.random.default_rng(run.seed))
         recipe = Recipe(
             rank=2, alpha=4.0, lr=0.1, batch=8, accumulation=1, seed=run.seed, folder=scratch / run.name
         )
         assert len(list(backend.tune(align, tuned[run], recipe))) == 4
-        outcomes[run] = backend.grade(benchmark, recipe.folder)
+        outcomes[run] = backend.grade(benchmark, recipe.folder).outcome
     others = {f"shuffled{seed}": shuffled(scores, seed) for seed in range(20)}
     found = study({OWN: scores} | others, tuned, outcomes)
     assert found["r"][OWN] > 0.5 and found["p_heads"][OWN] < 0.05

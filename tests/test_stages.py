@@ -232,7 +232,7 @@ def test_a_plan_counts_units_and_writes_nothing(copy_run, scratch, capsys):
         "02_conflict attributions of 384 neurons, 8 pairs": (2, 0),
         "03_sensitivity each of 12 heads ablated: next tokens of 16 rows": (4, 0),
         "03_sensitivity each of 12 heads ablated: responses to 8 rows, 4 tokens": (4, 0),
-        "03_sensitivity each of 12 heads ablated: likelihoods of 24 targets": (4, 0),
+        "03_sensitivity each of 12 heads ablated: graded outcomes of 24 rows": (4, 0),
         "04_align 2 arms by sft, 48 rows, 1 epochs": (2, 0),
         "04_align 5 arms of neurons, 3 outer steps": (5, 0),
         "05_evaluate facts: 8 next tokens, 8 models": (8, 0),

@@ -192,7 +192,7 @@ def assert_idle(backend, mask: str) -> None:
         found = dict(backend.sweep_choices(examples, ALL_HEADS, mask))
         np.testing.assert_array_equal(found[1, 2], backend.choices(examples)[0])
         graded = dict(backend.sweep_grades(examples, ALL_HEADS, mask))
-        np.testing.assert_array_equal(graded[1, 2], backend.grade(examples))
+        np.testing.assert_array_equal(graded[1, 2], backend.grade(examples).outcome)
         assert any(not np.array_equal(found[head], found[1, 2]) for head in ALL_HEADS)
     prompts = make_examples(24, seed=4)
     responses = dict(backend.sweep_generations(prompts, ALL_HEADS, 24, mask))

@@ -57,9 +57,10 @@ def check_targets(*examples: Example) -> None:
 
 
 def check_graded(*examples: Example) -> None:
-    """Each must have a graded outcome: a target or refusals, and an answer where choices compete."""
+    """Each must have a graded outcome: a target, refusals, or choices and the answer among them."""
     for example in examples:
-        if len(example.prompt_ids) == 0 or len(example.target_ids) + len(example.refusal_ids) == 0:
+        outcome = len(example.target_ids) + len(example.refusal_ids) + len(example.choice_ids)
+        if len(example.prompt_ids) == 0 or outcome == 0:
             raise ValueError(f"example {example.example_id} has no prompt or no target")
         if len(example.choice_ids) and not 0 <= example.answer < len(example.choice_ids):
             raise ValueError(f"example {example.example_id}: answer {example.answer} is none of its choices")

@@ -12,8 +12,10 @@ import numpy as np
 
 from backends.base import (
     Attribution,
+    Choices,
     Example,
     GainRecipe,
+    Grades,
     Head,
     HeadGradients,
     Mask,
@@ -96,7 +98,7 @@ class Loaded:
         found = wing.head_gradients(self.model, safe, utils, folds, layers, mask, adapter)
         return finite(found, layers)
 
-    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> np.ndarray:
+    def grade(self, examples: Sequence[Example], adapter: Path | None = None) -> Grades:
         check_graded(*examples)
         return self._wing("graded").grade(self.model, examples, adapter)
 
@@ -111,9 +113,7 @@ class Loaded:
         ablated = check_ablated(ablated, adapter, self.shape)
         return self._wing("sweep").logits(self.model, examples, adapter, ablated, mask)
 
-    def choices(
-        self, examples: Sequence[Example], adapter: Path | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def choices(self, examples: Sequence[Example], adapter: Path | None = None) -> Choices:
         return self._wing("sweep").choices(self.model, examples, adapter)
 
     def generate(

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from backends.base import Example, Head
+from backends.base import Choices, Example, Grades, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
 from backends.flax.decoder import Adapter, Decoder
 from backends.flax.loss import Rows, make_rows, row_losses, target_logits
 from backends.flax.model import Model, embed
-from backends.flax.sweep import keep_mask
+from backends.flax.sweep import choose, keep_mask
 
 TOKENS_CPU, TOKENS_DEVICE = 2048, 16384
 """padded tokens of a pass, for each device of the data axis"""
@@ -72,11 +72,12 @@ def log_odds(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def clean(graph, weights, batch: Batch, adapter: Adapter | None) -> jax.Array:
-    """[R]"""
+def clean(graph, weights, batch: Batch, adapter: Adapter | None) -> tuple[jax.Array, jax.Array]:
+    """Outcomes [R], and the logits after each prompt [R, V]."""
     decoder: Decoder = nnx.merge(graph, weights)
     hidden = decoder.forward(batch.rows.ids, adapter)
-    return grades(target_logits(decoder, hidden, batch.rows), batch)
+    logits = target_logits(decoder, hidden, batch.rows)
+    return grades(logits, batch), logits[:, 0]
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("hidden",))
@@ -108,12 +109,16 @@ def batches(model: Model, examples: Sequence[Example]) -> list[tuple[list[int], 
     return [(members, make_batch(model, [examples[row] for row in members])) for members in groups]
 
 
-def grade(model: Model, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
+def grade(model: Model, examples: Sequence[Example], adapter: Path | None) -> Grades:
     """See Backend.grade."""
-    adapter, found = peft_folder.load(model, adapter), np.zeros(len(examples))
+    adapter, outcome = peft_folder.load(model, adapter), np.zeros(len(examples))
+    found = Choices(np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32))
     for members, batch in batches(model, examples):
-        found[members] = np.asarray(model.apply(clean, batch, adapter))[: len(members)]
-    return found
+        of_batch, logits = model.apply(clean, batch, adapter)
+        outcome[members] = np.asarray(of_batch)[: len(members)]
+        own = choose(model, logits, [examples[row] for row in members])
+        found.prediction[members], found.probability[members] = own
+    return Grades(outcome, found)
 
 
 class Stream:

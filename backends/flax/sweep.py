@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from backends.base import Example, Head
+from backends.base import Choices, Example, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
@@ -93,18 +93,21 @@ def _columns(examples: Sequence[Example], rows: int, vocabulary: np.ndarray | No
 # Verbs
 
 
-def choices(model: Model, examples: Sequence[Example], adapter: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def choose(model: Model, logits: jax.Array, examples: Sequence[Example]) -> Choices:
+    """From the logits after each prompt, [R, V]; rows beyond the examples only fill the shape."""
+    columns = model.put(_columns(examples, len(logits), None), 0)
+    return Choices(*(np.asarray(part)[: len(examples)] for part in clean_choices(logits, columns)))
+
+
+def choices(model: Model, examples: Sequence[Example], adapter: Path | None) -> Choices:
     """See Backend.choices."""
     adapter = peft_folder.load(model, adapter)
-    prediction, probability = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32)
+    found = Choices(np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32))
     for batch in prompt_batches(model, examples, token_limit(model)):
-        found = model.apply(clean_logits, batch.line, adapter)
-        columns = _columns([examples[row] for row in batch.rows], batch.filled, None)
-        chosen = clean_choices(found, model.put(columns, 0))
-        prediction[batch.rows], probability[batch.rows] = (
-            np.asarray(part)[: len(batch.rows)] for part in chosen
-        )
-    return prediction, probability
+        logits = model.apply(clean_logits, batch.line, adapter)
+        own = choose(model, logits, [examples[row] for row in batch.rows])
+        found.prediction[batch.rows], found.probability[batch.rows] = own
+    return found
 
 
 def logits(

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backends.base import Example, Head
+from backends.base import Choices, Example, Grades, Head
 from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.torch.adapter import adapted
 from backends.torch.batch import Batch
 from backends.torch.decoder import Ablation, Decoder
-from backends.torch.sweep import Candidates, Frontier, copies, find_candidates, line_batches
+from backends.torch.sweep import Candidates, Frontier, choose, copies, find_candidates, line_batches
 
 LOGITS_CPU, LOGITS_CUDA = 256, 2048
 """places whose logits over the vocabulary are held together"""
@@ -106,11 +106,15 @@ class _Line:
         self.places = find_places(batch, examples)
         self.clean = np.zeros(0)
 
-    def read(self, decoder: Decoder) -> None:
-        """Sets `clean`, the clean model's outcomes [R]."""
+    def read(self, decoder: Decoder) -> torch.Tensor:
+        """Sets `clean`, the clean model's outcomes [R]. Returns the last layer's residual stream after each
+        prompt, [R, E]."""
         self.frontier.move(decoder.layers)
-        self.clean = grades(decoder, self.frontier.hidden, self.places)[0]
+        hidden = self.frontier.hidden
+        self.clean = grades(decoder, hidden, self.places)[0]
         self.frontier.release()
+        first = np.cumsum([0, *self.places.counts[:-1]])
+        return hidden[0, self.places.at[torch.from_numpy(first).to(hidden.device)]]
 
 
 def lines(decoder: Decoder, examples: Sequence[Example]) -> list[_Line]:
@@ -119,14 +123,17 @@ def lines(decoder: Decoder, examples: Sequence[Example]) -> list[_Line]:
 
 
 @torch.no_grad()
-def grade(decoder: Decoder, examples: Sequence[Example], adapter: Path | None) -> np.ndarray:
+def grade(decoder: Decoder, examples: Sequence[Example], adapter: Path | None) -> Grades:
     """See Backend.grade."""
-    found = np.zeros(len(examples))
+    found = Choices(np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32))
+    outcome = np.zeros(len(examples))
     with adapted(decoder.model, adapter):
         for line in lines(decoder, examples):
-            line.read(decoder)
-            found[line.frontier.batch.rows] = line.clean
-    return found
+            rows, hidden = line.frontier.batch.rows, line.read(decoder)
+            outcome[rows] = line.clean
+            own = choose(decoder.logits(hidden), [examples[row] for row in rows])
+            found.prediction[rows], found.probability[rows] = own
+    return Grades(outcome, found)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backends.base import Example, Head
+from backends.base import Choices, Example, Head
 from backends.core import budgets, packing
 from backends.core.drafts import CLEAN
 from backends.core.kept import Kept
@@ -126,22 +126,24 @@ def _clean(decoder: Decoder, batch: Batch) -> torch.Tensor:
     return decoder.logits(decoder.run(batch, hidden, 0, decoder.layers)[0])
 
 
+def choose(logits: torch.Tensor, examples: Sequence[Example]) -> Choices:
+    """From the logits after each prompt, [N, V]."""
+    candidates = find_candidates([example.choice_ids for example in examples], None, logits.device)
+    chosen, likely = candidates.choose(logits), logits.softmax(dim=-1)
+    alone = likely.gather(-1, chosen[:, None])[:, 0]
+    total = torch.where(candidates.free, alone, candidates.of(likely, 0.0).sum(dim=-1))
+    return Choices(chosen.cpu().numpy().astype(np.int32), total.cpu().numpy())
+
+
 @torch.no_grad()
-def choices(
-    decoder: Decoder, examples: Sequence[Example], adapter: Path | None
-) -> tuple[np.ndarray, np.ndarray]:
+def choices(decoder: Decoder, examples: Sequence[Example], adapter: Path | None) -> Choices:
     """See Backend.choices."""
-    prediction, probability = np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32)
+    found = Choices(np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32))
     with adapted(decoder.model, adapter):
         for batch in prompt_batches(decoder, examples):
-            logits = _clean(decoder, batch)  # (R, V)
-            own = [examples[row].choice_ids for row in batch.rows]
-            candidates = find_candidates(own, None, logits.device)
-            chosen, likely = candidates.choose(logits), logits.softmax(dim=-1)
-            alone = likely.gather(-1, chosen[:, None])[:, 0]
-            total = torch.where(candidates.free, alone, candidates.of(likely, 0.0).sum(dim=-1))
-            prediction[batch.rows], probability[batch.rows] = chosen.cpu().numpy(), total.cpu().numpy()
-    return prediction, probability
+            own = choose(_clean(decoder, batch), [examples[row] for row in batch.rows])
+            found.prediction[batch.rows], found.probability[batch.rows] = own
+    return found
 
 
 @torch.no_grad()

@@ -55,15 +55,17 @@ def share_out(job: Job, pending: Units, count: int) -> None:
             computed, total=total, initial=total - len(pending), desc=job.stage.name, unit="unit"
         ):
             done.result()
-    except BrokenProcessPool:
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.kill()
+        if not isinstance(error, BrokenProcessPool):
+            raise
         last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
         raise InputError(
             f"a process of {job.stage.name} died ({last[0]}): if memory is short, fewer --processes; the "
             f"same command goes on"
         ) from None
     finally:
-        for process in multiprocessing.active_children():
-            process.kill()
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, before)
 

@@ -107,7 +107,7 @@ def answer_clean(job: Job, part: str, examples: list[Example]) -> Sequence:
     if part == "choices":
         return job.backend.choices(examples)[0]
     if part == "graded":
-        return job.backend.grade(examples)
+        return job.backend.grade(examples).outcome
     return job.backend.generate(examples, new_tokens(job, part))
 
 
