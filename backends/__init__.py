@@ -24,6 +24,7 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     model_parallel: int = 0,
+    quantize: str = "",
 ) -> Backend:
     """Loads the model in `model_dir` (a Hugging Face folder with safetensors) into a backend.
 
@@ -33,13 +34,18 @@ def load(
         device: "auto", "cpu", "cuda", "cuda:1", …; flax uses all of the named kind, torch as many as needed.
         model_parallel: devices that share one copy of the weights, by layers (torch, CUDA) or cut by heads
             (flax); 0: as few as hold it.
+        quantize: "nf4" or "int8": base weights in 4 or 8 bits (`torch.quantized`; CUDA, one device).
 
     Raises InputError, one line, on a folder that cannot be used.
     """
     check(name)
     check_folder(name, Path(model_dir))
     wing = importlib.import_module(f"backends.{name}.backend")
-    return wing.load(Path(model_dir), dtype, device, model_parallel)
+    if not quantize:
+        return wing.load(Path(model_dir), dtype, device, model_parallel)
+    check_quantize(quantize, name, dtype, model_parallel)
+    check_quantize_here(quantize, device)
+    return wing.load(Path(model_dir), "bfloat16", device, 1, quantize)
 
 
 def check_folder(name: str, model_dir: Path) -> None:
@@ -63,3 +69,20 @@ def check(name: str) -> None:
             f"backend {name} needs {missing[0]}, which is not installed: "
             f"`pip install -r requirements.txt`{plugin}, or use --backend {other}"
         )
+
+
+def check_quantize(quantize: str, name: str, dtype: str, model_parallel: int) -> None:
+    """InputError, one line, where quantized weights do not go with the rest."""
+    if quantize not in ("nf4", "int8"):
+        raise InputError(f"--quantize {quantize}: nf4 or int8")
+    if name != "torch":
+        raise InputError(f"--quantize {quantize} is not handled by --backend {name}: use --backend torch")
+    if dtype == "float32":
+        raise InputError(f"--quantize {quantize} computes in bfloat16, not in float32: say --dtype bfloat16")
+    if model_parallel > 1:
+        raise InputError(f"--quantize {quantize} is for one device, not --model-parallel {model_parallel}")
+
+
+def check_quantize_here(quantize: str, device: str) -> None:
+    """InputError, one line, where weights cannot be quantized on this machine; nothing is loaded."""
+    importlib.import_module("backends.torch.quantized").check_here(quantize, device)

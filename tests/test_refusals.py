@@ -95,6 +95,13 @@ OPTIONS = [
     ("--shard 0/2", "--shard 0/2: i/n"),
     ("--shard half", "--shard half: i/n"),
     ("--shard 1/2", "--shard is for stages 02 to 05"),
+    # quantized weights
+    ("--quantize int4", "--quantize"),
+    ("--quantize nf4", "--quantize nf4 computes in bfloat16, not in float32: say --dtype bfloat16"),
+    ("--quantize nf4 --dtype auto --backend flax", "--quantize nf4 is not handled by --backend flax"),
+    ("--quantize int8 --dtype auto --model-parallel 2", "--quantize int8 is for one device"),
+    ("--quantize int8 --dtype auto --pairs 8", "NeuronTune is not handled on quantized weights"),
+    ("--quantize nf4 --dtype auto --device cpu", "--quantize nf4 needs CUDA, and --device cpu is none"),
     # arms
     ("--arms bucket9", "--arms: unknown arm 'bucket9'"),
     ("--arms bucket0", "unknown arm"),

@@ -112,6 +112,15 @@ def check_neurons(shape: Shape) -> None:
         )
 
 
+def check_dense(quantize: str) -> None:
+    """InputError where NeuronTune would have to do with quantized weights."""
+    if quantize:
+        raise InputError(
+            f"NeuronTune is not handled on quantized weights (--quantize {quantize}): --pairs 0, and no arms "
+            f"of neurons (--neurons without a number)"
+        )
+
+
 def check_gains(tasks: Sequence[Task], neurons: Selection, shape: Shape) -> None:
     """Each neuron must exist and be given once, and each task have enough rows to be split."""
     check_neurons(shape)

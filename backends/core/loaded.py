@@ -28,6 +28,7 @@ from backends.base import (
 )
 from backends.core.checks import (
     check_ablated,
+    check_dense,
     check_folds,
     check_graded,
     check_heads,
@@ -50,6 +51,7 @@ class Loaded:
     dtype: str
     device: str
     shape: Shape
+    quantize: str = ""
     kept: Kept = field(default_factory=Kept)
 
     def _wing(self, module: str) -> ModuleType:
@@ -161,9 +163,11 @@ class Loaded:
     ) -> Attribution:
         self.kept.drop()
         check_neurons(self.shape)
+        check_dense(self.quantize)
         return self._wing("neurons").attribute_neurons(self.model, examples, baselines, steps)
 
     def tune_gains(self, tasks: Sequence[Task], neurons: Selection, recipe: GainRecipe) -> Tuning:
         self.kept.drop()
+        check_dense(self.quantize)
         plan = GainPlan(self.shape, tasks, neurons, recipe)
         return Run(self._wing("gains").Gains(self.model, plan), plan)

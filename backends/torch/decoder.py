@@ -24,6 +24,7 @@ from backends.core import budgets
 from backends.torch import attention
 from backends.torch.attention import Attend, Heads, Masks, mixed
 from backends.torch.batch import Batch, attend_all, attend_last
+from backends.torch.quantized import stored_bytes
 
 PIECE = 1024
 """tokens of the vocabulary whose logits are computed together on a CPU"""
@@ -156,10 +157,10 @@ class Decoder:
         """Bytes that may be used beside the weights; of several devices, what the fullest one has. Not what
         is free now: how work is cut, and so how it rounds, must not depend on it."""
         if self.device.type != "cuda":
-            return budgets.machine_bytes() // 2 - sum(weight.nbytes for weight in self.model.parameters())
+            return budgets.machine_bytes() // 2 - sum(map(stored_bytes, self.model.parameters()))
         weights = Counter()
         for weight in self.model.parameters():
-            weights[weight.device] += weight.nbytes
+            weights[weight.device] += stored_bytes(weight)
         return min(
             int(0.9 * torch.cuda.get_device_properties(place).total_memory) - held
             for place, held in weights.items()

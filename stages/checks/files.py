@@ -19,7 +19,7 @@ FIELDS = {
     *("units", "versions", "git", "wall_seconds", "peak_memory_bytes"),
 }
 """of a manifest"""
-SAME_MODEL = ("id", "revision", *models.MODEL_HASHES, "backend", "dtype")
+SAME_MODEL = ("id", "revision", *models.MODEL_HASHES, "backend", "dtype", "quantize")
 """what all stages that load the model must agree on; the device may differ"""
 
 
@@ -99,6 +99,7 @@ def model(run: FinishedRun) -> Result:
     recorded = {stage: run.manifest(stage)["model"] for stage in stages}
     wanted = {name: recorded[WITH_UNITS[0]].get(name) for name in SAME_MODEL}
     wanted |= {"id": chosen.model, "revision": chosen.revision, "backend": chosen.backend}
+    wanted |= {"quantize": chosen.quantize}
     wanted |= {"dtype": chosen.dtype} if chosen.dtype != "auto" else {}
     found = {stage: {name: own.get(name) for name in SAME_MODEL} for stage, own in recorded.items()}
     faults = [f"{stage}: {differences(wanted, own)}" for stage, own in found.items() if own != wanted]

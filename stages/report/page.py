@@ -17,6 +17,7 @@ from stages.method.arms import BASE, ArmRun
 from stages.report import examples, words
 from stages.report.results import FULL, RANDOM, Results, plain
 from stages.report.tables import Table, flags, is_score
+from stages.run.store import computed_by
 
 
 def without_folder(value: object) -> str:
@@ -104,6 +105,7 @@ def render(
         COLLAPSE=examples.COLLAPSE,
         DOMAINS=DOMAINS,
         model=manifests["02_conflict"]["model"],
+        computed_by=computed_by(manifests["02_conflict"]["model"]),
         arms=arms(results, results.main),
         correlations=records(rows[own]),
         other_correlations=records(rows[others]),

@@ -23,13 +23,14 @@ from backends.core.files import sha256, write_json
 from stages.run.locks import parse_shard
 from stages.run.provenance import git_state, package_versions, peak_memory_bytes
 from stages.run.schemas import OWN_MAP, SCHEMA_VERSION, Table
-from stages.run.settings import OF_ONE_START, OF_RESULTS, Settings, option
+from stages.run.settings import OF_ONE_START, OF_RESULTS, ModelSettings, Settings, option
 from stages.run.store import (
     MANIFEST,
     PARTS,
     RUN_FILE,
     STARTED,
     RunFolder,
+    computed_by,
     differences,
     read_json,
     read_table,
@@ -75,10 +76,17 @@ class Stage:
 
 @lru_cache(maxsize=1)
 def _load(
-    name: str, folder: Path, hashes: tuple[str, ...], dtype: str, device: str, model_parallel: int
+    chosen: ModelSettings, folder: Path, hashes: tuple[str, ...], device: str, model_parallel: int
 ) -> Backend:
     """Kept for the next stage of a process that makes several, as long as the model has these hashes."""
-    return backends.load(name, folder, dtype=dtype, device=device, model_parallel=model_parallel)
+    return backends.load(
+        chosen.backend,
+        folder,
+        dtype=chosen.dtype,
+        device=device,
+        model_parallel=model_parallel,
+        quantize=chosen.quantize,
+    )
 
 
 class Job:
@@ -174,9 +182,10 @@ class Job:
                     f"another --run"
                 )
         known = tuple(hashes.values())
-        backend = _load(chosen.backend, folder, known, chosen.dtype, place.device, place.model_parallel)
+        backend = _load(chosen, folder, known, place.device, place.model_parallel)
         model = {"id": chosen.model, "revision": chosen.revision} | hashes
         model |= {"backend": backend.name, "device": backend.device, "dtype": backend.dtype}
+        model |= {"quantize": backend.quantize}
         if (started := self.folder / STARTED).is_file() and (
             changed := differences(read_json(started)["model"], model)
         ):
@@ -187,10 +196,7 @@ class Job:
         self.start(model)
         self.remember()
         shape = backend.shape
-        self.say(
-            f"{model['id']}: {shape.layers} layers of {shape.heads} heads, {backend.name}, {backend.dtype} "
-            f"on {backend.device}"
-        )
+        self.say(f"{model['id']}: {shape.layers} layers of {shape.heads} heads, {computed_by(model)}")
         return backend
 
     def release(self) -> None:

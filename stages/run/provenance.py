@@ -20,6 +20,7 @@ PACKAGES = (
     "jax",
     "flax",
     "optax",
+    "bitsandbytes",
 )
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes
 
 import backends
 from backends.base import Optimizer
+from backends.core.checks import check_dense
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
 from data.rendering import is_date
@@ -61,6 +62,9 @@ class ModelSettings:
     """which implementation computes"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the hardware multiplies faster in it, float32 elsewhere"""
+    quantize: Literal["", "nf4", "int8"] = ""
+    """base weights but W_q in 4 or 8 bits, the rest in bfloat16: larger models on one GPU (torch, CUDA;
+    requirements-quantize.txt)"""
 
 
 @dataclass(frozen=True)
@@ -332,9 +336,19 @@ def check(settings: Settings) -> None:
             raise InputError(f"{option(name)} {why}")
     check_rediagnosis(settings)
     parse_shard(settings.run.shard)
-    backends.check(settings.model.backend)
+    check_model(settings)
     # What is parsed on first use is parsed now.
     _ = settings.maps, settings.benchmarks, settings.arm_runs
+
+
+def check_model(settings: Settings) -> None:
+    """InputError where the backend cannot work here, or quantized weights do not go with the rest."""
+    model = settings.model
+    backends.check(model.backend)
+    if model.quantize:
+        backends.check_quantize(model.quantize, model.backend, model.dtype, settings.run.model_parallel)
+    if settings.data.pairs:
+        check_dense(model.quantize)
 
 
 def check_rediagnosis(settings: Settings) -> None:

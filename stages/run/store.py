@@ -74,6 +74,12 @@ def differences(old: Mapping, new: Mapping) -> str:
     return ", ".join(f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
 
 
+def computed_by(model: Mapping) -> str:
+    """What computed a run, in words, from the model of a manifest."""
+    packed = f", base weights but W_q in {model['quantize']}" if model.get("quantize") else ""
+    return f"{model['backend']}, {model['dtype']} on {model['device']}{packed}"
+
+
 def stage_files(folder: Path) -> list[str]:
     """Finished files of a stage's folder but its manifest, sorted; temporary files and parts are none."""
     relative = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -295,6 +295,7 @@ def main(settings: Settings) -> None:
         dtype=chosen.dtype,
         device=place.device,
         model_parallel=place.model_parallel,
+        quantize=chosen.quantize,
     )
     print(
         f"{chosen.model}: {backend.shape.layers} layers of {backend.shape.heads} heads, {backend.name}, "
