@@ -52,6 +52,7 @@ def test_tuned_models_and_the_runs_settings_are_those_of_one_process(command, co
     assert stored[0] == stored[1] and stored[0]["lr"] == 0.2 and "processes" not in stored[0]
 
 
+@pytest.mark.long
 def test_responses_are_those_of_one_process(command, copy_run, tiny_run):
     folder = copy_run(before=EVALUATE)
     command(EVALUATE, folder, "--processes", "3")
@@ -70,6 +71,7 @@ def test_what_is_wrong_in_a_process_is_said_in_one_line(command, copy_run, capsy
     assert error.startswith(f"{damaged} is damaged") and error.count("\n") == 1
 
 
+@pytest.mark.long
 def test_a_process_that_dies_is_named_by_its_last_words(command, copy_run, capsys):
     folder = copy_run(before=ALIGN)
 
@@ -101,6 +103,7 @@ def started_by(process: subprocess.Popen) -> list[int]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
     ("number", "code"),
