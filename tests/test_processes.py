@@ -109,8 +109,8 @@ def started_by(process: subprocess.Popen) -> list[int]:
     ("number", "code"),
     [
         (signal.SIGKILL, -signal.SIGKILL),
-        pytest.param(signal.SIGTERM, 128 + signal.SIGTERM, marks=pytest.mark.long),
-        pytest.param(signal.SIGINT, 128 + signal.SIGINT, marks=pytest.mark.long),
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGINT, 128 + signal.SIGINT),
     ],
 )
 def test_no_process_outlives_its_start(copy_run, tiny_run, number, code):
@@ -122,6 +122,8 @@ def test_no_process_outlives_its_start(copy_run, tiny_run, number, code):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever started the tests may ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not list((folder / EVALUATE / PARTS).glob("*.parquet")):
         time.sleep(0.01)
