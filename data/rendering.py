@@ -59,7 +59,8 @@ class Renderer:
         bos = tokenizer.bos_token_id
         # A model uses BOS if its tokenizer puts one before plain text: ChatML tokenizers only name one.
         self.bos = bos if bos is not None and plain[0] == bos else None
-        self._refusal_ids: list[int] | None = None
+        self._refusal_ids: dict[str, list[int]] = {}
+        """by the blanks before an answer: all prompts end alike"""
 
     def prompt(self, record: Record) -> str:
         """The text that the model reads: chat template, generation prompt, assistant prefix."""
@@ -108,13 +109,15 @@ class Renderer:
 
     def _refusals(self, record: Record, text: str, prompt_ids: list[int]) -> list[int]:
         """The tokens that a refusal of this record begins with, sorted; none where it is no request, or its
-        answer has begun."""
+        answer has begun. They follow the prompt as the target does, behind the blanks that it begins with."""
         if record.scoring not in ("refusal", "over_refusal") or record.prefix:
             return []
-        if self._refusal_ids is None:  # every prompt ends alike
-            every = {self._after(text, prompt_ids, word, record.example_id)[0] for word in REFUSAL_OPENINGS}
-            self._refusal_ids = sorted(every)
-        return self._refusal_ids
+        blanks = record.target[: len(record.target) - len(record.target.lstrip())]
+        if blanks not in self._refusal_ids:
+            openings = (blanks + word for word in REFUSAL_OPENINGS)
+            every = {self._after(text, prompt_ids, words, record.example_id)[0] for words in openings}
+            self._refusal_ids[blanks] = sorted(every)
+        return self._refusal_ids[blanks]
 
     def row(self, record: Record) -> dict[str, Any]:
         """The record with its token ids, as a row of a table of examples; no answer is None.

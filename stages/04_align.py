@@ -169,6 +169,7 @@ STAGE = Stage(
     units=units,
     compute=compute,
     join=join,
+    few_rows=True,
     also_writes=ADAPTER_FILES,
     needed_gib=0.5,
 )

@@ -150,6 +150,7 @@ STAGE = Stage(
     units=units,
     compute=compute,
     join=join,
+    few_rows=True,
     also_reads="04_align/adapters",
     judged_by=judge,
 )

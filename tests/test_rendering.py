@@ -79,6 +79,8 @@ def test_a_request_has_what_its_refusal_may_begin_with():
     row = render(request)
     assert row["target_ids"][0] in row["refusal_ids"] and len(row["refusal_ids"]) == 4
     assert render(dataclasses.replace(request, scoring="over_refusal"))["refusal_ids"] == row["refusal_ids"]
+    spaced = render(dataclasses.replace(request, target=" Sorry, no."))
+    assert spaced["target_ids"][0] in spaced["refusal_ids"]
     begun = dataclasses.replace(request, prefix="Sure, ", target="no")
     assert render(begun)["refusal_ids"] == render()["refusal_ids"] == []
 

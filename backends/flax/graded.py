@@ -17,7 +17,7 @@ from backends.flax import adapter as peft_folder
 from backends.flax.decoder import Adapter, Decoder
 from backends.flax.loss import Rows, make_rows, row_losses, target_logits
 from backends.flax.model import Model, embed
-from backends.flax.sweep import choose, keep_mask
+from backends.flax.sweep import choose, filled_up, keep_mask
 
 TOKENS_CPU, TOKENS_DEVICE = 2048, 16384
 """padded tokens of a pass, for each device of the data axis"""
@@ -39,14 +39,6 @@ def make_batch(model: Model, examples: Sequence[Example]) -> Batch:
     rivals = filled_up([np.roll(row.choice_ids, -row.answer) for row in examples], filled)
     refusals = filled_up([row.refusal_ids for row in examples], filled)
     return Batch(make_rows(model, examples, filled, 1), model.put(rivals, 0), model.put(refusals, 0))
-
-
-def filled_up(lists: Sequence[np.ndarray], rows: int) -> np.ndarray:
-    """int32 [rows, n], n the longest and 1 at the least; -1 where there is nothing."""
-    found = np.full((rows, max([1, *map(len, lists)])), -1, np.int32)
-    for row, own in enumerate(lists):
-        found[row, : len(own)] = own
-    return found
 
 
 def grades(logits: jax.Array, batch: Batch) -> jax.Array:

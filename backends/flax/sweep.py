@@ -82,12 +82,18 @@ def keep_mask(config: Config, layer: int, heads: Sequence[int], copies: int) -> 
 
 def _columns(examples: Sequence[Example], rows: int, vocabulary: np.ndarray | None) -> np.ndarray:
     """Columns of each row's candidates among `vocabulary`, int32 [rows, n], -1 after them."""
-    most = max(1, max((len(example.choice_ids) for example in examples), default=1))
-    columns = np.full((rows, most), -1, np.int32)
-    for row, example in enumerate(examples):
-        ids = example.choice_ids
-        columns[row, : len(ids)] = ids if vocabulary is None else np.searchsorted(vocabulary, ids)
-    return columns
+    lists = [example.choice_ids for example in examples]
+    return filled_up(
+        lists if vocabulary is None else [np.searchsorted(vocabulary, ids) for ids in lists], rows
+    )
+
+
+def filled_up(lists: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """int32 [rows, n], n the longest and 1 at the least; -1 where there is nothing."""
+    found = np.full((rows, max([1, *map(len, lists)])), -1, np.int32)
+    for row, own in enumerate(lists):
+        found[row, : len(own)] = own
+    return found
 
 
 # Verbs

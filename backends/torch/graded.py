@@ -49,6 +49,11 @@ def predicted(example: Example) -> np.ndarray:
     return example.target_ids
 
 
+def competing(example: Example) -> np.ndarray:
+    """What refusals begin with, or choices: where there are any, the outcome is no likelihood of a target."""
+    return example.refusal_ids if len(example.refusal_ids) else example.choice_ids
+
+
 def read_sequences(examples: Sequence[Example]) -> list[np.ndarray]:
     """What the model reads of each row: the prompt, and all but the last token of what it is to predict."""
     return [np.concatenate([row.prompt_ids, predicted(row)[:-1]]) for row in examples]
@@ -58,9 +63,8 @@ def find_places(batch: Batch, examples: Sequence[Example]) -> Places:
     at, tokens, counts, candidates, refusals = [], [], [], [], []
     for row, columns in zip(batch.rows, batch.columns.cpu(), strict=True):
         example, wanted = examples[row], predicted(examples[row])
-        refuses = len(example.refusal_ids) > 0
-        candidates += [example.refusal_ids if refuses else example.choice_ids] * len(wanted)
-        refusals += [refuses] * len(wanted)
+        candidates += [competing(example)] * len(wanted)
+        refusals += [len(example.refusal_ids) > 0] * len(wanted)
         start = len(example.prompt_ids) - 1
         at.append(columns[start : start + len(wanted)])
         tokens += wanted.tolist()

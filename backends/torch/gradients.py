@@ -25,7 +25,7 @@ from backends.core.progress import progress
 from backends.torch.adapter import adapted
 from backends.torch.attention import scaled_outputs, scaled_queries
 from backends.torch.decoder import Decoder
-from backends.torch.graded import outcome_at, predicted
+from backends.torch.graded import competing, outcome_at, predicted
 from backends.torch.loss import padded, target_logits, target_losses
 from backends.torch.sweep import find_candidates
 
@@ -187,9 +187,8 @@ def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Exa
     """Each row's graded outcome as `Backend.grade` has it, [N], from the logits that predict the
     targets [M, V]."""
     first = np.cumsum([0, *(len(example.target_ids) for example in examples)])
-    rows = [row for row, example in enumerate(examples) if is_other(example)]
+    rows = [row for row, example in enumerate(examples) if len(competing(example))]
     own = [examples[row] for row in rows]
-    candidates = [row.refusal_ids if len(row.refusal_ids) else row.choice_ids for row in own]
     tokens, refusals, closed, places = (
         torch.from_numpy(np.array(part)).to(logits.device)
         for part in (
@@ -199,13 +198,10 @@ def _outcomes(logits: torch.Tensor, losses: torch.Tensor, examples: Sequence[Exa
             first[rows],
         )
     )
-    among = outcome_at(logits[places], tokens, find_candidates(candidates, None, logits.device), refusals)
+    among = outcome_at(
+        logits[places], tokens, find_candidates([*map(competing, own)], None, logits.device), refusals
+    )
     return (-losses).index_copy(0, closed, among)
-
-
-def is_other(example: Example) -> bool:
-    """Whether a row's graded outcome is another function than its loss."""
-    return len(example.choice_ids) + len(example.refusal_ids) > 0
 
 
 def _differentiate(
@@ -223,7 +219,7 @@ def _differentiate(
     sequences = [sequence[:-1] for sequence in training_rows(examples)[0]]
     logits = target_logits(model, examples, padded(sequences))
     losses = target_losses(logits, examples)
-    if any(map(is_other, examples)):
+    if any(len(competing(example)) for example in examples):  # another function than the loss
         outcomes = _outcomes(logits, losses, examples).sum()
         of_gates = torch.autograd.grad(outcomes, [*gates.values()], retain_graph=True)
         of_weights = torch.autograd.grad(losses.sum(), [*weights.values()])
@@ -319,26 +315,13 @@ def head_gradients(
     mask: str,
     adapter: Path | None = None,
 ) -> Iterator[HeadGradients]:
-    """See Backend.map_gradients."""
-    with adapted(decoder.model, adapter):
-        yield from _head_gradients(decoder, safe, utils, folds, layers, mask)
-
-
-def _head_gradients(
-    decoder: Decoder,
-    safe: Sequence[Example],
-    utils: Sequence[Sequence[Example]],
-    folds: int,
-    layers: Sequence[int],
-    mask: str,
-) -> Iterator[HeadGradients]:
-    """Of the model as it is. A float32 model is differentiated in float64."""
+    """See Backend.map_gradients. A float32 model is differentiated in float64."""
     model, heads = decoder.model, decoder.shape.heads
-    weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
     rows = [row for side in (safe, *utils) for row in side]
-    plan = make_plan(decoder, rows, folds, layers)
-    print(f"[torch] gradients: {plan}", flush=True)
-    with progress(total=len(rows), desc="gradients", unit="row") as bar:
+    with adapted(model, adapter), progress(total=len(rows), desc="gradients", unit="row") as bar:
+        plan = make_plan(decoder, rows, folds, layers)
+        bar.write(f"[torch] gradients: {plan}")
+        weights = {layer: model.model.layers[layer].self_attn.q_proj.weight for layer in layers}
         passes = _Passes(model, weights, mask, plan, bar)
         own, of_safe = _fold_sums(passes, safe, folds)
         for util in utils:

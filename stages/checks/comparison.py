@@ -15,8 +15,8 @@ from backends.core.errors import InputError
 from backends.models import MODEL_HASHES
 from stages.checks.finished import LABELS, FinishedRun, differs, plain, unequal
 from stages.checks.tuning import gains, lora, stored_arms
-from stages.method import metrics
 from stages.method.arms import BASE_RUN, ArmRun
+from stages.method.drift import rank_correlation
 from stages.run import schemas
 from stages.run.schemas import OWN_MAP, Table
 from stages.run.settings import GROUPS
@@ -192,7 +192,7 @@ class Comparison:
         apart, parts = np.abs(left - right), [slice(None)]
         if quantity.table is schemas.DRIFT:  # one model's map would be lost among those of many
             parts = list(table.groupby(list(LABELS[:3])).indices.values())
-        ranks = [spearman(left[part], right[part]) for part in parts]
+        ranks = [rank_correlation(left[part], right[part]) for part in parts]
         rank = None if None in ranks else min(ranks)
         return self.held(quantity, Row(label, compared, float(apart.max()), float(apart.mean()), rank))
 
@@ -214,13 +214,6 @@ class Comparison:
             a, b = (factors(run, tuned) for run in self.runs)
             apart.append(update_difference(inner(a, a), inner(a, b), inner(b, b)))
         return self.held(UPDATES, Row(UPDATES.name, f"{len(apart)}", max(apart), float(np.mean(apart))))
-
-
-def spearman(left: np.ndarray, right: np.ndarray) -> float | None:
-    """Rank correlation; None where one is constant or there are fewer than three values."""
-    if len(left) < 3 or min(np.ptp(left), np.ptp(right)) == 0:
-        return None
-    return metrics.correlation(left, right).spearman
 
 
 def factors(run: FinishedRun, tuned: ArmRun) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -70,6 +70,8 @@ class Stage:
     belong to them"""
     before: Callable[[Settings], None] = lambda settings: None
     """checks to be made before anything is written"""
+    few_rows: bool = False
+    """its products are of few rows (stages.run.threads)"""
     needed_gib: float = 0.1
     """free space wanted on the run's disk"""
 

@@ -17,7 +17,6 @@ from backends.core.budgets import machine_bytes
 from stages.run.job import Job, Units
 from stages.run.schemas import ALIGNMENT, BENCHMARKS
 
-FEW_ROWS = ("04_align", "05_evaluate")
 SMALL = range(5_000_000, 1_000_000_001)
 """parameters of a model that one thread serves best; one below it is done before a process has begun"""
 MOST = 8
@@ -34,7 +33,7 @@ def parameters(folder: Path) -> int:
 def one_threaded(job: Job) -> bool:
     """Whether the stage computes with one thread. InputError where --device cannot be had."""
     chosen, judge = job.settings.model, job.settings.evaluation.judge
-    if job.stage.name not in FEW_ROWS or chosen.backend != "torch" or judge != "keyword":
+    if not job.stage.few_rows or chosen.backend != "torch" or judge != "keyword":
         return False
     if parameters(job.model_folder) not in SMALL:
         return False
@@ -68,7 +67,7 @@ def compute(job: Job, pending: Units) -> None:
 def side_by_side(job: Job) -> int:
     """How many processes the stage's units are for: those requested, or one for each thread that torch would
     take (OMP_NUM_THREADS counts) as memory allows. A shard is one of several, whoever started them."""
-    if job.shard is not None or job.stage.name not in FEW_ROWS:
+    if job.shard is not None or not job.stage.few_rows:
         return 1
     if job.settings.run.processes:
         return job.settings.run.processes
