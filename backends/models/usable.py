@@ -1,5 +1,5 @@
-"""Which folders hold a model, and what a folder says of it: sizes, EOS, windows, tokenizer, hashes. Which of
-them a backend can run says its own `usable`."""
+"""Which folders hold a model, and what a folder says of it: sizes, EOS, windows, hashes. Which of them a
+backend can run says its own `usable`."""
 
 import hashlib
 import json
@@ -28,7 +28,8 @@ INERT = frozenset([
     "use_cache",
 ])
 # fmt: on
-TIED = ("lm_head.weight", "model.embed_tokens.weight")
+EMBEDDING = "model.embed_tokens.weight"
+TIED = ("lm_head.weight", EMBEDDING)
 _LFS_POINTER = b"version https://git-lfs"
 MODEL_HASHES = ("weights_sha256", "config_sha256")
 """what says that two folders hold the same model"""
@@ -67,6 +68,7 @@ def check_folder(folder: Path) -> None:
             if weights.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise InputError(f"{file} is a Git LFS pointer, not the weights: `git lfs pull` there")
     _check_sizes(path, folder_shape(folder))
+    _check_embedding(folder)
     eos_ids(folder)
     if config.get("tie_word_embeddings"):
         _check_tied(folder)
@@ -163,6 +165,13 @@ def _check_sizes(path: Path, shape: Shape) -> None:
         )
 
 
+def _check_embedding(folder: Path) -> None:
+    """InputError where the embedding has not a row for each id of the vocabulary."""
+    rows, size = tensor_shapes(folder).get(EMBEDDING, (None,))[0], configuration(folder).vocab_size
+    if rows is not None and rows != size:
+        raise InputError(f"{folder}: weight {EMBEDDING} has {rows} rows, by config.json it is {size}")
+
+
 def read_shape(config, neurons: bool = True) -> Shape:
     """Sizes of a model from transformers' configuration object.
 
@@ -253,37 +262,3 @@ def config_sha256(folder: Path) -> str:
 def model_hashes(folder: Path) -> dict[str, str]:
     """MODEL_HASHES of a folder."""
     return dict(zip(MODEL_HASHES, (weights_sha256(folder), config_sha256(folder)), strict=True))
-
-
-def tokenizer_sha256(folder: Path) -> str:
-    """One hash over what decides a text's token ids: the tokenizer's files and the chat template."""
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(folder: Path, files: str):
-    """Kept for the next unit of this process, as long as the files have this hash (`tokenizer_sha256`)."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises a dozen types here
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason(error)})") from None
-
-
-def load_tokenizer(folder: Path, chat: bool = True):
-    """The folder's tokenizer. InputError if it cannot be loaded, lacks an EOS token or (`chat`) a chat
-    template, or has ids that the model has no embedding for."""
-    tokenizer = _tokenizer(folder, tokenizer_sha256(folder))
-    if chat and not tokenizer.chat_template:
-        raise InputError(f"{folder}: the tokenizer has no chat template, so this is no instruct model")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{folder}: the tokenizer has no EOS token")
-    largest, size = max(tokenizer.get_vocab().values()), configuration(folder).vocab_size
-    if largest >= size:
-        raise InputError(f"{folder}: the tokenizer's ids go up to {largest}, vocab_size is {size} only")
-    return tokenizer

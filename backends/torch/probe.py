@@ -39,7 +39,7 @@ def probed(folder: Path, model: torch.nn.Module, places: Sequence[torch.device])
     family, rows = type(model).__name__, probe_rows(model.config.vocab_size)
     try:
         with torch.no_grad():
-            decoder = Decoder(model, places, models.eos_ids(folder))
+            decoder = Decoder(model, places, models.stop_ids(folder))
             found, windows = layer_by_layer(decoder, rows)
             cached, expected = from_cache(decoder, rows), at_once(model, rows)
     except Exception as error:  # whatever a layer raises that is called in another way than it expects

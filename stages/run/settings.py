@@ -17,7 +17,7 @@ from backends.base import Optimizer
 from backends.core.checks import check_dense
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
-from data.rendering import is_date
+from data.chat import is_date
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
