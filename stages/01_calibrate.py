@@ -118,8 +118,8 @@ def warn_of_scoring(job: Job, rows: Rows) -> None:
         for split, drawn in own.groupby("split", sort=False):
             if shared := shared_first_tokens(drawn.to_dict("records")):
                 job.warn(
-                    f"{len(shared)} of {len(drawn)} {split} rows ({table.stem}) are scored by a first token that "
-                    f"another target begins with too, as {shared[0]}"
+                    f"{len(shared)} of {len(drawn)} {split} rows ({table.stem}) are scored by a first token "
+                    f"that another target begins with too, as {shared[0]}"
                 )
 
 
