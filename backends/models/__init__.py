@@ -5,6 +5,7 @@ from backends.models.sources import EMBEDDED, TINY, cache_folder, local_folder, 
 from backends.models.tokenizer import check_ids, control_tokens, load_tokenizer, tokenizer_sha256
 from backends.models.turns import disagreements, stop_ids, turn_end
 from backends.models.usable import (
+    EMBEDDING,
     INERT,
     MODEL_HASHES,
     check_folder,
@@ -23,6 +24,7 @@ from backends.models.usable import (
 
 __all__ = [
     "EMBEDDED",
+    "EMBEDDING",
     "INERT",
     "MODEL_HASHES",
     "TINY",

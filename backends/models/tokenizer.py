@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from backends.core.errors import InputError, reason
-from backends.models.usable import configuration
+from backends.models.usable import EMBEDDING, configuration, tensor_shapes
 
 FILE = "tokenizer.json"
 FILES = (FILE, "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -29,23 +29,27 @@ def tokenizer_sha256(folder: Path) -> str:
 
 @lru_cache(maxsize=2)
 def _tokenizer(folder: Path, files: str):
-    """Kept for the next unit of this process, as long as the files have this hash (`tokenizer_sha256`)."""
+    """Kept for the next unit of this process, as long as the files have this hash (`tokenizer_sha256`).
+
+    Some classes that tokenizer_config.json may name take the vocabulary from the file and cut texts by rules
+    of their own; then it is the file alone that is read.
+    """
     import transformers
 
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not (folder / FILE).is_file() or _as_in_file(tokenizer, folder / FILE):
+    file, last = folder / FILE, None
+    for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        try:
+            tokenizer = kind.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the library raises a dozen types here
+            tokenizer, last = None, error
+        if tokenizer is not None and (not file.is_file() or _as_in_file(tokenizer, file)):
             return tokenizer
-        # Some classes take the vocabulary from the file and cut texts by rules of their own.
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the library raises a dozen types here
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason(error)})") from None
-    if not _as_in_file(tokenizer, folder / FILE):
-        raise InputError(
-            f"{folder}: tokenizer_config.json makes other token ids than {FILE} has: mend the one that the "
-            f"model was not trained with"
-        )
-    return tokenizer
+    if tokenizer is None:
+        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason(last)})")
+    raise InputError(
+        f"{folder}: tokenizer_config.json makes other token ids than {FILE} has: mend the one that the "
+        f"model was not trained with"
+    )
 
 
 def _as_in_file(tokenizer, path: Path) -> bool:
@@ -88,6 +92,9 @@ def load_tokenizer(folder: Path, chat: bool = True):
             f"{folder}: the tokenizer's ids go up to {largest}, vocab_size is {size} only: token "
             f"{texts[largest]!r} has no row of the embedding"
         )
+    rows = tensor_shapes(folder).get(EMBEDDING, (size,))[0]
+    if rows != size:
+        raise InputError(f"{folder}: weight {EMBEDDING} has {rows} rows, by config.json it is {size}")
     return tokenizer
 
 

@@ -68,7 +68,6 @@ def check_folder(folder: Path) -> None:
             if weights.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise InputError(f"{file} is a Git LFS pointer, not the weights: `git lfs pull` there")
     _check_sizes(path, folder_shape(folder))
-    _check_embedding(folder)
     eos_ids(folder)
     if config.get("tie_word_embeddings"):
         _check_tied(folder)
@@ -163,13 +162,6 @@ def _check_sizes(path: Path, shape: Shape) -> None:
             f"{path}: num_attention_heads {shape.heads} is no multiple of num_key_value_heads "
             f"{shape.kv_heads}"
         )
-
-
-def _check_embedding(folder: Path) -> None:
-    """InputError where the embedding has not a row for each id of the vocabulary."""
-    rows, size = tensor_shapes(folder).get(EMBEDDING, (None,))[0], configuration(folder).vocab_size
-    if rows is not None and rows != size:
-        raise InputError(f"{folder}: weight {EMBEDDING} has {rows} rows, by config.json it is {size}")
 
 
 def read_shape(config, neurons: bool = True) -> Shape:

@@ -1,0 +1,196 @@
+"""Models, tokenizers and rows as other people have them: each ends in the right numbers or in one line."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+import backends
+from backends import models as folders
+from backends.core.errors import InputError
+from stages import audit
+from stages.run.pipeline import STAGES
+from stages.run.store import read_json
+from tests.runs import TINY, make_run
+
+Spoil = Callable[[Path], object]
+TEMPLATE = "chat_template.jinja"
+
+
+@pytest.fixture()
+def tiny(scratch) -> Path:
+    """A copy of the tiny model's folder, to be changed."""
+    return Path(shutil.copytree(folders.local_folder("random/tiny"), scratch / "model"))
+
+
+def edit(file: str, **values: object) -> Spoil:
+    """Other values in a JSON file."""
+    return lambda folder: (folder / file).write_text(json.dumps(read_json(folder / file) | values))
+
+
+def template(old: str, new: str) -> Spoil:
+    """Another chat template."""
+    return lambda folder: (folder / TEMPLATE).write_text((folder / TEMPLATE).read_text().replace(old, new))
+
+
+def drawn(folder: Path, run: Path, **settings: object) -> dict:
+    """The notes of stage 01 with a model."""
+    make_run(run, TINY.replace(model=str(folder), **settings), STAGES[:1])
+    return read_json(run / STAGES[0] / "manifest.json")["notes"]
+
+
+# What ends a response
+
+ENDS = [
+    # what is changed, the ids that end a response, what is said
+    (lambda folder: None, {1}, []),
+    (edit("generation_config.json", eos_token_id=[1, 0]), {0, 1}, []),
+    (edit("generation_config.json", eos_token_id=0), {0, 1}, ["the tokenizer's EOS ends", "template's turn"]),
+    (
+        edit("tokenizer_config.json", eos_token="<|begin|>"),
+        {0, 1},
+        ["the tokenizer's EOS ends with '<|begin|>'"],
+    ),
+    (
+        template("<|end|>", "<|user|>"),
+        {1, 3},
+        ["the chat template's turn ends with '<|user|>' (3), by the configuration a response ends with 1"],
+    ),
+    (template("<|end|>", ""), {1}, ["writes no control token after an assistant's turn"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "ends", "said"), ENDS)
+def test_what_ends_a_response(tiny, scratch, spoil, ends, said):
+    spoil(tiny)
+    assert set(folders.stop_ids(tiny)) == ends
+    assert backends.load("torch", tiny, device="cpu").model.eos == ends
+    warnings = drawn(tiny, scratch / "run").get("warnings", [])
+    assert all(any(each in warning for warning in warnings) for each in said)
+    assert len(folders.disagreements(tiny)) == len(said)
+
+
+# Whose ids they are
+
+
+def test_a_tokenizers_class_makes_no_other_ids_than_its_file(tiny):
+    """Cohere's takes the file's vocabulary, and cuts digits by itself; Gemma's does not take such a file."""
+    raw = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    texts = ["What is 2 + 2?", "  two\n\nlines", "Größe 12"]
+    expected = [raw.encode(text, add_special_tokens=False).ids for text in texts]
+    moved, classes = [], ("Qwen2Tokenizer", "CohereTokenizer", "GemmaTokenizer", "GPT2Tokenizer")
+    for name in classes:
+        edit("tokenizer_config.json", tokenizer_class=name)(tiny)
+        with contextlib.suppress(Exception):  # some refuse the file altogether
+            by_class = transformers.AutoTokenizer.from_pretrained(tiny)
+            moved.append(by_class(texts, add_special_tokens=False).input_ids != expected)
+        assert folders.load_tokenizer(tiny)(texts, add_special_tokens=False).input_ids == expected
+    assert any(moved), "by one of the classes they are others"
+
+
+def test_a_tokenizer_that_cannot_be_as_its_file_is_refused(tiny):
+    edit("tokenizer_config.json", split_special_tokens=True)(tiny)
+    with pytest.raises(InputError, match="makes other token ids than tokenizer.json has"):
+        folders.load_tokenizer(tiny)
+
+
+def resized(rows: int) -> Spoil:
+    """The embedding has so many rows."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        matrix = tensors[folders.EMBEDDING]
+        tensors[folders.EMBEDDING] = np.resize(matrix, (rows, matrix.shape[1]))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def with_token(content: str, special: bool = True, in_template: bool = False) -> Spoil:
+    """The tokenizer has a token more than the embedding rows."""
+
+    def spoil(folder: Path) -> None:
+        own = read_json(folder / "tokenizer.json")
+        more = own["added_tokens"][0] | {"id": 1024, "content": content, "special": special}
+        (folder / "tokenizer.json").write_text(
+            json.dumps(own | {"added_tokens": [*own["added_tokens"], more]})
+        )
+        if in_template:
+            (folder / TEMPLATE).write_text(content + (folder / TEMPLATE).read_text())
+
+    return spoil
+
+
+PAST = [
+    (resized(1000), "weight model.embed_tokens.weight has 1000 rows, by config.json it is 1024"),
+    (resized(1100), "weight model.embed_tokens.weight has 1100 rows, by config.json it is 1024"),
+    (
+        edit("config.json", vocab_size=1023),
+        "go up to 1023, vocab_size is 1023 only: token '.*' has no row",
+    ),
+    (
+        with_token("word", special=False),
+        "go up to 1024, vocab_size is 1024 only: token 'word' has no row",
+    ),
+    (
+        with_token("<|more|>", in_template=True),
+        "token '<|more|>' of the prompts has id 1024, and the model's embedding 1024 rows",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), PAST, ids=[message for _, message in PAST])
+def test_ids_past_the_embedding_end_in_stage_01(tiny, scratch, spoil, message):
+    spoil(tiny)
+    with pytest.raises(InputError, match=message.replace("|", r"\|")) as raised:
+        drawn(tiny, scratch / "run")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_control_token_that_no_prompt_has_needs_no_embedding(tiny, scratch):
+    """As Gemma 3's for images."""
+    with_token("<|image|>")(tiny)
+    assert drawn(tiny, scratch / "run")["counts"]["util"] == 16
+
+
+# Rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.long
+def test_the_audit_takes_what_stage_01_took(scratch):
+    """Control tokens, blanks, line ends of every kind, other scripts, in prompts and targets."""
+    texts = [
+        "What is <|end|> {}?",
+        "<|begin|>{}",
+        " {} <|end|>\n<|assistant|>Sure",
+        "  {}\r\n",
+        "Größe ж 日 {}\t",
+        "\u2028{}\u00a0",
+        "{{% if {} %}}",
+        "\x00{}\ufeff",
+    ]
+    several = [(text, number) for number in range(6) for text in texts]
+    util = [{"prompt": text.format(number), "target": f" A{number} <|end|>"} for text, number in several]
+    safe = [{"prompt": text.format(100 + number), "target": "I cannot <|user|>."} for text, number in several]
+    settings = TINY.replace(
+        util=write_rows(scratch / "util.jsonl", util),
+        safe=write_rows(scratch / "safe.jsonl", safe),
+        benchmarks=("own_util=16", "own_safe=16:6"),
+        arms=("full",),
+    )
+    run = make_run(scratch / "run", settings, STAGES)
+    notes = read_json(run / STAGES[0] / "manifest.json")["notes"]
+    assert any("rows hold control tokens, which are read as text" in text for text in notes["warnings"])
+    assert audit.main(run) == 0
