@@ -194,3 +194,84 @@ def test_the_audit_takes_what_stage_01_took(scratch):
     notes = read_json(run / STAGES[0] / "manifest.json")["notes"]
     assert any("rows hold control tokens, which are read as text" in text for text in notes["warnings"])
     assert audit.main(run) == 0
+
+
+# Configurations
+
+INERT = [
+    {"is_llama_config": True, "rope_interleaved": False},  # as the hub's SmolLM2
+    {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    {"unsloth_fixed": True, "unsloth_version": "2024.9"},
+    {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1},
+    {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "repetition_penalty": 1.1,
+        "length_penalty": 0.5,
+        "bad_words_ids": [[1]],
+    },
+    {"torch_dtype": "bfloat16", "_name_or_path": "someone/model", "tokenizer_class": "LlamaTokenizer"},
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+@pytest.mark.parametrize("marks", INERT, ids=[next(iter(marks)) for marks in INERT])
+def test_what_changes_nothing_is_passed_over(tiny, backend, marks):
+    before = folders.model_hashes(tiny)
+    edit("config.json", **marks)(tiny)
+    backends.check_folder(backend, tiny)
+    if "rope_interleaved" not in marks:  # by name it could change something
+        assert folders.model_hashes(tiny) == before
+
+
+def damage(file: str, content: bytes) -> Spoil:
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+CONFIGS = [
+    *(
+        (damage("config.json", content), "config.json cannot be read")
+        for content in (b"", b"{", b"\xff\xfe\x00")
+    ),
+    *(
+        (damage("config.json", content), "config.json holds no JSON object")
+        for content in (b"null", b"[]", b"3")
+    ),
+    (damage("config.json", b"{}"), "architecture none named is not handled"),
+    (damage("generation_config.json", b""), "generation_config.json cannot be read"),
+    (damage("generation_config.json", b"[]"), "generation_config.json holds no JSON object"),
+    (damage("tokenizer.json", b""), "the tokenizer cannot be loaded"),
+    (damage("tokenizer.json", b"{}"), "the tokenizer cannot be loaded"),
+    (damage("tokenizer_config.json", b"{}"), "the tokenizer has no EOS token"),
+    (damage("chat_template.jinja", b""), "the tokenizer has no chat template"),
+    (damage("model.safetensors", b""), "the weights cannot be loaded"),
+    (damage("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
+    (edit("config.json", model_type=[]), r"model_type of LlamaForCausalLM is 'llama', not '\[\]'"),
+    (edit("config.json", head_dim=0), "sizes must be positive"),
+    (edit("config.json", hidden_act="nope"), "attribute hidden_act = 'nope' is no"),
+    (edit("config.json", rms_norm_eps=float("nan")), "attribute rms_norm_eps = nan is no finite number"),
+    (edit("config.json", rms_norm_eps=float("inf")), "attribute rms_norm_eps = inf is no finite number"),
+    (edit("config.json", quantization_config={}), "quantization_config"),
+    (edit("config.json", logit_scale=0), "attribute logit_scale = 0 is not handled"),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+@pytest.mark.parametrize(("spoil", "message"), CONFIGS)
+def test_damaged_and_other_configurations_end_in_one_line(tiny, backend, spoil, message):
+    spoil(tiny)
+    with pytest.raises(InputError, match=message if backend == "torch" else "") as raised:
+        backends.check_folder(backend, tiny)
+        folders.load_tokenizer(tiny)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"foo": 0}, {"foo": 3}, {"rope_scaling": {"type": "linear", "factor": 2.0}}]
+)
+def test_flax_refuses_what_it_does_not_know(tiny, changes):
+    edit("config.json", **changes)(tiny)
+    with pytest.raises(
+        InputError, match="attribute foo = . is not handled|rope_type 'linear' is not handled"
+    ):
+        backends.check_folder("flax", tiny)
