@@ -1,10 +1,19 @@
 """Models, tokenizers and rows as other people have them: each ends in the right numbers or in one line."""
 
 import contextlib
+import dataclasses
+import errno
+import fcntl
 import json
+import math
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,9 +23,14 @@ from tokenizers import Tokenizer
 
 import backends
 from backends import models as folders
+from backends.core import locking
 from backends.core.errors import InputError
+from backends.models import sources
 from stages import audit
+from stages.run import presets
+from stages.run.locks import run_lock
 from stages.run.pipeline import STAGES
+from stages.run.settings import Settings, check, option
 from stages.run.store import read_json
 from tests.runs import TINY, make_run
 
@@ -275,3 +289,85 @@ def test_flax_refuses_what_it_does_not_know(tiny, changes):
         InputError, match="attribute foo = . is not handled|rope_type 'linear' is not handled"
     ):
         backends.check_folder("flax", tiny)
+
+
+# The machine
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(scratch, monkeypatch, number):
+    """NFS without its lock service, FUSE: files stand in, and keep apart what locks would."""
+
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(locking, "MOMENT", 0.1)
+    run = scratch / "run"
+    make_run(run, TINY, STAGES[:1])
+    (warning,) = read_json(run / STAGES[0] / "manifest.json")["notes"]["warnings"][:1]
+    assert warning.startswith(f"the file system of {run} has no locks")
+    with (
+        run_lock(run, None),
+        pytest.raises(InputError, match=r"in use by another .*\.lock\.soft: del"),
+    ):
+        run_lock(run, (1, 2)).__enter__()
+    with run_lock(run, (1, 2)), run_lock(run, (2, 2)), run_lock(run, frozenset({"a"})):
+        for again in (None, (1, 2)):
+            with pytest.raises(InputError, match="in use by another process"):
+                run_lock(run, again).__enter__()
+    with run_lock(run, None) as soft:
+        assert soft
+    assert not list(run.glob("*.soft*"))
+    monkeypatch.setenv("CAST_CACHE", str(scratch / "cache"))
+    made = sources._made_once("thing", "x/y", lambda folder: (folder / "a").write_text(""))
+    assert (made / "a").is_file()
+
+
+def test_a_killed_process_holds_no_soft_lock(scratch, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    scratch.mkdir(exist_ok=True)
+    marker = scratch / ".lock.soft"
+    marker.write_text(f"{gone.pid}\n{socket.gethostname()}\n")
+    with run_lock(scratch, None) as soft:
+        assert soft
+
+
+FIELDS = [
+    (field.name, type(getattr(group, field.name)))
+    for group in (getattr(Settings(), own.name) for own in dataclasses.fields(Settings))
+    for field in dataclasses.fields(group)
+]
+NUMBERS = [
+    *(
+        (name, value)
+        for name, kind in FIELDS
+        if kind is float
+        for value in (math.nan, math.inf, -math.inf, -0.5)
+    ),
+    *((name, -1) for name, kind in FIELDS if kind is int),
+    *((name, (value,)) for name, value in (("lam", math.nan), ("lam", -0.5), ("seeds", -1), ("neurons", -1))),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS)
+def test_numbers_that_are_none_are_refused_by_name(name, value):
+    with pytest.raises(InputError) as raised:
+        check(TINY.replace(**{"pairs": 8} | {name: value}))
+    assert str(raised.value).startswith(option(name)) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--device cuda:99", "--device cuda:99: torch .* sees"),
+        ("--device abacus", "--device abacus: no such device"),
+        ("--device tpu --backend flax", "--device tpu: JAX .* sees"),
+    ],
+)
+def test_a_device_is_missed_before_the_first_stage(options, message):
+    """By the command that begins a run; what is computed elsewhere (--slurm) may name others."""
+    with pytest.raises(InputError, match=message):
+        presets.checked(["--preset", "tiny", *options.split()])
