@@ -10,10 +10,11 @@ from datetime import datetime
 
 from backends.core.errors import InputError, reason
 from data.control import Control
-from data.thoughts import without_thought
+from data.thoughts import after_thought, without_thought
 
 DATE = "%d %b %Y"
 """how a run's date is written"""
+_USER = "\U0010fff2"  # stands nowhere else
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
@@ -84,6 +85,8 @@ class Chat:
             self._options["enable_thinking"] = False
         self.closes_thoughts = False
         """whether a prompt held a thought that had to be closed by us"""
+        self._tail = self._write("a conversation", _USER).rpartition(_USER)[2]
+        """of most prompts: what stands behind the user's text"""
 
     def _write(self, name: str, user: str, assistant: str | None = None) -> str:
         messages = [{"role": "system", "content": self.control.as_text(self.system)}] if self.system else []
@@ -102,7 +105,10 @@ class Chat:
         """What the model reads of a user's turn."""
         user = self.control.as_text(user)
         text = self._write(name, user)
-        at = text.rfind(user.strip()) + len(user.strip())  # a thought that the user wrote is none
+        if text.endswith(self._tail):  # a thought that the user wrote is none
+            at = len(text) - len(self._tail)
+        else:
+            at = text.rfind(user.strip()) + len(user.strip())
         closed, bare = without_thought(text[at:])
         self.closes_thoughts |= closed != text[at:]
         return Opening(name, user, text[:at] + closed, text[:at] + bare)
@@ -123,6 +129,8 @@ class Chat:
                 f"prompt: mend the tokenizer's template"
             )
         rest = whole.removeprefix(start)
+        if start != opening.text:  # the prompt has a thought of its own
+            rest = after_thought(rest)
         forms = (content, content.lstrip(), content.rstrip(), content.strip())
         written = next((form for form in forms if form in rest), None)
         if written is None:
@@ -131,6 +139,11 @@ class Chat:
                 f"tokenizer's template"
             )
         before, _, end = rest.partition(written)
+        if before.strip():
+            raise InputError(
+                f"{opening.name}: the chat template writes {before[:20]!r} before an answer, and not in its "
+                f"own prompt: mend the tokenizer's template"
+            )
         if not prefix:
             return Turn(opening.text, before + written, end)
         stripped = len(content) - len(content.lstrip()) if written == written.lstrip() else 0

@@ -24,6 +24,18 @@ def without_thought(opening: str) -> tuple[str, str]:
     return opening, opening
 
 
+def after_thought(text: str) -> str:
+    """What follows a thought that a text begins with.
+
+    >>> after_thought("<think>\\n</think>\\nA"), after_thought(" A")
+    ('\\nA', ' A')
+    """
+    for start, end in MARKS:
+        if text.lstrip().startswith(start):
+            return text.partition(end)[2]
+    return text
+
+
 def answer_of(response: str) -> str:
     """What a response says after its thought; nothing where the thought does not end.
 

@@ -143,14 +143,16 @@ def join(job: Job) -> dict:
 def candidate_probability(
     own: list[Evaluation], responses: list[pd.DataFrame], rows: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
-    """Benchmark -> model -> the probability that the candidates (letters, say) get together, on average; only
-    of benchmarks whose rows have candidates."""
-    lettered = set(rows.loc[rows["choices"].map(len) > 0, "split"])
+    """Benchmark -> model -> the probability that the candidates (letters, say) get together, on average over
+    the rows that have some."""
+    compete = rows.assign(compete=rows["choices"].map(len) > 0).groupby("split")["compete"]
+    compete = {name: own.to_numpy() for name, own in compete}
     found: dict[str, dict[str, float]] = {}
     for evaluation, answered in zip(own, responses, strict=True):
-        if evaluation.benchmark.name in lettered:
-            of_models = found.setdefault(evaluation.benchmark.name, {})
-            of_models[evaluation.run.name] = float(answered["probability"].astype(float).mean())
+        name = evaluation.benchmark.name
+        if compete[name].any():
+            of_model = answered["probability"].to_numpy(float)[compete[name]].mean()
+            found.setdefault(name, {})[evaluation.run.name] = float(of_model)
     return found
 
 

@@ -86,6 +86,7 @@ MAY_THINK = turns(
     OPENING + EMPTY + "{{ text }}<|im_end|>\n",
     OPENING + "{% if enable_thinking is false %}" + EMPTY + "{% endif %}",
 )
+THINKS_OTHERWISE = turns(USER, OPENING + "<think></think>{{ text }}<|im_end|>\n", OPENING + "<think>")
 QUESTION = Record("r1", "test", "e1", "util", "Which city?", target="A")
 LETTERS = replace(QUESTION, choices=("A", "B"), answer=0)
 REQUEST = replace(QUESTION, scoring="refusal", target="Sorry.")
@@ -129,6 +130,7 @@ SCORED = [
     # thoughts are closed
     (bytelevel, THINKS, LETTERS, "Ċ", ["A"]),
     (bytelevel, MAY_THINK, LETTERS, "Ċ", ["A"]),
+    (bytelevel, THINKS_OTHERWISE, LETTERS, "Ċ", ["A"]),
     (bytelevel, MAY_THINK, REQUEST, "Ċ", [*"Sorry", ".", "<|im_end|>"]),
 ]
 
@@ -143,7 +145,11 @@ def test_what_is_scored(kind, template, record, last, target):
         assert row["choice_ids"][record.answer] == row["target_ids"][0]
     elif record.scoring == "choice":
         assert row["answer"] == row["target_ids"][0]
-    if template not in (THINKS, PLAIN):  # they are how the conversation begins that the template writes
+    if template not in (
+        THINKS,
+        THINKS_OTHERWISE,
+        PLAIN,
+    ):  # they are how the conversation begins that the template writes
         messages = [{"role": "user", "content": record.prompt}]
         messages.append({"role": "assistant", "content": record.prefix + record.target})
         whole = own.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -168,7 +174,13 @@ def test_a_refusal_begins_as_the_conversation_has_it(kind, template, blank, firs
 
 
 SHOUTS = CHATML.replace(OPENING + "{{ text }}", OPENING + "{{ text | upper }}")
+SAYS_MORE = CHATML.replace(OPENING + "{{ text }}", OPENING + "<think></think>{{ text }}")
 REFUSED = [
+    (
+        SAYS_MORE,
+        QUESTION,
+        "r1: the chat template writes '<think></think>' before an answer, and not in",
+    ),
     (
         CHATML.replace(OPENING + "{{", "<|im_start|>assistant: {{"),
         LETTERS,
@@ -219,6 +231,9 @@ def test_thoughts_are_closed_before_anything_is_scored(template, by_us):
     renderer = Renderer(bytelevel(template), "26 Jul 2024")
     assert renderer.row(LETTERS)["rendered"].endswith(OPENING + EMPTY)
     assert renderer.chat.closes_thoughts == by_us
+    for prompt in ("think", ">", "What does <think> mean?"):
+        said = render(bytelevel(template), replace(LETTERS, prompt=prompt))["rendered"]
+        assert said.count("</think>") == 1
     asked = replace(LETTERS, prompt="What does <think> mean?")
     assert render(bytelevel(CHATML), asked)["rendered"].endswith("mean?<|im_end|>\n" + OPENING)
 

@@ -77,7 +77,7 @@ ENDS = [
         {1, 3},
         ["the chat template's turn ends with '<|user|>' (3), by the configuration a response ends with 1"],
     ),
-    (template("<|end|>", ""), {1}, ["writes no control token after an assistant's turn"]),
+    (template("<|end|>", ""), {1}, ["writes no token of its own after an assistant's turn"]),
 ]
 
 
@@ -197,6 +197,8 @@ def test_the_audit_takes_what_stage_01_took(scratch):
     ]
     several = [(text, number) for number in range(6) for text in texts]
     util = [{"prompt": text.format(number), "target": f" A{number} <|end|>"} for text, number in several]
+    letters = {"choices": ["A", "B <|end|>"], "answer": 1, "target": "B"}
+    util[::3] = [row | letters for row in util[::3]]
     safe = [{"prompt": text.format(100 + number), "target": "I cannot <|user|>."} for text, number in several]
     settings = TINY.replace(
         util=write_rows(scratch / "util.jsonl", util),
@@ -208,6 +210,14 @@ def test_the_audit_takes_what_stage_01_took(scratch):
     notes = read_json(run / STAGES[0] / "manifest.json")["notes"]
     assert any("rows hold control tokens, which are read as text" in text for text in notes["warnings"])
     assert audit.main(run) == 0
+    notes = read_json(run / "05_evaluate/manifest.json")["notes"]
+    likely = notes["candidate_probability"]["own_util"]
+    assert list(likely) == ["base", "full-sft-21"] and 0 < min(likely.values()) < 0.5
+    assert any(
+        f"as {likely['base']:.2f} of base: they answer otherwise" in text for text in notes["warnings"]
+    )
+    page = (run / "06_correlate/report.html").read_text()
+    assert "they answer otherwise" in page and "Probability that the candidates get together" in page
 
 
 # Configurations

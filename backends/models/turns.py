@@ -4,15 +4,15 @@ the chat template, by what it writes after an assistant's turn."""
 from pathlib import Path
 
 from backends.core.errors import InputError, reason
-from backends.models.tokenizer import control_tokens, has_tokenizer, load_tokenizer
+from backends.models.tokenizer import has_tokenizer, load_tokenizer
 from backends.models.usable import eos_ids
 
 _ANSWER = "\U0010fff2"  # stands nowhere else
 
 
 def turn_end(tokenizer) -> int | None:
-    """The control token that the chat template writes after an assistant's turn; None where it writes none.
-    InputError where it cannot be asked."""
+    """The token of its own (special or not, as some keep `<|im_end|>`) that the chat template writes after an
+    assistant's turn; None where it writes none. InputError where it cannot be asked."""
     messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -23,10 +23,9 @@ def turn_end(tokenizer) -> int | None:
     _, found, end = text.rpartition(_ANSWER)
     if not found:
         raise InputError("the chat template leaves out what the assistant says: mend it")
-    control = set(control_tokens(tokenizer).values())
-    return next(
-        (token for token in tokenizer(end, add_special_tokens=False).input_ids if token in control), None
-    )
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    ids = tokenizer(end, add_special_tokens=False).input_ids
+    return next((token for token in ids if token in added), None)
 
 
 def stop_ids(folder: Path) -> list[int]:
@@ -53,7 +52,7 @@ def disagreements(folder: Path) -> list[str]:
     configured = ", ".join(map(str, ends)) or "nothing"
     if end is None:
         said.append(
-            f"the chat template writes no control token after an assistant's turn: targets end with the "
+            f"the chat template writes no token of its own after an assistant's turn: targets end with the "
             f"tokenizer's {named(tokenizer.eos_token_id)}"
         )
     for who, token in (("the tokenizer's EOS", tokenizer.eos_token_id), ("the chat template's turn", end)):
