@@ -132,7 +132,7 @@ class Chat:
         if start != opening.text:  # the prompt has a thought of its own
             rest = after_thought(rest)
         forms = (content, content.lstrip(), content.rstrip(), content.strip())
-        written = next((form for form in forms if form in rest), None)
+        written = next((form for form in forms if form and form in rest), None)
         if written is None:
             raise InputError(
                 f"{opening.name}: the chat template writes another answer than {answer[:20]!r}: mend the "

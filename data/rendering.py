@@ -49,11 +49,8 @@ class Renderer:
         """by the blanks before an answer: all prompts end alike"""
         self._encoded = lru_cache(maxsize=8)(self._encode)  # a row's prompt is read with each of its answers
 
-    def prompt(self, record: Record) -> str:
-        """The text that the model reads: chat template, generation prompt, assistant prefix."""
-        return self.chat.control.plain(self._prompt(record))
-
     def _prompt(self, record: Record) -> str:
+        """What the model reads: chat template, generation prompt, assistant prefix."""
         opening = self.chat.opening(record.example_id, record.prompt)
         return self.chat.turn(opening, record.prefix, "").prompt if record.prefix else opening.text
 

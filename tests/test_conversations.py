@@ -196,6 +196,7 @@ REFUSED = [
         "r1: an answer begins with a blank that is a token of its",
     ),
     (CHATML, replace(SUM, target="  "), "r1: the answer '' merges with the prompt's last token"),
+    (TRIMMED, replace(QUESTION, target="  "), "r1: the chat template writes another answer than '  '"),
     (CHATML, replace(SUM, choices=(" 12", " 13"), answer=0), "r1: two choices begin with the same token"),
 ]
 

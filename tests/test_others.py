@@ -197,7 +197,7 @@ def test_the_audit_takes_what_stage_01_took(scratch):
     ]
     several = [(text, number) for number in range(6) for text in texts]
     util = [{"prompt": text.format(number), "target": f" A{number} <|end|>"} for text, number in several]
-    letters = {"choices": ["A", "B <|end|>"], "answer": 1, "target": "B"}
+    letters = {"choices": ["A", "B <|end|>"], "answer": 1, "target": "B <|end|>"}
     util[::3] = [row | letters for row in util[::3]]
     safe = [{"prompt": text.format(100 + number), "target": "I cannot <|user|>."} for text, number in several]
     settings = TINY.replace(
@@ -284,7 +284,7 @@ CONFIGS = [
 @pytest.mark.parametrize(("spoil", "message"), CONFIGS)
 def test_damaged_and_other_configurations_end_in_one_line(tiny, backend, spoil, message):
     spoil(tiny)
-    with pytest.raises(InputError, match=message if backend == "torch" else "") as raised:
+    with pytest.raises(InputError, match=message) as raised:
         backends.check_folder(backend, tiny)
         folders.load_tokenizer(tiny)
     assert "\n" not in str(raised.value)
