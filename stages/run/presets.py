@@ -20,7 +20,7 @@ from backends import models
 from backends.core.errors import InputError
 from stages.run.guard import guarded
 from stages.run.settings import GROUP_OF, Settings, check
-from stages.run.store import RUN_FILE, read_json
+from stages.run.store import MANIFEST, RUN_FILE, read_json
 
 T = TypeVar("T")
 
@@ -229,7 +229,8 @@ def checked(argv: list[str] | None = None) -> Settings:
     """Settings of a run that is made on this machine from its first stage on. InputError also where it lacks
     the device that later stages compute on."""
     settings = parse(argv)
-    backends.check_device(settings.model.backend, settings.run.device)
+    if not any(settings.folder.glob(f"*/{MANIFEST}")):  # what began on another machine may be at its report
+        backends.check_device(settings.model.backend, settings.run.device)
     return settings
 
 
