@@ -46,6 +46,8 @@ class Fabricated:
 
     layers: int = 4
     heads: int = 3
+    kinds: tuple[str, ...] = ("counted",)
+    """of outcomes; what is not counted has other changes"""
     sides: dict[str, str] = field(default_factory=lambda: dict(SIDES))
     rows: int = 12
     base: dict[str, float] = field(default_factory=lambda: dict(BASE))
@@ -175,6 +177,10 @@ def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
     for name, each in values.items():
         for end, factor in (("", 1), ("_low", 0.9), ("_high", 1.1)):
             frame[f"{name}{end}"] = factor * each.ravel()
+    for number, kind in enumerate(like.kinds):
+        other = np.random.default_rng(number).permutation(len(frame)) if number else slice(None)
+        for name in ("h_gen", "h_safe"):
+            frame[f"{name}_{kind}"] = values[name].ravel()[other]
     frame["bucket"], frame["bucket_low"], frame["bucket_high"] = metrics.buckets(score, m).ravel(), 1, m
     own = random.uniform(0.3, 0.9, len(frame))
     own = np.where(np.arange(1, m + 1) == frame[["bucket"]].to_numpy(), own[:, None], 0.1)

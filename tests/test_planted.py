@@ -16,7 +16,7 @@ from stages.method import metrics, prediction
 from stages.method.arms import BASE_RUN, OWN, arm_runs, parse, select_heads
 from stages.method.conflict_map import HeadScores, head_scores
 from stages.method.gradients import conflict_from_gram
-from stages.report.drawn_arms import MEASURED, families, predictions
+from stages.report.drawn_arms import MEASURED, MapBy, families, predictions
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 4, 8, 8, 64
 ABILITY, HARM, LAST, OUT = range(16), range(16, 32), range(32, 40), range(40, 48)
@@ -120,7 +120,8 @@ def study(maps: dict[str, HeadScores], tuned: dict, outcomes: dict) -> pd.DataFr
         run: pd.DataFrame({"side": "utility", "benchmark": "own", "verdict": values > -1, "graded": values})
         for run, values in outcomes.items()
     }
-    drawn = families(costs, arms, SimpleNamespace(of=of), maps)
+    by_name = {MapBy(name, "gradient"): scores for name, scores in maps.items()}
+    drawn = families(costs, arms, SimpleNamespace(of=of), by_name, "gradient")
     found = predictions(drawn, np.random.default_rng(0))
     own = found[(found["outcome"] == "graded") & (found["at"] == MEASURED) & (found["predictor"] == "C")]
     return own.set_index("map")

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stages.method import metrics, uncertainty
 from stages.method.arrays import FloatArray, IntArray
@@ -95,6 +96,21 @@ def change_columns(effects: Mapping[Sensitivity, Effects]) -> Columns:
             own = getattr(effects[kind], side) if kind in effects else None
             columns[f"{name}_{kind}"] = None if own is None else metrics.mean_change(own).ravel()
     return columns
+
+
+def scores_by_outcome(
+    columns: Mapping[str, ArrayLike], variant: metrics.SensitivityVariant, m: int
+) -> dict[Sensitivity, HeadScores]:
+    """The map by every kind of outcome that was computed, from the columns of heads.parquet, every head once,
+    by (layer, head)."""
+    shape = tuple(int(np.max(columns[name])) + 1 for name in ("layer", "head"))
+    found = {}
+    for kind in get_args(Sensitivity):
+        names = ("optimization_conflict", f"h_gen_{kind}", f"h_safe_{kind}")
+        arrays = [np.asarray(columns[name], np.float64).reshape(shape) for name in names]
+        if not np.isnan(arrays).any():
+            found[kind] = head_scores(*arrays, variant, m)
+    return found
 
 
 def map_notes(columns: Columns) -> dict:
