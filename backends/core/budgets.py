@@ -70,6 +70,18 @@ def keeps_choices(shape: Shape, itemsize: int, room: int, tokens: int) -> bool:
     return tokens * shape.model_dim * itemsize <= 0.4 * room
 
 
+def neurons(shape: Shape) -> int:
+    """That a token goes through in a layer. Of a mixture of experts it is not known, and taken for a usual
+    one."""
+    return shape.mlp_dim or 4 * shape.model_dim
+
+
+def layer_weights(shape: Shape) -> int:
+    """How many weights a token is multiplied by in a layer."""
+    attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    return shape.model_dim * (attention + 3 * neurons(shape))
+
+
 @dataclass(frozen=True)
 class Work:
     """What a backward pass goes through, on the device that has most of it."""
@@ -89,22 +101,10 @@ class Work:
     """numbers of a token in a layer that an adapter reads, and keeps in float32"""
 
     @property
-    def mlp_dim(self) -> int:
-        """Of a mixture of experts it is not known, and taken for a usual one."""
-        return self.shape.mlp_dim or 4 * self.shape.model_dim
-
-    @property
-    def layer_weights(self) -> int:
-        """How many a layer has."""
-        shape = self.shape
-        attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-        return shape.model_dim * (attention + 3 * self.mlp_dim)
-
-    @property
     def kept_of_layer(self) -> int:
         """Bytes that a token of a pass leaves in a layer for the backward pass."""
         shape = self.shape
-        numbers = 6 * shape.model_dim + 4 * self.mlp_dim + 5 * shape.heads * shape.head_dim
+        numbers = 6 * shape.model_dim + 4 * neurons(shape) + 5 * shape.heads * shape.head_dim
         return self.wide * (numbers + self.squares * 3 * shape.heads * self.longest) + 4 * self.adapted
 
     @property
@@ -185,8 +185,8 @@ def _widened(work: Work, by_layer: bool) -> int:
     """Bytes that float64 takes beside float32 weights."""
     rest = work.shape.vocab * work.shape.model_dim
     if by_layer:  # one layer, and what its weights' copies need for a moment; the output matrix
-        return 8 * max(2 * work.layer_weights, rest)
-    return 4 * (work.layers * work.layer_weights + 2 * rest)
+        return 8 * max(2 * layer_weights(work.shape), rest)
+    return 4 * (work.layers * layer_weights(work.shape) + 2 * rest)
 
 
 @dataclass(frozen=True)
