@@ -85,8 +85,6 @@ PRESETS: dict[str, dict] = {
     "smollm": _SMOLLM,
     "smollm-study": {
         **_SMOLLM,
-        # The exact effect of every head, ten minutes more; the gradient's map comes beside it.
-        "sensitivity": "graded",
         # Does a map of arithmetic predict what arithmetic loses? Asked of the same draws.
         "maps": ("sums=embedded/sums:96",),
         # 32 arms beside the six that have names, each draw with a training seed of its own.
