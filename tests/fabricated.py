@@ -12,7 +12,7 @@ from backends.core.files import sha256, write_json
 from stages.method import metrics
 from stages.method.arms import ARM_FIELDS, BASE_RUN, ArmRun, select_heads
 from stages.method.conflict_map import head_columns
-from stages.method.heads import HeadMap
+from stages.method.heads import HeadMap, read_map
 from stages.method.reliability import QUANTITIES, Reliability, rows_wanted
 from stages.report import correlations, costs, figures
 from stages.report.examples import MEASURES
@@ -130,7 +130,7 @@ def fabricate(run: Path, like: Fabricated) -> Settings:
         warnings=list(like.warnings),
     )
 
-    head_maps = {name: HeadMap.from_columns(frame) for name, frame in maps.items()}
+    head_maps = {name: read_map(frame) for name, frame in maps.items()}
     arms = pd.DataFrame([_arm(unit, head_maps, settings.map.buckets) for unit in settings.arm_runs])
     finish(ARMS.stage, {ARMS.file(): (arms, ARMS.schema)})
 

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stages.method.arms import BASE_RUN, OWN, ArmRun
-from stages.method.conflict_map import HeadScores, scores_by_outcome
-from stages.method.heads import COLUMN, Sensitivity
+from stages.method.conflict_map import maps_by_outcome
+from stages.method.heads import COLUMN, HeadMap, Sensitivity
 from stages.method.metrics import SensitivityVariant
 from stages.method.prediction import predict, residuals, smallest_r
 from stages.report.figures import GREY, INK, new_figure
@@ -61,14 +61,14 @@ class Family:
     """benchmark (or their mean), outcome, cost"""
 
 
-def maps_by_outcome(
+def predicting_maps(
     maps: Mapping[str, pd.DataFrame], variant: SensitivityVariant, m: int
-) -> dict[MapBy, HeadScores]:
+) -> dict[MapBy, HeadMap]:
     """Every map by every kind of outcome that was computed, from the heads.parquet of each."""
     return {
-        MapBy(name, kind): scores
+        MapBy(name, kind): head_map
         for name, columns in maps.items()
-        for kind, scores in scores_by_outcome(columns, variant, m).items()
+        for kind, head_map in maps_by_outcome(columns, variant, m).items()
     }
 
 
@@ -76,7 +76,7 @@ def families(
     costs: pd.DataFrame,
     arms: pd.DataFrame,
     responses: Responses,
-    maps: Mapping[MapBy, HeadScores],
+    maps: Mapping[MapBy, HeadMap],
     sensitivity: Sensitivity,
 ) -> list[Family]:
     """The draws of each map, as they were tuned.
@@ -95,20 +95,20 @@ def families(
     for name, runs in drawn.items():
         along = MapBy(name, sensitivity)
         own = [np.array([row["layers"], row["heads"]]) for row in arms.loc[runs].to_dict("records")]
-        by_map = {other: predictors(scores, own) for other, scores in maps.items()}
+        by_map = {other: predictors(head_map, own) for other, head_map in maps.items()}
         gained = costs.loc[runs, "safety_gain"].to_numpy(float)
         found.append(Family(along, by_map, gained, shared_heads(own), [*losses(responses, runs)]))
     return found
 
 
-def predictors(scores: HeadScores, heads: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def predictors(head_map: HeadMap, heads: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Means over each arm's heads, [A] each.
 
     Args:
         heads: of each arm: layers and heads, [2, n].
     """
-    found = {by: np.array([scores.by(by)[tuple(own)].mean() for own in heads]) for by in COLUMN}
-    last = max(1, scores.shape[0] - 1)
+    found = {by: np.array([head_map.by(by)[tuple(own)].mean() for own in heads]) for by in COLUMN}
+    last = max(1, head_map.shape[0] - 1)
     return found | {DEPTH: np.array([np.mean(layers) / last for layers, _ in heads])}
 
 
