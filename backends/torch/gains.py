@@ -13,8 +13,7 @@ from backends.core.schedules import learning_rate
 from backends.core.tuning import GainPlan
 from backends.torch import adapter
 from backends.torch.decoder import Decoder
-from backends.torch.loss import example_losses
-from backends.torch.tune import restore, state, take_step
+from backends.torch.tune import differentiate, make_plan, restore, state, take_step
 
 
 class Gains:
@@ -24,6 +23,8 @@ class Gains:
 
     def __init__(self, decoder: Decoder, plan: GainPlan):
         self.model, self.plan, self.recipe = decoder.model, plan, plan.recipe
+        rows = max(1, self.recipe.batch // 2)
+        self.fit = make_plan(decoder, plan.rows, rows, decoder.shape.mlp_dim)
 
     def open(self) -> None:
         config = peft.IA3Config(
@@ -47,11 +48,10 @@ class Gains:
     def gradient(self, rows: Sequence[Example], gains: torch.Tensor) -> tuple[float, torch.Tensor]:
         self._set(gains)
         total, gradient = 0.0, torch.zeros_like(gains)
-        for some in passes(rows, max(1, self.recipe.batch // 2)):
-            loss = example_losses(self.model, some).sum() / len(rows)
-            each = torch.autograd.grad(loss, self.of_layers)
+        for some in passes(rows, self.fit.rows):
+            loss, each = differentiate(self.model, some, len(rows), self.of_layers, self.fit)
             gradient += torch.cat([own.to(gradient.device) for own in each]).float()
-            total += float(loss.detach())
+            total += loss
         return total, gradient
 
     def norm(self, array: torch.Tensor) -> float:
