@@ -71,6 +71,13 @@ def check(name: str) -> None:
         )
 
 
+def check_device(name: str, device: str) -> None:
+    """InputError, one line, where a backend has no such device on this machine; nothing is loaded."""
+    if device not in ("auto", "cpu"):  # to ask takes seconds
+        devices = importlib.import_module(f"backends.{name}.devices")
+        (devices.resolve_device if name == "torch" else devices.resolve_devices)(device)
+
+
 def check_quantize(quantize: str, name: str, dtype: str, model_parallel: int) -> None:
     """InputError, one line, where quantized weights do not go with the rest."""
     if quantize not in ("nf4", "int8"):

@@ -1,44 +1,29 @@
-"""From text to tokens: chat template, targets, choices."""
+"""From text to tokens: prompts, targets, choices, as the chat template's conversation has them.
 
-import re
-from collections.abc import Mapping
-from datetime import datetime
+Ids are those of the whole conversation, user and assistant, which must begin with those of the prompt: an
+answer is scored by the tokens that a model saw in its place. What a next-token row is scored by carries an
+answer: a blank goes to the prompt, a piece of a character is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from backends import models
 from backends.base import Example
-from backends.core.errors import InputError, reason
+from backends.core.errors import InputError
+from data.chat import Chat, Opening, Turn
 from data.records import Record
-
-DATE = "%d %b %Y"
-"""how a run's date is written"""
-
 
 REFUSAL_OPENINGS = ("I", "Sorry", "As", "Unfortunately")
 """what refusals begin with ("I cannot", "As an AI"); a graded refusal is the log-odds of one of them"""
 
-_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
-
-def _without_clock(template: str, date: str) -> str:
-    """The template with the run's date where it asks for today's, by which it would make other prompts every
-    day. (transformers lets no function of ours into a template.)"""
-    day = datetime.strptime(date, DATE)
-    template = _CLOCK.sub(lambda found: repr(day.strftime(found[2])), template)
-    if "strftime_now(" in template:
-        raise InputError(
-            "the chat template asks for today's date in a way that is not handled: write the date"
-        )
-    return template
-
-
-def is_date(text: str) -> bool:
-    try:
-        datetime.strptime(text, DATE)
-    except ValueError:
-        return False
-    return True
+def blanks_of(text: str) -> str:
+    """The blanks that a text begins with."""
+    return text[: len(text) - len(text.lstrip())]
 
 
 class Renderer:
@@ -46,44 +31,35 @@ class Renderer:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template and an EOS token.
-        date: as "26 Jul 2024", given to templates that print one, or ask the clock (Llama's would print
-            today's otherwise).
-        system: system prompt; empty: the template's own default.
+        date, system: as in `Chat`.
     """
 
     def __init__(self, tokenizer, date: str, system: str = ""):
-        self.tokenizer, self.date, self.system = tokenizer, date, system
-        self.template = _without_clock(tokenizer.get_chat_template(), date)
-        self.eos = tokenizer.eos_token_id
+        self.tokenizer, self.chat = tokenizer, Chat(tokenizer, date, system)
         plain = tokenizer("x").input_ids
         bos = tokenizer.bos_token_id
         # A model uses BOS if its tokenizer puts one before plain text: ChatML tokenizers only name one.
         self.bos = bos if bos is not None and plain[0] == bos else None
+        end = models.turn_end(tokenizer)
+        self.end = tokenizer.eos_token_id if end is None else end
+        """what a learned answer ends with"""
+        self.controlled: dict[str, str] = {}
+        """rows whose text holds a control token, which is read as text, with the first one"""
         self._refusal_ids: dict[str, list[int]] = {}
         """by the blanks before an answer: all prompts end alike"""
+        self._encoded = lru_cache(maxsize=8)(self._encode)  # a row's prompt is read with each of its answers
 
-    def prompt(self, record: Record) -> str:
-        """The text that the model reads: chat template, generation prompt, assistant prefix."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": record.prompt})
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=self.date,
-                chat_template=self.template,
-            )
-        except Exception as error:  # templates raise by their own rules, e.g. "system role not supported"
-            mend = "is --system allowed?" if self.system else "mend the tokenizer's template"
-            raise InputError(
-                f"the chat template refuses {record.example_id} ({reason(error)}): {mend}"
-            ) from None
-        return text + record.prefix
+    def _prompt(self, record: Record) -> str:
+        """What the model reads: chat template, generation prompt, assistant prefix."""
+        opening = self.chat.opening(record.example_id, record.prompt)
+        return self.chat.turn(opening, record.prefix, "").prompt if record.prefix else opening.text
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of rendered text, with exactly one BOS where the model uses one."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        """Token ids of a text that `Chat` wrote, with exactly one BOS where the model uses one."""
+        return list(self._encoded(text))
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.chat.control.ids(text)
         if self.bos is not None:
             if ids[:1] != [self.bos]:
                 ids = [self.bos, *ids]
@@ -95,48 +71,107 @@ class Renderer:
 
     def length(self, record: Record) -> int:
         """Tokens of the rendered prompt."""
-        return len(self.ids(self.prompt(record)))
+        return len(self.ids(self._prompt(record)))
 
-    def _after(self, text: str, prompt_ids: list[int], addition: str, example_id: str) -> list[int]:
-        """Token ids of `addition` where it follows the rendered prompt `text`."""
-        ids = self.ids(text + addition)
-        if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
+    def _after(self, turn: Turn, name: str, whole: bool = False) -> list[int]:
+        """Token ids of a conversation's answer; `whole`: and of what the template writes after it.
+
+        InputError where the conversation does not begin with the ids of the prompt, or of the answer.
+        """
+        prompt, answered = self.ids(turn.prompt), self.ids(turn.prompt + turn.answer)
+        ids = self.ids(turn.whole)
+        if ids[: len(prompt)] != prompt or len(answered) == len(prompt):
             raise InputError(
-                f"{example_id}: the answer {addition[:20]!r} merges with the prompt's last token: begin "
+                f"{name}: the answer {turn.answer[:20]!r} merges with the prompt's last token: begin "
                 f"it with a space, or end the prefix without one"
             )
-        return ids[len(prompt_ids) :]
+        if not whole and ids[: len(answered)] != answered:
+            raise InputError(
+                f"{name}: the answer {turn.answer[:20]!r} merges with what the chat template writes after "
+                f"it: end it otherwise"
+            )
+        return (ids if whole else answered)[len(prompt) :]
 
-    def _refusals(self, record: Record, text: str, prompt_ids: list[int]) -> list[int]:
+    def _learned(self, turn: Turn, name: str) -> list[int]:
+        """Token ids of an answer that is learned with the end of its turn."""
+        if self.chat.control.first_id(turn.end) != self.end:  # the template writes none
+            return [*self._after(turn, name), self.end]
+        ids = self._after(turn, name, whole=True)
+        return ids[: ids.index(self.end) + 1]
+
+    def _says_nothing(self, token: int) -> str:
+        """Why no answer can be told by a token: it is a "blank", or a "piece of a character"; else ""."""
+        text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return "piece of a character" if "\ufffd" in text else "" if text.strip() else "blank"
+
+    def _refusals(self, record: Record, opening: Opening) -> list[int]:
         """The tokens that a refusal of this record begins with, sorted; none where it is no request, or its
-        answer has begun. They follow the prompt as the target does, behind the blanks that it begins with."""
+        answer has begun. They follow the prompt as the target does, behind the blanks that it begins with,
+        unless those are a token of their own."""
         if record.scoring not in ("refusal", "over_refusal") or record.prefix:
             return []
-        blanks = record.target[: len(record.target) - len(record.target.lstrip())]
+        blanks = blanks_of(record.target)
         if blanks not in self._refusal_ids:
-            openings = (blanks + word for word in REFUSAL_OPENINGS)
-            every = {self._after(text, prompt_ids, words, record.example_id)[0] for words in openings}
-            self._refusal_ids[blanks] = sorted(every)
+            for before in (blanks, ""):
+                turns = (self.chat.turn(opening, "", before + word) for word in REFUSAL_OPENINGS)
+                first = {self._after(turn, record.example_id)[0] for turn in turns}
+                if not any(map(self._says_nothing, first)):
+                    break
+            else:
+                raise InputError(
+                    f"{record.example_id}: the first token of {REFUSAL_OPENINGS[0]!r} is a blank: how likely "
+                    f"refusals are cannot be told with this tokenizer and chat template"
+                )
+            self._refusal_ids[blanks] = sorted(first)
         return self._refusal_ids[blanks]
+
+    def _next_token(self, record: Record, opening: Opening) -> tuple[Turn, list[int], list[int]]:
+        """A row that is scored by its next token: the conversation, the ids of its target (none without one)
+        and of its choices' first tokens. Blanks that are a token of their own stand in the prompt.
+
+        InputError where the first token of an answer still carries none.
+        """
+        prefix, answers = record.prefix, [*record.choices, *([record.target] if record.target else [])]
+        turns = [self.chat.turn(opening, prefix, answer) for answer in answers]
+        found = [self._after(turn, record.example_id) for turn in turns]
+        if any(self._says_nothing(ids[0]) == "blank" for ids in found):
+            blanks = {blanks_of(turn.answer) for turn in turns}
+            if len(blanks) > 1:
+                raise InputError(
+                    f"{record.example_id}: an answer begins with a blank that is a token of its own, another "
+                    f"one does not: begin all of them alike"
+                )
+            at = len(min(blanks))
+            turns = [Turn(turn.prompt + turn.answer[:at], turn.answer[at:], turn.end) for turn in turns]
+            found = [self._after(turn, record.example_id) for turn in turns]
+        for answer, ids in zip(answers, found, strict=True):
+            if why := self._says_nothing(ids[0]):
+                raise InputError(
+                    f"{record.example_id}: the first token of {answer[:20]!r} is a {why}, by which no answer "
+                    f"can be told: take another prompt, or other answers"
+                )
+        choice_ids = [ids[0] for ids in found[: len(record.choices)]]
+        return turns[0], found[-1] if record.target else [], choice_ids
 
     def row(self, record: Record) -> dict[str, Any]:
         """The record with its token ids, as a row of a table of examples; no answer is None.
 
         InputError where the prompt and an answer, or two choices, cannot be told apart by their tokens.
         """
-        text = self.prompt(record)
-        prompt_ids = self.ids(text)
-        target_ids = self._after(text, prompt_ids, record.target, record.example_id) if record.target else []
-        choice_ids, answer = [], None
+        opening = self.chat.opening(record.example_id, record.prompt)
+        self._note_control(record)
+        target_ids, choice_ids, answer = [], [], None
         if record.scoring == "choice":
-            choice_ids = [
-                self._after(text, prompt_ids, choice, record.example_id)[0] for choice in record.choices
-            ]
+            turn, target_ids, choice_ids = self._next_token(record, opening)
+            text = turn.prompt
             if len(set(choice_ids)) < len(choice_ids):
                 raise InputError(f"{record.example_id}: two choices begin with the same token")
             answer = record.answer if choice_ids else target_ids[0]
-        elif target_ids:
-            target_ids = [*target_ids, self.eos]  # a completion is learned with its end
+        elif record.target:
+            turn = self.chat.turn(opening, record.prefix, record.target)
+            text, target_ids = turn.prompt, self._learned(turn, record.example_id)
+        else:
+            text = self._prompt(record)
         return {
             "example_id": record.example_id,
             "source": record.source,
@@ -144,15 +179,21 @@ class Renderer:
             "split": record.split,
             "scoring": record.scoring,
             "prompt": record.prompt,
-            "rendered": text,
+            "prefix": record.prefix,
+            "rendered": self.chat.control.plain(text),
             "target": record.target,
             "choices": list(record.choices),
             "answer": answer,
-            "prompt_ids": prompt_ids,
+            "prompt_ids": self.ids(text),
             "target_ids": target_ids,
             "choice_ids": choice_ids,
-            "refusal_ids": self._refusals(record, text, prompt_ids),
+            "refusal_ids": self._refusals(record, opening),
         }
+
+    def _note_control(self, record: Record) -> None:
+        texts = (record.prompt, record.prefix, record.target, *record.choices)
+        if first := next(filter(None, map(self.chat.control.first, texts)), None):
+            self.controlled[record.example_id] = first
 
 
 def example(row: Mapping[str, Any]) -> Example:
@@ -166,3 +207,21 @@ def example(row: Mapping[str, Any]) -> Example:
     answer = row["answer"]
     answer = -1 if answer is None or answer != answer else int(answer)
     return Example(example_id=row["example_id"], answer=answer, **ids)
+
+
+def shared_first_tokens(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ids of next-token rows whose target of several tokens begins as another one's does: either counts as
+    right where the other is asked for.
+
+    Args:
+        rows: of one benchmark or map, as `Renderer.row` gives them.
+    """
+    open_rows = [row for row in rows if row["scoring"] == "choice" and not len(row["choices"])]
+    targets: dict[int, set[str]] = {}
+    for row in open_rows:
+        targets.setdefault(row["answer"], set()).add(row["target"])
+    return [
+        row["example_id"]
+        for row in open_rows
+        if len(row["target_ids"]) > 1 and len(targets[row["answer"]]) > 1
+    ]

@@ -10,7 +10,7 @@ alignment.parquet and benchmarks.parquet.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,7 @@ from backends.core.checks import check_neurons
 from backends.core.errors import InputError
 from backends.core.files import sha256
 from data import sampling
-from data.rendering import Renderer
+from data.rendering import Renderer, shared_first_tokens
 from data.sampling import Drawn, Plan, Pools, Wanted
 from stages.method.arms import required_heads
 from stages.run import classify, cli
@@ -75,10 +75,21 @@ def check(settings: Settings) -> None:
             raise InputError(f"--neurons {arm.neurons} (arm {arm.name}): the model has {neurons} neurons")
 
 
-def draw_tables(settings: Settings) -> tuple[dict[Table, pd.DataFrame], Drawn, Pools]:
-    """The rows of a run, rendered and tokenized, and where they came from. Writes nothing."""
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, rendered and tokenized, and where they came from."""
+
+    tables: dict[Table, pd.DataFrame]
+    drawn: Drawn
+    pools: Pools
+    renderer: Renderer
+
+
+def draw_rows(settings: Settings) -> Rows:
+    """Draws, renders and tokenizes all rows. Writes nothing."""
     data, model = settings.data, settings.model
-    tokenizer = models.load_tokenizer(models.local_folder(model.model, model.revision))
+    folder = models.local_folder(model.model, model.revision)
+    tokenizer = models.load_tokenizer(folder)
     renderer = Renderer(tokenizer, data.date, data.system)
     pools = Pools(data.util, data.safe, data.align)
     drawn = sampling.draw_all(plan_of(settings), pools, renderer.length)
@@ -87,7 +98,29 @@ def draw_tables(settings: Settings) -> tuple[dict[Table, pd.DataFrame], Drawn, P
         table: pd.DataFrame([renderer.row(record) for record in own], columns=table.schema.names)
         for table, own in records.items()
     }
-    return tables, drawn, pools
+    ids = (rows[name] for rows in tables.values() for name in rows if name.endswith("_ids"))
+    largest = max(max(map(max, filter(len, column)), default=0) for column in ids)
+    models.check_ids(tokenizer, largest, models.folder_shape(folder).vocab)
+    return Rows(tables, drawn, pools, renderer)
+
+
+def warn_of_scoring(job: Job, rows: Rows) -> None:
+    """Says where tokenizer, chat template and configuration do not agree, and which rows a token scores that
+    says less than their answer."""
+    for doubt in models.disagreements(job.model_folder):
+        job.warn(doubt)
+    if rows.renderer.chat.closes_thoughts:
+        job.warn("the chat template opens a thought in every prompt: it is closed at once, empty")
+    if controlled := rows.renderer.controlled:
+        name, token = next(iter(controlled.items()))
+        job.warn(f"{len(controlled)} rows hold control tokens, which are read as text ({token} in {name})")
+    for table, own in rows.tables.items():
+        for split, drawn in own.groupby("split", sort=False):
+            if shared := shared_first_tokens(drawn.to_dict("records")):
+                job.warn(
+                    f"{len(shared)} of {len(drawn)} {split} rows ({table.stem}) are scored by a first token "
+                    f"that another target begins with too, as {shared[0]}"
+                )
 
 
 def warn_of_length(job: Job, tables: Mapping[Table, pd.DataFrame]) -> None:
@@ -113,9 +146,10 @@ def warn_of_length(job: Job, tables: Mapping[Table, pd.DataFrame]) -> None:
 
 def join(job: Job) -> dict:
     """Draws and writes all rows."""
-    tables, drawn, pools = draw_tables(job.settings)
-    for table, rows in tables.items():
-        job.write(table, rows)
+    rows = draw_rows(job.settings)
+    tables, drawn, pools = rows.tables, rows.drawn, rows.pools
+    for table, own in tables.items():
+        job.write(table, own)
     standins = sorted(pool for pool, source in pools.provenance.items() if source["standin"])
     if standins:
         job.warn(f"stand-ins, not the published sets: {', '.join(standins)}; no score on them compares")
@@ -124,15 +158,16 @@ def join(job: Job) -> dict:
     for shortfall in drawn.short:
         job.warn(f"too few rows: {shortfall}")
     warn_of_length(job, tables)
+    warn_of_scoring(job, rows)
     if job.shape.mlp_dim is None:
         job.warn("no NeuronTune: this model has no down_proj of its own in every layer's MLP")
-    counts = {table.stem: len(rows) for table, rows in tables.items()}
+    counts = {table.stem: len(own) for table, own in tables.items()}
     counts |= Counter(tables[CALIBRATION]["split"]) | Counter(tables[BENCHMARKS]["split"])
     job.say(", ".join(f"{name} {count}" for name, count in counts.items()))
     return {
         "counts": counts,
         "short": [asdict(shortfall) for shortfall in drawn.short],
-        "tokens": {table.stem: int(rows["prompt_ids"].map(len).sum()) for table, rows in tables.items()},
+        "tokens": {table.stem: int(own["prompt_ids"].map(len).sum()) for table, own in tables.items()},
         "sources": pools.provenance,
         "standins": standins,
         "tokenizer": models.tokenizer_sha256(job.model_folder),

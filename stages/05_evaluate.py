@@ -29,6 +29,9 @@ from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ARMS, BENCHMARKS, CALIBRATION, CLASSIFIED, DRIFT, OUTPUTS, RESPONSES, SCORES
 from stages.run.settings import Settings
 
+LOW_PROBABILITY = 0.5
+"""of the candidates of a next-token benchmark together: below it their score says little"""
+
 
 def runs(settings: Settings) -> list[ArmRun]:
     """The base model and every arm."""
@@ -129,10 +132,40 @@ def join(job: Job) -> dict:
         job.say(f"{run.name}: {named}")
     if unclear:
         job.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
+    likely = candidate_probability(own, responses, rows)
+    warn_of_candidates(job, likely)
     job.write(RESPONSES, judged)
     job.write(SCORES, scores)
     drift.join(job)
-    return {"responses": len(judged)}
+    return {"responses": len(judged), "candidate_probability": likely}
+
+
+def candidate_probability(
+    own: list[Evaluation], responses: list[pd.DataFrame], rows: pd.DataFrame
+) -> dict[str, dict[str, float]]:
+    """Benchmark -> model -> the probability that the candidates (letters, say) get together, on average over
+    the rows that have some."""
+    compete = rows.assign(compete=rows["choices"].map(len) > 0).groupby("split")["compete"]
+    compete = {name: own.to_numpy() for name, own in compete}
+    found: dict[str, dict[str, float]] = {}
+    for evaluation, answered in zip(own, responses, strict=True):
+        name = evaluation.benchmark.name
+        if compete[name].any():
+            of_model = answered["probability"].to_numpy(float)[compete[name]].mean()
+            found.setdefault(name, {})[evaluation.run.name] = float(of_model)
+    return found
+
+
+def warn_of_candidates(job: Job, likely: dict[str, dict[str, float]]) -> None:
+    """Says how much probability candidates get, and where it is little."""
+    for name, of_models in likely.items():
+        job.say(f"{name}: its candidates get {of_models[BASE_RUN.name]:.2f} of the base model's probability")
+        if low := [model for model, value in of_models.items() if value < LOW_PROBABILITY]:
+            job.warn(
+                f"{name}: of {len(low)} of {len(of_models)} models the candidates get less than "
+                f"{LOW_PROBABILITY} of the probability, as {of_models[low[0]]:.2f} of {low[0]}: they answer "
+                f"otherwise"
+            )
 
 
 def judge(settings: Settings) -> dict:

@@ -211,7 +211,7 @@ TAMPERED = [  # changes that do not hide one another, and what is said of each
         (t.TRAINING, last_gone, "rows, recomputed"),
         (t.RESPONSES, refuse, "; responses.parquet: arm base, benchmark adversarial"),
         (t.SCORES, last_gone, "scores.parquet: 31 rows, recomputed 32"),
-        (t.CALIBRATION, cell(2, "rendered", lambda text: text + " "), ": prompt_ids is ["),
+        (t.CALIBRATION, cell(2, "rendered", lambda text: text + " "), ": rendered differs"),
     ],
     [
         (t.HEADS, cell(7, "h_gen", lambda old: old + 0.125), "layer 1, head 3: h_gen is"),

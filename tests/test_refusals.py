@@ -53,6 +53,8 @@ def refuses(monkeypatch, capsys):
         _, _, line = capsys.readouterr().err.rpartition("error: ")
         assert line.count("\n") == 1 or line.startswith("what this run needs cannot be had:\n"), line
         assert re.search(message, line), line
+        said, _, _ = line.partition(" twice: ")  # names of options follow
+        assert not re.search(r"(?i)(?<!\S)([a-z-]+:?) \1(?!\S)", said), f"a word twice: {line}"
         assert everything(run) == before
 
     return check
@@ -81,7 +83,7 @@ OPTIONS = [
     ("--seeds 21 99999999999999999999", "--seeds must lie in 0 to"),
     ("--align-rows 6", "multiple of 4"),
     ("--benign-share 1", "--benign-share 1.0: must lie between 0 and 1"),
-    ("--align-rows 8 --benign-share 0.9", "--align-rows are too few"),
+    ("--align-rows 8 --benign-share 0.9", "--align-rows 8 are too few"),
     ("--util-rows 14", "--util-rows must be a multiple of --folds 4"),
     ("--util-rows 2", "--util-rows 2 is fewer than --folds"),
     ("--safe-rows 6", "--safe-rows must be a multiple of --folds 4"),
@@ -92,6 +94,7 @@ OPTIONS = [
     ("--processes -1", "--processes must not be negative"),
     ("--pairs -1", "--pairs must not be negative"),
     ("--shard 3/2", "--shard 3/2: i/n"),
+    ("--shard \u00b2/3", "--shard \u00b2/3: i/n"),
     ("--shard 0/2", "--shard 0/2: i/n"),
     ("--shard half", "--shard half: i/n"),
     ("--shard 1/2", "--shard is for stages 02 to 05"),

@@ -14,17 +14,19 @@ from data.rendering import Renderer, example
 from stages.run.schemas import EXAMPLES
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    "{% if date_string is defined %}({{ date_string }}){% endif %}[reply]"
+    "{{ bos_token }}{% if date_string is defined %}({{ date_string }}){% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 RECORD = Record("r1", "test", "e1", "util", "Which city?", prefix=" It is", target=" Rome")
 
 
 def tokenizer(template=TEMPLATE, adds_bos=True):
-    """Byte-level characters, one merge (" R"), BOS before plain text like Llama's."""
+    """Byte-level characters, blanks merged with a few letters, BOS before plain text like Llama's."""
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {"ĠR": 256, "<s>": 257, "</s>": 258, "sĠ": 259}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "R")]))
+    vocabulary |= {"ĠR": 256, "<s>": 257, "</s>": 258, "ĠI": 259, "ĠS": 260, "ĠA": 261, "ĠU": 262}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", letter) for letter in "RISAU"]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if adds_bos:
         raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
@@ -41,7 +43,7 @@ def test_rows_fit_their_schema_and_come_back_as_examples_from_a_data_frame():
     safe = dataclasses.replace(RECORD, example_id="r2", scoring="refusal", prefix="", target="No.")
     rows = [render(), render(safe)]
     assert list(rows[0]) == EXAMPLES.names
-    assert rows[0]["rendered"] == "<s>[user]Which city?(26 Jul 2024)[reply] It is"
+    assert rows[0]["rendered"] == "<s>(26 Jul 2024)[user]Which city?[assistant] It is"
     frame = pd.DataFrame(rows).assign(prompt_ids=[np.array(row["prompt_ids"]) for row in rows])
     one, other = map(example, frame.to_dict("records"))
     assert one.prompt_ids.dtype == np.int32 and (one.example_id, other.example_id) == ("r1", "r2")
@@ -105,5 +107,5 @@ def test_system_prompt_is_used_or_refused_by_the_template():
     strict = "{% if messages[0]['role'] == 'system' %}" + refuse + "{% endif %}" + TEMPLATE
     with pytest.raises(InputError, match="no system role.*is --system allowed"):
         render(template=strict, system="Be brief.")
-    with pytest.raises(InputError, match="refuses r1 .*: mend the tokenizer's template$"):
+    with pytest.raises(InputError, match="refuses a conversation .*: mend the tokenizer's template$"):
         render(template="{% if %}")

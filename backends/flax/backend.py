@@ -20,5 +20,5 @@ def load(model_dir: Path, dtype: str, device: str, model_parallel: int) -> Loade
     count = sum(int(np.prod(shape)) for shape in weights.parameters(config).values())
     mesh = devices.make_mesh(found, config.shape, model_parallel, count * jnp.dtype(dtype).itemsize)
     graph, state = weights.load(model_dir, config, mesh)
-    model = Model(graph, state, config, mesh, np.array(models.eos_ids(model_dir), int))
+    model = Model(graph, state, config, mesh, np.array(models.stop_ids(model_dir), int))
     return Loaded("flax", model, dtype, devices.describe(mesh), config.shape)

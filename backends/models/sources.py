@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
 from platformdirs import user_cache_path
 
 from backends.core.errors import InputError, reason
+from backends.core.locking import held, soft_warning
 from backends.models import tiny
 
 EMBEDDED = "embedded/smollm2-135m-instruct"
@@ -92,7 +92,9 @@ def _made_once(name: str, model: str, make: Callable[[Path], None]) -> Path:
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{name}.lock"):
+        with held(folder.parent / f"{name}.lock", wait=True) as soft:
+            if soft:
+                print(f"[model] warning: {soft_warning(folder.parent)}", flush=True)
             if not folder.is_dir():  # another process may have made it while this one waited
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
                     target = Path(scratch) / name

@@ -1,8 +1,9 @@
-"""Which folders hold a model, and what a folder says of it: sizes, EOS, windows, tokenizer, hashes. Which of
-them a backend can run says its own `usable`."""
+"""Which folders hold a model, and what a folder says of it: sizes, EOS, windows, hashes. Which of them a
+backend can run says its own `usable`."""
 
 import hashlib
 import json
+import math
 from dataclasses import astuple
 from functools import lru_cache
 from pathlib import Path
@@ -19,16 +20,22 @@ from backends.core.errors import InputError, reason
 # is greedy here whatever they say.
 # fmt: off
 INERT = frozenset([
-    "bos_token_id", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length", "max_new_tokens",
-    "model_max_length", "name_or_path", "num_beams", "num_labels", "output_attentions",
-    "output_hidden_states", "pad_token_id", "problem_type", "repetition_penalty", "return_dict",
-    "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version",
-    "use_cache",
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "generation_config", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
+    "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p",
+    "model_max_length", "name_or_path", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers.js_config", "transformers_version",
+    "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 ])
 # fmt: on
-TIED = ("lm_head.weight", "model.embed_tokens.weight")
+EMBEDDING = "model.embed_tokens.weight"
+TIED = ("lm_head.weight", EMBEDDING)
 _LFS_POINTER = b"version https://git-lfs"
 MODEL_HASHES = ("weights_sha256", "config_sha256")
 """what says that two folders hold the same model"""
@@ -58,6 +65,9 @@ def check_folder(folder: Path) -> None:
     """InputError, one line, on a folder that no backend can use: class, sizes, EOS, weights."""
     path, config = folder / "config.json", read_config(folder)
     _check_class(path, config)
+    for name, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value) and name not in INERT:
+            raise InputError(f"{path}: attribute {name} = {value} is no finite number")
     for rope in rope_parameters(path, config):
         for name, value in rope.items():
             if name not in ("rope_type", "type") and not isinstance(value, int | float | None):
@@ -77,6 +87,7 @@ def _check_class(path: Path, config: dict) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     architectures, found = config.get("architectures") or ["none named"], config.get("model_type")
+    found = str(found) if isinstance(found, list | dict) else found
     if not isinstance(architectures, list):
         raise InputError(f"{path}: architectures = {architectures!r} is no list of names")
     architecture = str(architectures[0])
@@ -93,7 +104,7 @@ def _check_class(path: Path, config: dict) -> None:
 
 def rope_parameters(path: Path, config: dict) -> list[dict]:
     """What config.json says of rotary turns: once, or for each kind of layer."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers takes them
     if not isinstance(rope, dict):
         raise InputError(f"{path}: the rope parameters are {rope!r}, not names and values")
     by_kind = [value for value in rope.values() if isinstance(value, dict)]
@@ -169,11 +180,12 @@ def read_shape(config, neurons: bool = True) -> Shape:
     Args:
         neurons: a matrix of its own reads the units of each layer's MLP.
     """
+    head_dim = getattr(config, "head_dim", None)
     return Shape(
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads if head_dim is None else head_dim,
         model_dim=config.hidden_size,
         mlp_dim=config.intermediate_size if neurons else None,
         vocab=config.vocab_size,
@@ -253,37 +265,3 @@ def config_sha256(folder: Path) -> str:
 def model_hashes(folder: Path) -> dict[str, str]:
     """MODEL_HASHES of a folder."""
     return dict(zip(MODEL_HASHES, (weights_sha256(folder), config_sha256(folder)), strict=True))
-
-
-def tokenizer_sha256(folder: Path) -> str:
-    """One hash over what decides a text's token ids: the tokenizer's files and the chat template."""
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(folder: Path, files: str):
-    """Kept for the next unit of this process, as long as the files have this hash (`tokenizer_sha256`)."""
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the library raises a dozen types here
-        raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason(error)})") from None
-
-
-def load_tokenizer(folder: Path, chat: bool = True):
-    """The folder's tokenizer. InputError if it cannot be loaded, lacks an EOS token or (`chat`) a chat
-    template, or has ids that the model has no embedding for."""
-    tokenizer = _tokenizer(folder, tokenizer_sha256(folder))
-    if chat and not tokenizer.chat_template:
-        raise InputError(f"{folder}: the tokenizer has no chat template, so this is no instruct model")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{folder}: the tokenizer has no EOS token")
-    largest, size = max(tokenizer.get_vocab().values()), configuration(folder).vocab_size
-    if largest >= size:
-        raise InputError(f"{folder}: the tokenizer's ids go up to {largest}, vocab_size is {size} only")
-    return tokenizer

@@ -37,9 +37,10 @@ class Computed:
 def probed(folder: Path, model: torch.nn.Module, places: Sequence[torch.device]) -> Decoder:
     """The model as a decoder. InputError, one line, where it then is another model, or cannot be run so."""
     family, rows = type(model).__name__, probe_rows(model.config.vocab_size)
+    ends = models.stop_ids(folder)
     try:
         with torch.no_grad():
-            decoder = Decoder(model, places, models.eos_ids(folder))
+            decoder = Decoder(model, places, ends)
             found, windows = layer_by_layer(decoder, rows)
             cached, expected = from_cache(decoder, rows), at_once(model, rows)
     except Exception as error:  # whatever a layer raises that is called in another way than it expects

@@ -29,9 +29,14 @@ it loads is not the one that config.json describes"""
 
 def check_folder(folder: Path) -> None:
     """InputError, one line that names what is not handled. The folder has passed `models.check_folder`."""
+    from transformers.activations import ACT2FN
+
     path, own, config = folder / "config.json", models.read_config(folder), models.configuration(folder)
-    if own.get("quantization_config"):
+    if own.get("quantization_config") is not None:
         raise InputError(f"{path}: quantization_config is not handled, only dense weights have gradients")
+    for name in ("hidden_act", "hidden_activation"):
+        if (act := getattr(config, name, None)) is not None and act not in ACT2FN:
+            raise InputError(f"{path}: attribute {name} = {act!r} is no activation of transformers")
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in LAYERS:
             raise InputError(f"{path}: layer {layer} is of type {kind!r}, not {' or '.join(LAYERS)}")

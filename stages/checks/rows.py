@@ -1,7 +1,7 @@
 """Checks of the rows of stage 01: how many, none in two places, and their tokens."""
 
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pandas as pd
 
@@ -67,7 +67,7 @@ def token_ids(run: FinishedRun) -> Result:
         return [f"{run.model_folder} holds another tokenizer than stage 01 used (sha256)"], ""
     renderer = Renderer(run.tokenizer, run.settings.data.date, run.settings.data.system)
     rows = pd.concat([run.read(table) for table in TABLES], ignore_index=True)
-    records = [record_of(renderer, row) for row in rows.to_dict("records")]
+    records = [record_of(row) for row in rows.to_dict("records")]
     faults = unequal(rows, pd.DataFrame([renderer.row(record) for record in records]))
     faults += [
         f"{record.example_id}: the target is not the choice that answer names"
@@ -77,9 +77,8 @@ def token_ids(run: FinishedRun) -> Result:
     return faults, f"{len(rows)} rows"
 
 
-def record_of(renderer: Renderer, row: dict) -> Record:
+def record_of(row: dict) -> Record:
     """What a row of EXAMPLES was rendered from."""
-    text = {field.name: row[field.name] for field in fields(Record) if field.name in row}
+    text = {field.name: row[field.name] for field in fields(Record)}
     text |= {"choices": tuple(row["choices"]), "answer": row["answer"] if len(row["choices"]) else None}
-    bare = renderer.prompt(Record(**text))
-    return replace(Record(**text), prefix=row["rendered"].removeprefix(bare))
+    return Record(**text)

@@ -14,6 +14,8 @@ from backends.core.errors import InputError
 from backends.core.progress import progress
 from data import classifier
 from data.benchmarks import Benchmark
+from data.control import Control
+from data.thoughts import answer_of
 from stages.method.arms import ArmRun
 from stages.run.job import Job
 from stages.run.schemas import CLASSIFIED, OUTPUTS, RESPONSES
@@ -107,11 +109,12 @@ def compute(job: Job, pending: Mapping[str, Classification]) -> None:
     folder = folder_of(settings)
     backend = backends.load("torch", folder, dtype=settings.model.dtype, device=settings.run.device)
     tokenizer = models.load_tokenizer(folder, chat=False)
-    nothing = np.zeros(0, np.int32)
+    control, nothing = Control(tokenizer), np.zeros(0, np.int32)
     for unit, frame in progress(outputs.items(), desc="classifier", unit="unit"):
         prompts = []
         for row in frame.itertuples():
-            ids = tokenizer(classifier.prompt(row.prompt, row.output), add_special_tokens=False).input_ids
+            said = map(control.as_text, (row.prompt, answer_of(row.output)))
+            ids = control.ids(classifier.prompt(*said))
             prompts.append(Example(row.example_id, np.array(ids, np.int32), nothing, nothing, -1))
         words = []
         for row, tokens in zip(

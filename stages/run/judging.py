@@ -9,6 +9,7 @@ import pandas as pd
 from data.benchmarks import Benchmark
 from data.refusal_judge import keyword_refusal
 from data.scoring import Judgement, judge, verdict
+from data.thoughts import answer_of
 from stages.method.metrics import wilson_interval
 from stages.method.uncertainty import Outcomes
 from stages.run.schemas import OUTPUTS, RESPONSES
@@ -30,7 +31,8 @@ def judge_sweep(part: str, outputs: pd.DataFrame, rows: pd.DataFrame) -> pd.Data
     if part == "graded":
         return outputs
     if part == "generations":  # ablated models mostly say the same
-        return outputs.assign(refused=outputs["text"].map(cache(keyword_refusal)).astype(bool))
+        refused = cache(lambda text: keyword_refusal(answer_of(text)))
+        return outputs.assign(refused=outputs["text"].map(refused).astype(bool))
     by_id = rows.drop_duplicates("example_id").set_index("example_id")
     if part == "choices":
         answer = outputs["example_id"].map(by_id["answer"])

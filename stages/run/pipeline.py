@@ -30,9 +30,9 @@ def planned_run(settings: Settings) -> RunFolder:
     run, first = RunFolder(settings.folder), STAGES[0]
     if not run.is_finished(first):
         declaration(first).before(settings)
-        tables, drawn, _ = importlib.import_module(f"stages.{first}").draw_tables(settings)
-        for table, rows in tables.items():
-            run.preload(table, rows)
-        for shortfall in drawn.short:
+        rows = importlib.import_module(f"stages.{first}").draw_rows(settings)
+        for table, own in rows.tables.items():
+            run.preload(table, own)
+        for shortfall in rows.drawn.short:
             print(f"too few rows: {shortfall}")
     return run

@@ -15,11 +15,12 @@ from typing import TypeVar
 
 import tyro
 
+import backends
 from backends import models
 from backends.core.errors import InputError
 from stages.run.guard import guarded
 from stages.run.settings import GROUP_OF, Settings, check
-from stages.run.store import RUN_FILE, read_json
+from stages.run.store import MANIFEST, RUN_FILE, read_json
 
 T = TypeVar("T")
 
@@ -219,9 +220,18 @@ def parse(argv: list[str] | None = None) -> Settings:
     return settings
 
 
+def checked(argv: list[str] | None = None) -> Settings:
+    """Settings of a run that is made on this machine from its first stage on. InputError also where it lacks
+    the device that later stages compute on."""
+    settings = parse(argv)
+    if not any(settings.folder.glob(f"*/{MANIFEST}")):  # what began on another machine may be at its report
+        backends.check_device(settings.model.backend, settings.run.device)
+    return settings
+
+
 def main() -> None:
     """Prints the run folder that a command line means, after checking the whole of it."""
-    guarded(lambda: print(parse().folder))
+    guarded(lambda: print(checked().folder))
 
 
 if __name__ == "__main__":

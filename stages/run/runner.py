@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 
 from backends.core.errors import InputError
+from backends.core.locking import soft_warning
 from stages.run import threads
 from stages.run.job import Job, Stage, Units
 from stages.run.locks import run_lock
@@ -28,7 +29,9 @@ def run_stage(
     """
     job = Job(stage, settings)
     _ = job.inputs
-    with run_lock(settings.folder, job.shard):
+    with run_lock(settings.folder, job.shard) as soft:
+        if soft:
+            job.warn(soft_warning(settings.folder))
         free = shutil.disk_usage(settings.folder).free / 2**30
         if free < stage.needed_gib:
             raise InputError(

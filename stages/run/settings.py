@@ -17,7 +17,7 @@ from backends.base import Optimizer
 from backends.core.checks import check_dense
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
-from data.rendering import is_date
+from data.chat import is_date
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
@@ -315,7 +315,6 @@ def check(settings: Settings) -> None:
         ("resamples", settings.map.resamples >= 20, f"{settings.map.resamples}: intervals need at least 20"),
         ("align_rows", data.align_rows % 4 == 0, "must be a multiple of 4 (a quarter of each type)"),
         ("benign_share", 0 < data.benign_share < 1, f"{data.benign_share}: must lie between 0 and 1"),
-        ("align_rows", min(rows_of_types(data.align_rows, data.benign_share).values()) > 0, "are too few"),
         ("date", is_date(data.date), f"{data.date!r}: a day as in '26 Jul 2024'"),
         ("neurons", min(tuning.neurons, default=0) >= 0, "must not be negative"),
         ("lam", all(0 <= lam <= 1 for lam in tuning.lam), "is a share of 1"),
@@ -334,6 +333,8 @@ def check(settings: Settings) -> None:
     for name, holds, why in rules:
         if not holds:
             raise InputError(f"{option(name)} {why}")
+    if min(rows_of_types(data.align_rows, data.benign_share).values()) < 1:
+        raise InputError(f"--align-rows {data.align_rows} are too few: some type of them has none")
     check_rediagnosis(settings)
     parse_shard(settings.run.shard)
     check_model(settings)

@@ -10,19 +10,19 @@ lie on a file system that all nodes share. The results are those of a run on one
 goes on.
 """
 
-import fcntl
 import secrets
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pandas as pd
 from tabulate import tabulate
 
 from backends.core.errors import InputError
+from backends.core.locking import held
 from stages.run import guard, presets
 from stages.run.locks import LAUNCH_LOCK, run_lock
 from stages.run.pipeline import STAGES, WITH_UNITS
@@ -56,9 +56,9 @@ def launch_lock(run: Path) -> Iterator[None]:
     Raises InputError where the folder stays in use.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / LAUNCH_LOCK, "a") as own:
+    with ExitStack() as kept:
         try:
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kept.enter_context(held(run / LAUNCH_LOCK))
         except BlockingIOError:
             raise InputError(f"{run} is launched already: wait for it, or choose another --run") from None
         for seconds in range(PATIENCE, -1, -1):

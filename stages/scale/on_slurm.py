@@ -58,6 +58,8 @@ def parse_request(text: str) -> Request:
         )
     if jobs < 1 or not 0 < hours < math.inf:
         raise InputError(f"--slurm: jobs and hours must be positive, not {jobs} and {hours:g}")
+    if negative := [value for value in found.values() if isinstance(value, int) and value < 0]:
+        raise InputError(f"--slurm: gpus and cpus must not be negative, not {negative[0]}")
     return Request(local, jobs, {"time": math.ceil(60 * hours)} | found)
 
 
