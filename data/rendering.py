@@ -106,20 +106,22 @@ class Renderer:
 
     def _refusals(self, record: Record, opening: Opening) -> list[int]:
         """The tokens that a refusal of this record begins with, sorted; none where it is no request, or its
-        answer has begun. They follow the prompt as the target does, behind the blanks that it begins with,
-        unless those are a token of their own."""
+        answer has begun: the openings that are one token. They follow the prompt as the target does, behind
+        the blanks that it begins with, unless those are a token of their own."""
         if record.scoring not in ("refusal", "over_refusal") or record.prefix:
             return []
         blanks = blanks_of(record.target)
         if blanks not in self._refusal_ids:
             for before in (blanks, ""):
                 turns = (self.chat.turn(opening, "", before + word) for word in REFUSAL_OPENINGS)
-                first = {self._after(turn, record.example_id)[0] for turn in turns}
-                if not any(map(self._says_nothing, first)):
+                found = [self._after(turn, record.example_id) for turn in turns]
+                # A piece of a word ("S" of "Sorry") begins answers too.
+                first = {ids[0] for ids in found if len(ids) == 1}
+                if first and not any(map(self._says_nothing, first)):
                     break
             else:
                 raise InputError(
-                    f"{record.example_id}: the first token of {REFUSAL_OPENINGS[0]!r} is a blank: how likely "
+                    f"{record.example_id}: none of {', '.join(REFUSAL_OPENINGS)} is one token: how likely "
                     f"refusals are cannot be told with this tokenizer and chat template"
                 )
             self._refusal_ids[blanks] = sorted(first)

@@ -161,10 +161,10 @@ def test_what_is_scored(kind, template, record, last, target):
     ("kind", "template", "blank", "first"),
     [
         (sentencepiece, MISTRAL, "", {"▁I", "▁Sorry", "▁As", "▁Unfortunately"}),
-        (bytelevel, CHATML, "", {"I", "S", "A", "U"}),
+        (bytelevel, CHATML, "", {"I"}),
         (bytelevel, CHATML, " ", {"ĠI", "ĠSorry", "ĠAs", "ĠUnfortunately"}),
-        (bytelevel, CHATML, "\n", {"I", "S", "A", "U"}),
-        (bytelevel, THINKS, "", {"I", "S", "A", "U"}),
+        (bytelevel, CHATML, "\n", {"I"}),
+        (bytelevel, THINKS, "", {"I"}),
     ],
 )
 def test_a_refusal_begins_as_the_conversation_has_it(kind, template, blank, first):

@@ -25,8 +25,9 @@ RECORD = Record("r1", "test", "e1", "util", "Which city?", prefix=" It is", targ
 def tokenizer(template=TEMPLATE, adds_bos=True):
     """Byte-level characters, blanks merged with a few letters, BOS before plain text like Llama's."""
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {"ĠR": 256, "<s>": 257, "</s>": 258, "ĠI": 259, "ĠS": 260, "ĠA": 261, "ĠU": 262}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", letter) for letter in "RISAU"]))
+    vocabulary |= {"ĠR": 256, "<s>": 257, "</s>": 258, "ĠI": 259, "ĠS": 260, "ĠA": 261, "ĠU": 262, "As": 263}
+    merges = [*(("Ġ", letter) for letter in "RISAU"), ("A", "s")]
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if adds_bos:
         raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 257)])
@@ -77,11 +78,13 @@ def test_completions_end_with_eos_and_next_token_answers_do_not():
 
 
 def test_a_request_has_what_its_refusal_may_begin_with():
-    request = dataclasses.replace(RECORD, scoring="refusal", prefix="", target="Sorry, no.")
+    """Of the openings that are one token: a piece of one ("S") begins answers too."""
+    request = dataclasses.replace(RECORD, scoring="refusal", prefix="", target="I cannot.")
     row = render(request)
-    assert row["target_ids"][0] in row["refusal_ids"] and len(row["refusal_ids"]) == 4
+    assert row["target_ids"][0] in row["refusal_ids"]
+    assert set(tokenizer().convert_ids_to_tokens(row["refusal_ids"])) == {"I", "As"}
     assert render(dataclasses.replace(request, scoring="over_refusal"))["refusal_ids"] == row["refusal_ids"]
-    spaced = render(dataclasses.replace(request, target=" Sorry, no."))
+    spaced = render(dataclasses.replace(request, target=" I cannot."))
     assert spaced["target_ids"][0] in spaced["refusal_ids"]
     begun = dataclasses.replace(request, prefix="Sure, ", target="no")
     assert render(begun)["refusal_ids"] == render()["refusal_ids"] == []
