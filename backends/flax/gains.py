@@ -11,9 +11,9 @@ import optax
 from flax import nnx
 
 from backends.base import Task
+from backends.core import adapters
 from backends.core.schedules import BETAS, learning_rate
 from backends.core.tuning import GainPlan, GainStep
-from backends.flax import adapter
 from backends.flax.decoder import Adapter
 from backends.flax.loss import Passes, loss_of, sizes_of
 from backends.flax.model import Model
@@ -80,7 +80,7 @@ class Gains:
         self.gains, self.moments = restored(self.model, arrays, (self.gains, self.moments))
 
     def save(self, folder: Path) -> None:
-        adapter.write_gains(folder, np.asarray(self.gains))
+        adapters.write_gains(folder, np.asarray(self.gains))
 
 
 def only(gradient: jax.Array, bounds: Bounds) -> jax.Array:

@@ -12,10 +12,9 @@ import optax
 from flax import nnx
 
 from backends.base import Example
-from backends.core import seeds
+from backends.core import adapters, seeds
 from backends.core.schedules import BETAS, learning_rate
 from backends.core.tuning import LoraPlan
-from backends.flax import adapter
 from backends.flax.decoder import Adapter
 from backends.flax.loss import Passes, loss_of, sizes_of
 from backends.flax.model import Model
@@ -95,7 +94,7 @@ class Lora:
         self.trained, self.moments = restored(self.model, arrays, (self.trained, self.moments))
 
     def save(self, folder: Path) -> None:
-        adapter.write(folder, *map(np.asarray, self.trained), self.plan.layers, self.recipe)
+        adapters.write(folder, *map(np.asarray, self.trained), self.plan.layers, self.recipe)
 
 
 def state(tree) -> dict[str, np.ndarray]:
