@@ -79,6 +79,8 @@ TABLE: dict[tuple[str, ...], Entry] = {
         ("layers", "attention", name, "bias"): Entry(f"{_ATTENTION}{key}.bias", BY_HEAD, 1)
         for name, key in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
     },
+    ("layers", "attention", "query_norm", "scale"): Entry(f"{_ATTENTION}q_norm.weight", SAME, None),
+    ("layers", "attention", "key_norm", "scale"): Entry(f"{_ATTENTION}k_norm.weight", SAME, None),
     ("layers", "attention", "output", "kernel"): Entry(f"{_ATTENTION}o_proj.weight", HEADS_IN, 1),
     ("layers", "attention", "output", "bias"): Entry(f"{_ATTENTION}o_proj.bias", SAME, None),
     ("layers", "mlp", "gate", "kernel"): Entry(f"{_MLP}gate_proj.weight", TRANSPOSED, 2),
@@ -110,6 +112,7 @@ def read_config(folder: Path, dtype: str) -> Config:
         output_bias=llama_bias,
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         tied=bool(config.tie_word_embeddings),
+        head_norms=config.model_type == "qwen3",
         dtype=dtype,
     )
 
