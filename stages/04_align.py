@@ -29,7 +29,7 @@ from backends.core import seeds
 from backends.core.schedules import outer_steps
 from data.rendering import example
 from stages.method.arms import ARM_FIELDS, ArmRun, select_heads
-from stages.method.heads import COLUMN, HeadMap
+from stages.method.heads import COLUMN, HeadMap, read_map
 from stages.method.neurons import choose_neurons
 from stages.run import cli
 from stages.run.adapters import drawn_heads, gain_recipe, lora_recipe, redraw_of, run_tuning, tasks_of
@@ -60,7 +60,7 @@ def neurons_of(job: Job, run: ArmRun) -> Selection:
 
 def head_maps(job: Job) -> dict[str, HeadMap]:
     """Every map of the run by name."""
-    return {spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in job.settings.maps}
+    return {spec.name: read_map(job.read(HEADS, spec.name)) for spec in job.settings.maps}
 
 
 def compute(job: Job, pending: Units) -> None:

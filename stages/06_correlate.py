@@ -15,7 +15,7 @@ from backends.core.files import write_text
 from backends.core.seeds import stream
 from data.benchmarks import BENCHMARKS as KNOWN
 from stages.method.arms import BASE, OWN, arm_from_row
-from stages.method.heads import HeadMap
+from stages.method.heads import own_probability, read_map
 from stages.report import (
     claims,
     correlations,
@@ -54,18 +54,20 @@ def compute(job: Job) -> tuple[Results, Responses]:
     measured: dict = {}
     for run, row in zip(runs_of(scores, by_name), scores.to_dict("records"), strict=True):
         measured.setdefault(run, {})[row["benchmark"]] = row["score"]
-    by_seed = costs.arm_costs(measured, arms.set_axis(runs_of(arms, by_name)), sides, losses)
+    tuned = arms.set_axis(runs_of(arms, by_name))
+    by_seed = costs.arm_costs(measured, tuned, sides, losses)
     responses = read_responses(job.run, by_name, sides)
     resamples, generator = settings.map.resamples, stream(settings.data.seed, "costs", "rows")
     draws = costs.resampled(responses.of, sides, losses, resamples, generator)
     means = costs.with_intervals(costs.mean_over_seeds(by_seed, losses), draws)
-    heads = {spec.name: HeadMap.from_columns(job.read(HEADS, spec.name)) for spec in settings.maps}
-    drawn = drawn_arms.families(by_seed, arms.set_axis(runs_of(arms, by_name)), responses, heads)
+    maps = {spec.name: job.read(HEADS, spec.name) for spec in settings.maps}
+    by_outcome = drawn_arms.predicting_maps(maps, settings.map.variant, settings.map.buckets)
+    drawn = drawn_arms.families(by_seed, tuned, responses, by_outcome, settings.map.sensitivity)
     results = Results(
         m=settings.map.buckets,
         paper=settings.model.paper or None,
         maps=settings.maps,
-        heads=heads,
+        heads={name: read_map(own) for name, own in maps.items()},
         sensitivity=settings.map.sensitivity,
         reliability=job.read(RELIABILITY),
         sides=sides,
@@ -107,9 +109,9 @@ def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
 
 def draw_figures(job: Job, results: Results) -> None:
     """Draws and writes every figure."""
-    own = results.heads[OWN]
+    own, kept = results.heads[OWN], own_probability(job.read(HEADS))
     with matplotlib.style.context(figures.STYLE, after_reset=True):
-        drawings = {"figure7_conflict_map": figures.conflict_map(own)}
+        drawings = {"figure7_conflict_map": figures.conflict_map(own, kept)}
         drawings["conflict_sensitivity"] = figures.conflict_against_sensitivity(own)
         if len(results.drift):
             drawings["drift"] = drift.figure(*results.drift_means)
@@ -146,8 +148,8 @@ def join(job: Job) -> dict:
     # §5: what of the paper's claims holds here
     verdicts = claims.claims(results)
     manifests = {name: job.run.manifest(name) for name in EARLIER}
-    own_probability = manifests["03_sensitivity"]["notes"].get("mean_probability_of_own_bucket")
-    paragraphs = findings.findings(results, verdicts, own_probability)
+    kept = manifests["03_sensitivity"]["notes"].get("mean_probability_of_own_bucket")
+    paragraphs = findings.findings(results, verdicts, kept)
     rows = job.run.read(BENCHMARKS, columns=["example_id", "target"])
     targets = dict(zip(rows["example_id"], rows["target"], strict=True))
     text = page.render(

@@ -12,7 +12,7 @@ from backends.core.files import sha256, write_json
 from stages.method import metrics
 from stages.method.arms import ARM_FIELDS, BASE_RUN, ArmRun, select_heads
 from stages.method.conflict_map import head_columns
-from stages.method.heads import HeadMap
+from stages.method.heads import HeadMap, read_map
 from stages.method.reliability import QUANTITIES, Reliability, rows_wanted
 from stages.report import correlations, costs, figures
 from stages.report.examples import MEASURES
@@ -46,6 +46,8 @@ class Fabricated:
 
     layers: int = 4
     heads: int = 3
+    kinds: tuple[str, ...] = ("counted",)
+    """of outcomes; what is not counted has other changes"""
     sides: dict[str, str] = field(default_factory=lambda: dict(SIDES))
     rows: int = 12
     base: dict[str, float] = field(default_factory=lambda: dict(BASE))
@@ -128,7 +130,7 @@ def fabricate(run: Path, like: Fabricated) -> Settings:
         warnings=list(like.warnings),
     )
 
-    head_maps = {name: HeadMap.from_columns(frame) for name, frame in maps.items()}
+    head_maps = {name: read_map(frame) for name, frame in maps.items()}
     arms = pd.DataFrame([_arm(unit, head_maps, settings.map.buckets) for unit in settings.arm_runs])
     finish(ARMS.stage, {ARMS.file(): (arms, ARMS.schema)})
 
@@ -175,6 +177,10 @@ def _map(like: Fabricated, m: int, random: np.random.Generator) -> pd.DataFrame:
     for name, each in values.items():
         for end, factor in (("", 1), ("_low", 0.9), ("_high", 1.1)):
             frame[f"{name}{end}"] = factor * each.ravel()
+    for number, kind in enumerate(like.kinds):
+        other = np.random.default_rng(number).permutation(len(frame)) if number else slice(None)
+        for name in ("h_gen", "h_safe"):
+            frame[f"{name}_{kind}"] = values[name].ravel()[other]
     frame["bucket"], frame["bucket_low"], frame["bucket_high"] = metrics.buckets(score, m).ravel(), 1, m
     own = random.uniform(0.3, 0.9, len(frame))
     own = np.where(np.arange(1, m + 1) == frame[["bucket"]].to_numpy(), own[:, None], 0.1)

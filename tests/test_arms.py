@@ -17,7 +17,7 @@ def head_map(score: np.ndarray) -> HeadMap:
     m = 4
     bucket = arms.buckets(score, m)
     zeros = np.zeros_like(score)
-    return HeadMap(1 - score, zeros, zeros, score, score, bucket, np.ones_like(score))
+    return HeadMap(1 - score, zeros, zeros, score, score, bucket)
 
 
 @pytest.mark.parametrize("module", [arms, neurons])
@@ -136,7 +136,7 @@ def test_draws_are_a_grid_with_seeds_of_their_own():
 def test_a_draw_prefers_what_it_is_to_and_keeps_every_layers_share():
     generator = np.random.default_rng(0)
     conflict, sensitivity = generator.random((2, 10, 8))
-    own = HeadMap(conflict, *np.zeros((2, 10, 8)), sensitivity, conflict, np.ones((10, 8), int), conflict)
+    own = HeadMap(conflict, *np.zeros((2, 10, 8)), sensitivity, conflict, np.ones((10, 8), int))
     means = []
     for arm in parse(["draws36"], 4):
         heads = np.array(select_heads(arm, own, 4, np.random.default_rng(arm.draw)))

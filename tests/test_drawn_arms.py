@@ -8,7 +8,7 @@ import pytest
 
 from stages.method import prediction
 from stages.report import drawn_arms
-from stages.report.drawn_arms import EQUAL, MEASURED, Family, predictions
+from stages.report.drawn_arms import EQUAL, MEASURED, Family, MapBy, predictions
 from tests.fabricated import Fabricated, report_of
 
 MAPS = ("sums=embedded/sums:16", "small=embedded/util:8")
@@ -20,18 +20,24 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(prediction, "RESAMPLES", 100)
 
 
+def by(name: str) -> MapBy:
+    return MapBy(name, "gradient")
+
+
 def family(draws: str, *maps: str, slope: float = 0.0) -> Family:
     """30 arms that share no heads, whose cost is `slope` times C of the last map, and noise."""
     random = np.random.default_rng(len(draws))
-    found = {name: dict(zip(("C", "O", "S", "depth"), random.random((4, 30)), strict=True)) for name in maps}
-    lost = slope * found[maps[-1]]["C"] + 0.1 * random.normal(size=30)
-    return Family(draws, found, random.random(30), np.eye(30), [("facts", "graded", lost)])
+    names, found = ("C", "O", "S", "depth"), {}
+    for name in maps:
+        found[by(name)] = dict(zip(names, random.random((4, 30)), strict=True))
+    lost = slope * found[by(maps[-1])]["C"] + 0.1 * random.normal(size=30)
+    return Family(by(draws), found, random.random(30), np.eye(30), [("facts", "graded", lost)])
 
 
 def test_numbers_of_the_map_along_which_arms_were_drawn_do_not_depend_on_other_maps():
     alone = [family("util", "util"), family("sums", "sums")]
     beside = [
-        Family(one.draws, one.predictors | other.predictors, one.gained, one.overlap, one.lost)
+        Family(one.along, one.predictors | other.predictors, one.gained, one.overlap, one.lost)
         for one, other in (alone, alone[::-1])
     ]
     few, many = (predictions(drawn, np.random.default_rng(1)) for drawn in (alone, beside))
@@ -56,7 +62,7 @@ def test_the_figure_says_a_relation_a_null_and_what_cannot_be_told():
     found = [family("util", "util", slope=slope) for slope in (2.0, 0.0)]
     lost = [(name, "graded", one.lost[0][2]) for name, one in zip(("facts", "words"), found, strict=True)]
     lost += [("flat", "graded", np.ones(30)), ("facts", "counted", np.ones(30))]
-    drawn = [Family("util", found[0].predictors, found[0].gained, found[0].overlap, lost)]
+    drawn = [Family(by("util"), found[0].predictors, found[0].gained, found[0].overlap, lost)]
     predicted = predictions(drawn, np.random.default_rng(1))
     figure = drawn_arms.figure(drawn, predicted)
     relation, null, flat = words_of(figure)
@@ -71,7 +77,7 @@ def test_the_figure_says_a_relation_a_null_and_what_cannot_be_told():
     assert np.diff(y) / np.diff(x) == pytest.approx(row["slope"])
     assert np.corrcoef(points.T)[0, 1] == pytest.approx(row["r"])
     np.testing.assert_allclose(
-        points.mean(axis=0), (drawn[0].predictors["util"]["C"].mean(), lost[0][2].mean())
+        points.mean(axis=0), (drawn[0].predictors[by("util")]["C"].mean(), lost[0][2].mean())
     )
     assert drawn_arms.figure([], predicted[:0]) is None
 
@@ -79,8 +85,10 @@ def test_the_figure_says_a_relation_a_null_and_what_cannot_be_told():
 def test_report_of_drawn_arms_and_two_more_maps(scratch):
     settings = {"maps": MAPS, "ablations": ("draws8", "draws8@sums")}
     sides = {"facts": "utility", "problems": "utility", "vanilla": "safety"}
-    page, tables, figures = report_of(scratch, Fabricated(sides=sides, rows=12, settings=settings))
-    table = tables["drawn_arms"]
+    like = Fabricated(sides=sides, rows=12, settings=settings, kinds=("counted", "gradient"))
+    page, tables, figures = report_of(scratch, like)
+    every = tables["drawn_arms"]
+    table = every[every["sensitivity"] == "counted"]
     assert "drawn_arms" in figures and "What each drawn arm lost" in page
     assert set(table["draws"]) == {"util", "sums"} and set(table["map"]) == {"util", "sums", "small"}
     # Means over an arm's heads are those of the map that predicts.
@@ -96,20 +104,29 @@ def test_report_of_drawn_arms_and_two_more_maps(scratch):
     same = (table["draws"] == "util") & (table["map"] == "small") & (table["benchmark"] == "problems")
     same &= (table["predictor"] == "C") & (table["outcome"] == "graded") & (table["at"] == MEASURED)
     assert table[same]["r"].item() == pytest.approx(np.corrcoef(means, lost)[0, 1])
+    # By gradient S is another, and so C; O is the same and is not asked again.
+    own = every[
+        (every["benchmark"] == "problems") & (every["predictor"] == "C") & (every["outcome"] == "graded")
+    ]
+    one = own.set_index(["draws", "map", "at", "sensitivity"])["r"].unstack()
+    assert one.notna().all(axis=None) and (one["counted"] != one["gradient"]).all()
+    assert set(every[every["sensitivity"] == "gradient"]["predictor"]) == {"C", "S"}
     # A sentence and a line a family and map, with each map's own domain first.
     lead = re.sub(r"<[^>]+>", "", page.split("<nav>")[0])
     assert "C of this map (128 rows of embedded/util) at equal safety: r = facts, its own domain, " in lead
     along = ", over arms drawn along map sums: r = problems, its own domain, "
     assert f"C of map sums (16 rows of embedded/sums) at equal safety{along}" in lead
     assert "C of map small (8 rows of embedded/util) at equal safety: r = facts, its own domain, " in lead
-    second = page.split("Does C of another map")[1].split("</table>")[0]
-    assert second.count("<tr>") == 1 + 2 * 3 and second.count("] own domain") == 6
+    second = page.split("Does another C predict")[1].split("</table>")[0]
+    assert second.count("<tr>") == 1 + 2 * 3 * 2 and second.count("] own domain") == 12
+    assert second.count("<td>counted</td>") == second.count("<td>gradient</td>") == 6
+    assert "gradient" not in lead
     first = page.split('<h2 id="drawn">')[1].split("</table>")[0]
     assert first.count("<tr>") == 1 + (table["draws"] == table["map"]).sum()
 
 
 def test_a_run_with_one_map_has_no_second_table(scratch):
     page, tables, figures = report_of(scratch, Fabricated(settings={"ablations": ("draws8",)}))
-    assert "drawn_arms" in figures and "Does C of another map" not in page
+    assert "drawn_arms" in figures and "Does another C predict" not in page
     assert set(tables["drawn_arms"]["map"]) == {"util"}
     assert "C of this map (128 rows of embedded/util) at equal safety: r = facts, its own domain, " in page

@@ -7,7 +7,7 @@ import pytest
 
 from stages.method import prediction
 from stages.method.arms import draw_heads, preferences
-from stages.method.conflict_map import head_scores
+from stages.method.conflict_map import head_map
 from stages.method.prediction import predict, smallest_r
 
 APART = np.eye(32)
@@ -58,7 +58,7 @@ def drawn(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """C of 270 heads, and which of them 32 draws have, [32, 270]."""
     shape = 30, 9
     conflict, h_gen, h_safe = generator.random((3, *shape))
-    scores = head_scores(0.4 + 0.2 * conflict, h_gen, h_safe, "rank-difference", 4)
+    scores = head_map(0.4 + 0.2 * conflict, h_gen, h_safe, "rank-difference", 4)
     has = np.zeros((32, *shape))
     for draw in range(32):
         chosen = draw_heads(scores, 67, preferences(draw + 1, 32), generator)

@@ -16,7 +16,8 @@ from stages import audit
 from stages.checks import comparison
 from stages.checks.finished import FinishedRun
 from stages.method import drift as method
-from stages.method.conflict_map import HeadScores, head_scores
+from stages.method.conflict_map import head_map
+from stages.method.heads import HeadMap
 from stages.run import drift as units
 from stages.run import schemas
 from stages.run.diagnosis import measures
@@ -59,8 +60,8 @@ def test_docstring_examples():
     assert result.attempted and not result.failed
 
 
-def scores(conflict, h_gen, h_safe) -> HeadScores:
-    return head_scores(*map(np.array, (conflict, h_gen, h_safe)), "rank-difference", 2)
+def scores(conflict, h_gen, h_safe) -> HeadMap:
+    return head_map(*map(np.array, (conflict, h_gen, h_safe)), "rank-difference", 2)
 
 
 def test_drift_by_hand():

@@ -14,9 +14,10 @@ import backends
 from backends.base import Example, Recipe
 from stages.method import metrics, prediction
 from stages.method.arms import BASE_RUN, OWN, arm_runs, parse, select_heads
-from stages.method.conflict_map import HeadScores, head_scores
+from stages.method.conflict_map import head_map
 from stages.method.gradients import conflict_from_gram
-from stages.report.drawn_arms import MEASURED, families, predictions
+from stages.method.heads import HeadMap
+from stages.report.drawn_arms import MEASURED, MapBy, families, predictions
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 4, 8, 8, 64
 ABILITY, HARM, LAST, OUT = range(16), range(16, 32), range(32, 40), range(40, 48)
@@ -94,16 +95,16 @@ def answered(backend, asked: list[Example]) -> list[Example]:
     ]
 
 
-def gradient_map(backend) -> HeadScores:
+def gradient_map(backend) -> HeadMap:
     """By the method's own formulas."""
     safe, util = rows(REQUESTS, 32, 1, REFUSAL), answered(backend, rows(QUESTIONS, 32, 2, 0))
     found = backend.head_gradients(safe, util, FOLDS)
     conflict = metrics.optimization_conflict(*conflict_from_gram(found.gram, FOLDS))
     changes = (metrics.mean_change(gates) for gates in (found.gate_util, found.gate_safe))
-    return head_scores(conflict, *changes, "rank-difference", 4)
+    return head_map(conflict, *changes, "rank-difference", 4)
 
 
-def study(maps: dict[str, HeadScores], tuned: dict, outcomes: dict) -> pd.DataFrame:
+def study(maps: dict[str, HeadMap], tuned: dict, outcomes: dict) -> pd.DataFrame:
     """What the report's table says of C of each map and of the log p of right answers that was lost.
 
     Args:
@@ -120,16 +121,17 @@ def study(maps: dict[str, HeadScores], tuned: dict, outcomes: dict) -> pd.DataFr
         run: pd.DataFrame({"side": "utility", "benchmark": "own", "verdict": values > -1, "graded": values})
         for run, values in outcomes.items()
     }
-    drawn = families(costs, arms, SimpleNamespace(of=of), maps)
+    by_name = {MapBy(name, "gradient"): scores for name, scores in maps.items()}
+    drawn = families(costs, arms, SimpleNamespace(of=of), by_name, "gradient")
     found = predictions(drawn, np.random.default_rng(0))
     own = found[(found["outcome"] == "graded") & (found["at"] == MEASURED) & (found["predictor"] == "C")]
     return own.set_index("map")
 
 
-def shuffled(scores: HeadScores, seed: int) -> HeadScores:
+def shuffled(scores: HeadMap, seed: int) -> HeadMap:
     """The map with its heads in another order."""
     order = np.random.default_rng(seed).permutation(LAYERS * HEADS)
-    return HeadScores(*(values.ravel()[order].reshape(LAYERS, HEADS) for values in scores))
+    return HeadMap(*(values.ravel()[order].reshape(LAYERS, HEADS) for values in scores))
 
 
 def test_an_effect_of_c_is_found_and_none_of_a_shuffled_c(scratch, monkeypatch):

@@ -18,12 +18,11 @@ from tqdm import tqdm
 from backends.base import Example, HeadGradients
 from backends.core.progress import progress
 from backends.flax import adapter as adapters
-from backends.flax.attention import attend, by_head, turns
+from backends.flax.attention import Layout, attend_line, turns
 from backends.flax.decoder import Adapter, Decoder, Layer
 from backends.flax.graded import Batch, grades
 from backends.flax.loss import TOKENS_CPU, TOKENS_DEVICE, Passes, row_losses, sizes_of, target_logits
-from backends.flax.model import Model
-from backends.flax.sweep import filled_up
+from backends.flax.model import Model, filled_up
 
 
 @partial(jax.jit, static_argnames=("graph", "mask", "other"))
@@ -40,14 +39,13 @@ def differentiate(graph, weights, batch: Batch, adapter: Adapter | None, layers,
     numbers = jnp.float64 if dtype == "float32" else dtype
     gates = jnp.ones((len(ids), size.layers, size.heads), jnp.promote_types(numbers, jnp.float32))
     layer_graph, stacked = decoder.stacked(gates, adapter)
-    columns = jnp.arange(ids.shape[1])
-    apart = columns[:, None] - columns  # query minus key position
-    turn = turns(columns, decoder.config.frequencies)
+    layout = Layout(0, 1, ids.shape[1])
+    turn = turns(layout.positions, decoder.config.frequencies)
 
     def run(x, at):
         layer: Layer = nnx.merge(layer_graph, at.weights)
         query = layer.queries(x, turn, at, mask, None if adapter is None else adapter.scale)
-        heads = attend(query, by_head(layer.key_values(x, turn)), (apart >= 0) & (apart < at.window))
+        heads, _ = attend_line(query, layer.key_values(x, turn), layout, at.window, decoder.config.fused)
         return layer.finish(x, heads, at, mask)
 
     def sums(hidden):
@@ -88,22 +86,29 @@ class Call(NamedTuple):
     bar: tqdm
 
 
+def named(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that compete for the next one, the answer first, and those that refusals begin with."""
+    return np.roll(example.choice_ids, -example.answer), example.refusal_ids
+
+
 def fold_sums(call: Call, examples: Sequence[Example], folds: int) -> tuple[np.ndarray, np.ndarray]:
     """The mean gradients of folds, float32 [F, l, E, H, D], and the gradients in the gates of all rows,
     float64 [l, H, N]."""
     model, adapter, layers, mask, bar = call
     size, sizes = model.config.shape, sizes_of(examples, 2)
     passes = Passes(model, max(1, model.limit(TOKENS_CPU, TOKENS_DEVICE) // sizes[-1].tokens), sizes)
+    filled = model.rows(passes.rows)
+    choices, refusals = (max(map(len, lists)) for lists in zip(*map(named, examples), strict=True))
     sums = np.zeros((folds, len(layers), size.model_dim, size.heads, size.head_dim), np.float32)
     gates = np.zeros((len(layers), size.heads, len(examples)))
     for fold in range(folds):
         members = np.arange(fold, len(examples), folds)
         for group, rows in passes.of([examples[row] for row in members], 1):
             own = [examples[row] for row in members[group]]
-            rivals = filled_up([np.roll(row.choice_ids, -row.answer) for row in own], len(rows.ids))
-            refusals = filled_up([row.refusal_ids for row in own], len(rows.ids))
-            batch = Batch(rows, model.put(rivals, 0), model.put(refusals, 0))
-            other = any(len(row.choice_ids) + len(row.refusal_ids) for row in own)
+            rivals, begin = zip(*map(named, own), strict=True)
+            other = any(map(len, rivals + begin))
+            each = filled_up(rivals, filled, choices), filled_up(begin, filled, refusals)
+            batch = Batch(rows, *(model.put(tokens, 0) for tokens in each))
             with jax.enable_x64(model.config.dtype == "float32"):
                 found = model.apply(differentiate, batch, adapter, layers, mask, other)
             of_kernel, of_gates = (np.asarray(part) for part in found)

@@ -20,7 +20,7 @@ from backends.base import Attribution, Example
 from backends.core.checks import check_attribution
 from backends.core.errors import InputError
 from backends.core.progress import progress
-from backends.flax.attention import KeyValue, attend, by_head, turns
+from backends.flax.attention import KeyValue, attend, by_head, seen, turns
 from backends.flax.decoder import Decoder, Layer
 from backends.flax.model import Model
 
@@ -61,10 +61,9 @@ def clean(graph, weights, ids, before, width: int):
     def body(x, at):
         layer: Layer = nnx.merge(stacked_graph, at.weights)
         own = by_head(layer.key_values(x, turn))  # (1, K, P + W, D)
-        seen = (distance >= 0) & (distance < at.window)
-        between = layer.attended(
-            x, attend(layer.queries(x, turn, at, "output", None), own, seen), at, "output"
-        )
+        query, visible = layer.queries(x, turn, at, "output", None), seen(distance, at.window)
+        heads = attend(query, own, visible, decoder.config.fused)
+        between = layer.attended(x, heads, at, "output")
         neurons = layer.mlp.neurons(layer.before_mlp(between))
         last = jax.lax.dynamic_slice_in_dim(x[0], before, width)
         return between + layer.mlp.down(neurons), (own, last, neurons[0, before])
@@ -112,8 +111,8 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
                 known,
                 own,
             )
-            seen = (distance >= 0) & (distance < at.window) & there
-            heads = attend(layer.queries(x, turn, at, "output", None), every, seen)
+            query, visible = layer.queries(x, turn, at, "output", None), seen(distance, at.window) & there
+            heads = attend(query, every, visible, decoder.config.fused)
             put = values[:, jnp.minimum(index, values.shape[1] - 1)], rows[index]
             return layer.finish(x, heads, at._replace(put=put), "output")
 

@@ -13,8 +13,7 @@ from backends.core.schedules import gain_bounds, learning_rate, utility_weight
 from backends.core.tuning import GainPlan, GainStep
 from backends.torch import adapter
 from backends.torch.decoder import Decoder
-from backends.torch.loss import example_losses
-from backends.torch.tune import restore, state, take_step
+from backends.torch.tune import differentiate, make_plan, restore, state, take_step
 
 
 class Gains:
@@ -23,7 +22,9 @@ class Gains:
     name = "torch"
 
     def __init__(self, decoder: Decoder, plan: GainPlan):
-        self.model, self.plan, self.recipe = decoder.model, plan, plan.recipe
+        self.model, self.shape, self.plan, self.recipe = decoder.model, decoder.shape, plan, plan.recipe
+        rows = max(1, self.recipe.batch // 2)
+        self.fit = make_plan(decoder, plan.rows, rows, decoder.shape.mlp_dim)
 
     def open(self) -> None:
         config = peft.IA3Config(
@@ -32,8 +33,7 @@ class Gains:
         self.wrapped = adapter.wrap(self.model, config)
         layers = self.model.model.layers
         self.of_layers = [layer.mlp.down_proj.ia3_l["default"] for layer in layers]  # (1, F) each
-        width = len(self.of_layers[0].flatten())
-        bounds = gain_bounds(self.plan.neurons, len(layers), width)
+        bounds = gain_bounds(self.plan.neurons, self.shape.layers, self.shape.mlp_dim)
         self.least, self.most = (torch.from_numpy(bound).to(self.model.device) for bound in bounds)
         self.parameter = torch.nn.Parameter(torch.ones_like(self.least))
         self.optimizer = torch.optim.Adam([self.parameter], lr=self.recipe.lr, betas=(0.9, 0.999), eps=1e-8)
@@ -73,11 +73,10 @@ class Gains:
         """Mean loss over the rows at some gains, and its gradient there, [L, F]."""
         self._set(gains)
         total, gradient = 0.0, torch.zeros_like(gains)
-        for some in passes(rows, max(1, self.recipe.batch // 2)):
-            loss = example_losses(self.model, some).sum() / len(rows)
-            each = torch.autograd.grad(loss, self.of_layers)
+        for some in passes(rows, self.fit.rows):
+            loss, each = differentiate(self.model, some, len(rows), self.of_layers, self.fit)
             gradient += torch.cat([own.to(gradient.device) for own in each]).float()
-            total += float(loss.detach())
+            total += loss
         return total, gradient
 
     def state(self) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,16 +13,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from backends.base import Example, HeadGradients
-from backends.core.gradient_plan import Plan, Work, plan_gradients
+from backends.core.budgets import FoldSums, GradientPlan, plan_gradients
 from backends.core.packing import by_tokens, training_rows
 from backends.core.progress import progress
 from backends.torch.adapter import adapted
 from backends.torch.attention import scaled_outputs, scaled_queries
+from backends.torch.backward import recomputed, work_of
 from backends.torch.decoder import Decoder
 from backends.torch.graded import competing, outcome_at, predicted
 from backends.torch.loss import padded, target_logits, target_losses
@@ -42,73 +40,18 @@ Own = local | SimpleNamespace
 # Precision and memory
 
 
-def make_plan(decoder: Decoder, examples: Sequence[Example], folds: int, layers: Sequence[int]) -> Plan:
+def make_plan(
+    decoder: Decoder, examples: Sequence[Example], folds: int, layers: Sequence[int]
+) -> GradientPlan:
     """How gradients of all these rows fit the devices."""
-    cuda, places = decoder.device.type == "cuda", decoder.places
-    work = Work(
-        decoder.shape,
-        decoder.model.dtype.itemsize,
-        layers=max(map(places.count, places)),
-        wanted=max([places[layer] for layer in layers].count(place) for place in places),
-        folds=folds,
-        longest=max(len(row.prompt_ids) + len(row.target_ids) for row in examples),
-        targets=max(len(row.target_ids) / (len(row.prompt_ids) + len(row.target_ids)) for row in examples),
-        squares=(cuda and decoder.model.dtype == torch.float32)  # no fused attention in float64,
-        or bool(getattr(decoder.model.config, "attn_logit_softcapping", None)),  # and none with a soft cap
-        host=cuda,
-    )
+    itemsize, cuda, places = decoder.itemsize, decoder.device.type == "cuda", decoder.places
+    wanted = max([places[layer] for layer in layers].count(place) for place in places)
+    fused = not cuda or itemsize < 4  # CUDA has no fused attention in float64
+    work = work_of(decoder, examples, 8 if itemsize == 4 else itemsize, fused)
+    sums = FoldSums(itemsize, wanted, folds, host=cuda)
     if cuda:
-        return plan_gradients(work, decoder.room, TOKENS_CUDA)
-    return plan_gradients(work, decoder.room, TOKENS_CPU, torch.get_num_threads())
-
-
-def _double(value: object) -> object:
-    """A float32 tensor in float64, all else as it is."""
-    wide = isinstance(value, torch.Tensor) and value.dtype == torch.float32
-    return value.double() if wide else value
-
-
-@contextmanager
-def _double_weights(module: torch.nn.Module) -> Iterator[None]:
-    """Inside the block the module computes with float64 copies of its weights, whose gradients go to them."""
-    own = [(part, name, weight) for part in module.modules() for name, weight in part._parameters.items()]
-    for part, name, weight in own:
-        part._parameters[name] = _double(weight)
-    try:
-        yield
-    finally:
-        for part, name, weight in own:
-            part._parameters[name] = weight
-
-
-@contextmanager
-def _recomputed(modules: Sequence[torch.nn.Module], by_layer: bool) -> Iterator[None]:
-    """Inside the block a backward pass computes these modules again, one at a time, and keeps only what they
-    are given.
-
-    Args:
-        by_layer: in float64, from weights that are so only while the module computes.
-    """
-
-    def run(module, forward, *args, **kwargs):
-        if not by_layer:
-            return forward(*args, **kwargs)
-        args, kwargs = tree_map(_double, (args, kwargs))
-        with _double_weights(module):
-            return forward(*args, **kwargs)
-
-    # A forward function of its own is what accelerate gives a module on one of several devices.
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        again = partial(run, module, module.forward)
-        module.forward = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.forward
-            if own is not None:
-                module.forward = own
+        return plan_gradients(work, sums, decoder.room, TOKENS_CUDA)
+    return plan_gradients(work, sums, decoder.room, TOKENS_CPU, torch.get_num_threads())
 
 
 @contextmanager
@@ -133,7 +76,7 @@ def _plain_experts(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
+def prepared(model: torch.nn.Module, plan: GradientPlan) -> Iterator[None]:
     """The model as it is differentiated: in float64 if it is float32, in half precision as it is.
 
     Where the gradients of a head's rows nearly cancel, O magnifies rounding: on SmolLM2 float32 moved it by
@@ -144,11 +87,11 @@ def prepared(model: torch.nn.Module, plan: Plan) -> Iterator[None]:
         if model.dtype == torch.float32:
             stack.enter_context(_plain_experts(model))
         if plan.by_layer:
-            stack.enter_context(_recomputed([*layers, model.model.norm, model.lm_head], True))
+            stack.enter_context(recomputed([*layers, model.model.norm, model.lm_head], True))
         elif model.dtype == torch.float32:
             stack.enter_context(_float64(model))
         if plan.recompute and not plan.by_layer:
-            stack.enter_context(_recomputed(layers, False))
+            stack.enter_context(recomputed(layers, False))
         yield
 
 
@@ -239,7 +182,7 @@ class _Passes:
     model: torch.nn.Module
     weights: Weights
     mask: str
-    plan: Plan
+    plan: GradientPlan
     bar: tqdm
 
 

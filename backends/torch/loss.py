@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from backends.base import Example
+from backends.core.budgets import layer_weights
 from backends.core.packing import Line, join, training_rows
 from backends.models import read_shape, sliding_windows
 from backends.torch.decoder import finished
@@ -97,7 +98,7 @@ def _line_pays(model: torch.nn.Module, line: Line) -> bool:
     if any(window is not None and window < longest for window in sliding_windows(model.config)):
         return False
     shape = read_shape(model.config)
-    token = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    token = layer_weights(shape)
     pair = 2 * shape.heads * shape.head_dim
     together, apart = len(line.ids), rows * longest
     return together * (token + pair * together) < apart * (token + pair * longest)

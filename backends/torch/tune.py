@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
+from tqdm import tqdm
 
 from backends.base import Example
 from backends.core import seeds
+from backends.core.budgets import TuningPlan, plan_tuning
 from backends.core.packing import passes
 from backends.core.schedules import BETAS, adam_pace, learning_rate
 from backends.core.tuning import LoraPlan
 from backends.torch import adapter
+from backends.torch.backward import recomputed, work_of
 from backends.torch.decoder import Decoder
 from backends.torch.loss import example_losses
 
@@ -33,6 +36,8 @@ class Lora:
 
     def __init__(self, decoder: Decoder, plan: LoraPlan):
         self.model, self.shape, self.plan, self.recipe = decoder.model, decoder.shape, plan, plan.recipe
+        rows = [*plan.examples, *plan.reference]
+        self.fit = make_plan(decoder, rows, plan.recipe.batch, decoder.shape.model_dim)
 
     def open(self) -> None:
         recipe, shape, layers = self.recipe, self.shape, self.plan.layers
@@ -69,14 +74,13 @@ class Lora:
 
     @torch.enable_grad()
     def gradients(self, rows: Sequence[Example]) -> tuple[float, list[torch.Tensor]]:
-        """Accumulated over forward passes of at most `recipe.batch` rows."""
+        """Accumulated over forward passes of at most `recipe.batch` rows, fewer where memory asks for it."""
         total, gradients = 0.0, [torch.zeros_like(parameter) for parameter in self.parameters]
-        for some in passes(rows, self.recipe.batch):
-            loss = example_losses(self.model, some).sum() / len(rows)
-            found = torch.autograd.grad(loss, self.parameters)
+        for some in passes(rows, self.fit.rows):
+            loss, found = differentiate(self.model, some, len(rows), self.parameters, self.fit)
             for gradient, new, free in zip(gradients, found, self.free, strict=True):
                 gradient += new * free
-            total += float(loss.detach())
+            total += loss
         return total, gradients
 
     @staticmethod
@@ -152,6 +156,27 @@ def project(
     other = (-dot / square if projected else 0.0) + symmetric
     step = [own * alignment + other * utility for alignment, utility in pairs] if other else gradients
     return step, cos, projected
+
+
+def make_plan(decoder: Decoder, rows: Sequence[Example], batch: int, adapted: int) -> TuningPlan:
+    """How passes of `batch` of these rows fit the devices; `adapted` as in `work_of`."""
+    plan = plan_tuning(work_of(decoder, rows, decoder.itemsize, adapted=adapted), decoder.room, batch)
+    tqdm.write(f"[torch] tuning: {plan}")
+    return plan
+
+
+def differentiate(
+    model: torch.nn.Module,
+    rows: Sequence[Example],
+    of: int,
+    parameters: Sequence[torch.Tensor],
+    fit: TuningPlan,
+) -> tuple[float, Sequence[torch.Tensor]]:
+    """The rows' part of the mean loss over `of` rows, and its gradients."""
+    with recomputed(model.model.layers if fit.recompute else [], False):
+        loss = example_losses(model, rows).sum() / of
+        found = torch.autograd.grad(loss, parameters)
+    return float(loss.detach()), found
 
 
 def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:

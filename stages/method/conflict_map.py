@@ -2,49 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stages.method import metrics, uncertainty
-from stages.method.arrays import FloatArray, IntArray
+from stages.method.arrays import FloatArray
 from stages.method.gradients import conflict_from_gram
-from stages.method.heads import COLUMN, Ranking, Sensitivity
+from stages.method.heads import HeadMap, Sensitivity, shape_of
 from stages.method.uncertainty import Effects, Resampling
 
 Columns = dict[str, np.ndarray]
 """by name, [L * H] in the order of (layer, head)"""
 
 
-class HeadScores(NamedTuple):
-    """O, H, S, C and bucket of every head, [L, H] each: a map without its intervals."""
-
-    optimization_conflict: FloatArray
-    h_gen: FloatArray
-    h_safe: FloatArray
-    functional_sensitivity: FloatArray
-    conflict_score: FloatArray
-    bucket: IntArray
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(L, H)"""
-        return self.bucket.shape
-
-    def by(self, ranking: Ranking) -> FloatArray:
-        """What heads are ranked by, [L, H]."""
-        return getattr(self, COLUMN[ranking])
-
-
-def head_scores(
+def head_map(
     conflict: FloatArray, h_gen: FloatArray, h_safe: FloatArray, variant: metrics.SensitivityVariant, m: int
-) -> HeadScores:
+) -> HeadMap:
     """S, C and buckets from O and from how far abilities and refusals change without each head, in any unit
     (Eq. 5, 6)."""
     sizes = (metrics.unit_range(change) for change in (h_gen, h_safe))
     sensitivity = metrics.functional_sensitivity(*sizes, variant)
     score = metrics.conflict_score(conflict, sensitivity)
-    return HeadScores(conflict, h_gen, h_safe, sensitivity, score, metrics.buckets(score, m))
+    return HeadMap(conflict, h_gen, h_safe, sensitivity, score, metrics.buckets(score, m))
 
 
 def head_columns(shape: tuple[int, int]) -> Columns:
@@ -72,7 +53,7 @@ def map_columns(
     D_safe."""
     conflict = gradient_columns(gram)["optimization_conflict"].reshape(gram.shape[:2])
     changes = (metrics.mean_change(own) for own in effects)
-    estimates = head_scores(conflict, *changes, variant, m)
+    estimates = head_map(conflict, *changes, variant, m)
     bucket = estimates.bucket
     intervals = uncertainty.map_intervals(gram, effects, variant, m, resampling)
     columns = head_columns(bucket.shape)
@@ -95,6 +76,21 @@ def change_columns(effects: Mapping[Sensitivity, Effects]) -> Columns:
             own = getattr(effects[kind], side) if kind in effects else None
             columns[f"{name}_{kind}"] = None if own is None else metrics.mean_change(own).ravel()
     return columns
+
+
+def maps_by_outcome(
+    columns: Mapping[str, ArrayLike], variant: metrics.SensitivityVariant, m: int
+) -> dict[Sensitivity, HeadMap]:
+    """The map by every kind of outcome that was computed, from the columns of heads.parquet, every head once,
+    by (layer, head)."""
+    shape = shape_of(columns)
+    found = {}
+    for kind in get_args(Sensitivity):
+        names = ("optimization_conflict", f"h_gen_{kind}", f"h_safe_{kind}")
+        arrays = [np.asarray(columns[name], np.float64).reshape(shape) for name in names]
+        if not np.isnan(arrays).any():
+            found[kind] = head_map(*arrays, variant, m)
+    return found
 
 
 def map_notes(columns: Columns) -> dict:

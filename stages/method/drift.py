@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from stages.method.arrays import FloatArray
-from stages.method.conflict_map import HeadScores
+from stages.method.heads import HeadMap
 from stages.method.reliability import QUANTITIES
 
 FEWEST = 3
@@ -45,7 +45,7 @@ def share(changed: np.ndarray) -> float | None:
     return float(changed.mean()) if changed.size else None
 
 
-def map_drift(base: HeadScores, tuned: HeadScores, heads: np.ndarray) -> Drift:
+def map_drift(base: HeadMap, tuned: HeadMap, heads: np.ndarray) -> Drift:
     """From the base model's map to a tuned one's.
 
     Args:
@@ -62,12 +62,12 @@ def map_drift(base: HeadScores, tuned: HeadScores, heads: np.ndarray) -> Drift:
     )
 
 
-def layer_of(scores: HeadScores, layer: int) -> HeadScores:
+def layer_of(scores: HeadMap, layer: int) -> HeadMap:
     """One layer of a map, as a map [1, H]; buckets are those of the whole."""
-    return HeadScores(*(values[[layer]] for values in scores))
+    return HeadMap(*(values[[layer]] for values in scores))
 
 
-def by_layer(base: HeadScores, tuned: HeadScores, heads: FloatArray) -> list[Drift]:
+def by_layer(base: HeadMap, tuned: HeadMap, heads: FloatArray) -> list[Drift]:
     """`map_drift` of each layer."""
     layers = range(len(base.bucket))
     return [map_drift(layer_of(base, layer), layer_of(tuned, layer), heads[[layer]]) for layer in layers]

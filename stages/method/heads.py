@@ -1,8 +1,7 @@
 """The conflict map: what is known of every head, [L, H] each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,29 +19,16 @@ COLUMN = {
 }
 
 
-@dataclass(frozen=True)
-class HeadMap:
-    """heads.parquet as arrays [L, H]."""
+class HeadMap(NamedTuple):
+    """The conflict map: O, H, S, C and bucket of every head, [L, H] each; of R resamples [R, L, H]."""
 
     optimization_conflict: FloatArray
     h_gen: FloatArray
+    """of resamples with its sign, as is h_safe"""
     h_safe: FloatArray
     functional_sensitivity: FloatArray
     conflict_score: FloatArray
     bucket: IntArray
-    own_probability: FloatArray
-    """share of resamples in which the head falls into its own bucket (stages.method.uncertainty)"""
-
-    @classmethod
-    def from_columns(cls, columns: Mapping[str, ArrayLike]) -> "HeadMap":
-        """From the columns of heads.parquet, every head once, by (layer, head)."""
-        shape = tuple(int(np.max(columns[name])) + 1 for name in ("layer", "head"))
-        bucket = np.asarray(columns["bucket"], dtype=np.int64)
-        probability = np.stack([np.asarray(row) for row in columns["bucket_probability"]])  # (L * H, M)
-        own = probability[np.arange(len(bucket)), bucket - 1]
-        plain = [field.name for field in fields(cls) if field.name not in ("bucket", "own_probability")]
-        arrays = {name: np.asarray(columns[name], dtype=np.float64).reshape(shape) for name in plain}
-        return cls(**arrays, bucket=bucket.reshape(shape), own_probability=own.reshape(shape))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,3 +43,24 @@ class HeadMap:
     def by(self, ranking: Ranking) -> FloatArray:
         """What heads are ranked by, [L, H]."""
         return getattr(self, COLUMN[ranking])
+
+
+def shape_of(columns: Mapping[str, ArrayLike]) -> tuple[int, int]:
+    """(L, H) of a table that has every head once, by (layer, head)."""
+    layers, heads = (int(np.max(columns[name])) + 1 for name in ("layer", "head"))
+    return layers, heads
+
+
+def read_map(columns: Mapping[str, ArrayLike]) -> HeadMap:
+    """From the columns of a table that has every head once, by (layer, head)."""
+    shape = shape_of(columns)
+    *values, bucket = (np.asarray(columns[name]).reshape(shape) for name in HeadMap._fields)
+    return HeadMap(*(array.astype(np.float64) for array in values), bucket.astype(np.int64))
+
+
+def own_probability(columns: Mapping[str, ArrayLike]) -> FloatArray:
+    """Share of resamples in which each head falls into its own bucket, [L, H], from the columns of
+    heads.parquet (stages.method.uncertainty)."""
+    probability = np.stack([np.asarray(row) for row in columns["bucket_probability"]])  # (L * H, M)
+    own = np.asarray(columns["bucket"], np.int64)[:, None] - 1
+    return np.take_along_axis(probability, own, axis=1).reshape(shape_of(columns))

@@ -15,6 +15,7 @@ import numpy as np
 
 from stages.method.arrays import FloatArray, IntArray, count
 from stages.method.gradients import checked_gram, combine_folds
+from stages.method.heads import HeadMap
 from stages.method.metrics import (
     SensitivityVariant,
     buckets,
@@ -94,26 +95,14 @@ def resampled_changes(effects: FloatArray, counts: IntArray) -> FloatArray:
     return np.einsum("rf,lhf->rlh", counts.astype(np.float64), by_fold) / drawn[:, None, None]
 
 
-class MapDraws(NamedTuple):
-    """The map of other draws of its rows, [R, L, H] each; R draws of the folds."""
-
-    optimization_conflict: FloatArray
-    h_gen: FloatArray
-    """mean effect, with its sign"""
-    h_safe: FloatArray
-    functional_sensitivity: FloatArray
-    conflict_score: FloatArray
-    bucket: IntArray
-
-
 def draw_maps(
     gram: FloatArray,
     effects: Effects,
     counts: tuple[IntArray, IntArray],
     variant: SensitivityVariant,
     m: int,
-) -> MapDraws:
-    """The map of each of R draws of D_util's and D_safe's folds.
+) -> HeadMap:
+    """The map of each of R draws of D_util's and D_safe's folds, [R, L, H].
 
     Args:
         gram: [L, H, 2F, 2F], inner products of fold gradients, safe folds first.
@@ -129,7 +118,7 @@ def draw_maps(
         sensitivity[draw] = functional_sensitivity(*sizes, variant)
         score[draw] = conflict_score(conflict[draw], sensitivity[draw])
         bucket[draw] = buckets(score[draw], m)
-    return MapDraws(conflict, h_gen, h_safe, sensitivity, score, bucket.astype(int))
+    return HeadMap(conflict, h_gen, h_safe, sensitivity, score, bucket.astype(int))
 
 
 def map_intervals(

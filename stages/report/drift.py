@@ -10,9 +10,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from stages.method.arms import Arm, ArmRun
-from stages.method.conflict_map import HeadScores, head_scores
+from stages.method.conflict_map import maps_by_outcome
 from stages.method.drift import Drift, by_layer, map_drift
-from stages.method.metrics import SensitivityVariant
+from stages.method.heads import HeadMap, read_map
 from stages.report.figures import GREY, INK, heat_map, new_figure
 from stages.report.responses import runs_of
 from stages.report.words import QUANTITIES, arm_words
@@ -25,18 +25,6 @@ SHOWN |= {"conflict_score": ("D", INK)}
 """quantities of the figure -> marker and colour"""
 
 
-def base_scores(heads: pd.DataFrame, variant: SensitivityVariant, m: int) -> HeadScores:
-    """The base model's map by gradients, from heads.parquet."""
-    shape = tuple(int(heads[name].max()) + 1 for name in ("layer", "head"))
-    columns = ("optimization_conflict", "h_gen_gradient", "h_safe_gradient")
-    return head_scores(*(heads[name].to_numpy(float).reshape(shape) for name in columns), variant, m)
-
-
-def stored_scores(rows: pd.DataFrame, shape: tuple[int, int]) -> HeadScores:
-    """A tuned model's map, from its rows of drift.parquet."""
-    return HeadScores(*(rows[name].to_numpy().reshape(shape) for name in HeadScores._fields))
-
-
 def row_of(found: Drift) -> dict:
     """As columns of a table."""
     row = found._asdict()
@@ -44,7 +32,7 @@ def row_of(found: Drift) -> dict:
 
 
 def drift_tables(
-    drift: pd.DataFrame, base: HeadScores, arms: Mapping[ArmRun, Mapping]
+    drift: pd.DataFrame, base: HeadMap, arms: Mapping[ArmRun, Mapping]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for each tuned model, and for each of its layers.
 
@@ -55,7 +43,7 @@ def drift_tables(
     models, layers = [], []
     for run, row in arms.items():
         own = drift[(drift[LABELS] == pd.Series(run.labels)).all(axis=1)]
-        tuned, heads = stored_scores(own, base.bucket.shape), np.zeros(base.bucket.shape, bool)
+        tuned, heads = read_map(own), np.zeros(base.bucket.shape, bool)
         heads[row["layers"], row["heads"]] = True
         models.append(run.labels | row_of(map_drift(base, tuned, heads)))
         each = enumerate(by_layer(base, tuned, heads))
@@ -79,7 +67,7 @@ def fields(job: Job, by_name: Mapping[str, Arm]) -> dict[str, pd.DataFrame]:
     arms = dict(zip(runs_of(frame, by_name), frame.to_dict("records"), strict=True))
     models, layers = pd.DataFrame(), pd.DataFrame()
     if job.run.has(DRIFT):
-        base = base_scores(job.read(HEADS), chosen.variant, chosen.buckets)
+        base = maps_by_outcome(job.read(HEADS), chosen.variant, chosen.buckets)["gradient"]
         models, layers = drift_tables(job.read(DRIFT), base, arms)
     redraws = redraw_table(arms, job.settings.tuning.rediagnose)
     return {"drift": models, "drift_layers": layers, "redraws": redraws}

@@ -111,8 +111,12 @@ def score_map(axes: Axes, score: FloatArray) -> QuadMesh:
     return heat_map(axes, score, "RdYlBu_r", *((low, high) if low < high else (low - 0.5, high + 0.5)))
 
 
-def conflict_map(heads: HeadMap) -> Figure:
-    """Layer x head: C as a heat map (the paper's Figure 7), beside it the buckets and each layer's mean C."""
+def conflict_map(heads: HeadMap, kept: FloatArray) -> Figure:
+    """Layer x head: C as a heat map (the paper's Figure 7), beside it the buckets and each layer's mean C.
+
+    Args:
+        kept: share of resamples in which each head stays in its bucket, [L, H].
+    """
     layers, width = heads.shape
     cell = float(np.clip(5.4 / max(layers, width), 0.14, 0.4))
     panel = max(width * cell, 2.3)  # inches; a narrow model gets oblong cells, so that its titles fit
@@ -125,7 +129,7 @@ def conflict_map(heads: HeadMap) -> Figure:
 
     colours = bucket_colours(heads.m)
     painted = heat_map(middle, heads.bucket, ListedColormap(colours), 0.5, heads.m + 0.5)
-    for layer, head in np.argwhere(heads.own_probability >= STABLE):
+    for layer, head in np.argwhere(kept >= STABLE):
         bucket = heads.bucket[layer, head]
         dark = np.dot(colours[bucket - 1], (0.299, 0.587, 0.114)) < 0.5
         look = {"ha": "center", "va": "center", "color": "white" if dark else INK}

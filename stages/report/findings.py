@@ -131,7 +131,7 @@ def _drawn(results: Results) -> list[str]:
         return []
     rows = results.predictions
     own = rows[(rows[["draws", "map"]] == OWN).all(axis=1) & (rows["outcome"] == "graded")]
-    own = own[own["predictor"] == "C"]
+    own = own[(own["predictor"] == "C") & (own["sensitivity"] == results.sensitivity)]
     together = own["benchmark"] == TOGETHER
     parts = []
     for row in plain(own[together if together.any() else slice(None)]).to_dict("records"):
@@ -142,7 +142,11 @@ def _drawn(results: Results) -> list[str]:
             f"{row['at']} r = {signed(row['r'])} ({signed(row['low'])} to {signed(row['high'])}, p = "
             f"{row['p_heads']:.3f} where heads have effects of their own: {relation(row['p_heads'])})"
         )
-    sentences = [_of_map(*line) for line in results.by_domain]
+    sentences = [
+        _of_map(draws, spec, found)
+        for draws, spec, kind, found in results.by_domain
+        if kind == results.sensitivity
+    ]
     if not parts:
         return sentences
     first = own.iloc[0]

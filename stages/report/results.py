@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import pandas as pd
 
@@ -99,18 +100,21 @@ class Results:
         return tuple(drift.means(table, arms, self.m) for table in (self.drift, self.drift_layers))
 
     @cached_property
-    def by_domain(self) -> list[tuple[str, MapSpec, dict[str, dict]]]:
-        """C of each map against the graded cost of each benchmark at equal safety: family of draws, MapSpec,
-        and by benchmark the rows of the predictions."""
+    def by_domain(self) -> list[tuple[str, MapSpec, Sensitivity, dict[str, dict]]]:
+        """C of each map against the graded cost of each benchmark at equal safety: map along which arms were
+        drawn, MapSpec that predicts, what its S is made of (the run's own kind first), and by benchmark the
+        rows of the predictions."""
         rows = self.predictions
         if rows.empty:
             return []
         rows = rows[(rows["predictor"] == "C") & (rows["outcome"] == "graded") & (rows["at"] == EQUAL)]
+        labels = ["draws", "map", "sensitivity"]
         return [
-            (family.draws, spec, plain(own.set_index("benchmark")).to_dict("index"))
+            (family.along.name, spec, kind, plain(own.set_index("benchmark")).to_dict("index"))
             for family in self.drawn
             for spec in self.maps
-            if len(own := rows[(rows["draws"] == family.draws) & (rows["map"] == spec.name)])
+            for kind in sorted(get_args(Sensitivity), key=lambda kind: kind != self.sensitivity)
+            if len(own := rows[(rows[labels] == [family.along.name, spec.name, kind]).all(axis=1)])
         ]
 
     def map_reliability(self, quantity: str) -> dict:

@@ -8,8 +8,9 @@ from backends.base import Example, HeadGradients, Shape
 from data.rendering import example
 from stages.method import metrics
 from stages.method.arrays import FloatArray
-from stages.method.conflict_map import HeadScores, head_scores
+from stages.method.conflict_map import head_map
 from stages.method.gradients import conflict_from_gram
+from stages.method.heads import HeadMap
 from stages.run.job import Job
 from stages.run.schemas import CALIBRATION
 
@@ -46,14 +47,14 @@ def measures(found: HeadGradients) -> dict[str, FloatArray]:
     return {"dot": dot, "norm_safe": norm_safe, "norm_util": norm_util} | changes
 
 
-def scores(measured: dict[str, FloatArray], job: Job) -> HeadScores:
+def scores(measured: dict[str, FloatArray], job: Job) -> HeadMap:
     """The map of all heads from `measures` of all layers."""
     conflict = metrics.optimization_conflict(*(measured[name] for name in ("dot", "norm_safe", "norm_util")))
     chosen = job.settings.map
-    return head_scores(conflict, measured["h_gen"], measured["h_safe"], chosen.variant, chosen.buckets)
+    return head_map(conflict, measured["h_gen"], measured["h_safe"], chosen.variant, chosen.buckets)
 
 
-def map_with(job: Job, map_name: str, adapter: Path) -> HeadScores:
+def map_with(job: Job, map_name: str, adapter: Path) -> HeadMap:
     """The map of the model with an adapter in place."""
     blocks = layer_blocks(job.shape, job.settings.data.folds)
     parts = [diagnose(job, map_name, block, adapter) for block in blocks]

@@ -85,8 +85,6 @@ PRESETS: dict[str, dict] = {
     "smollm": _SMOLLM,
     "smollm-study": {
         **_SMOLLM,
-        # The exact effect of every head, ten minutes more; the gradient's map comes beside it.
-        "sensitivity": "graded",
         # Does a map of arithmetic predict what arithmetic loses? Asked of the same draws.
         "maps": ("sums=embedded/sums:96",),
         # 32 arms beside the six that have names, each draw with a training seed of its own.
@@ -132,12 +130,12 @@ PRESETS: dict[str, dict] = {
 
 
 _OWN = {
-    # The embedded data in the default sizes, whatever it takes.
+    # The map that repeats itself for its time, as in smollm; the embedded data in the default sizes.
+    **{name: _SMOLLM[name] for name in ("sensitivity", "util_rows", "safe_rows", "folds")},
     "benchmarks": _words(
         "facts=200 words=200 problems=100:48 adversarial=100:32 vanilla=100:32 benign=100:32"
     ),
 }
-_OWN_NEURONS = {"pairs": 32, "neurons": (256,)}
 
 
 def preset_settings(preset: str) -> Settings:
@@ -145,10 +143,7 @@ def preset_settings(preset: str) -> Settings:
     if preset in PRESETS:
         return Settings().replace(preset=preset, **PRESETS[preset])
     if Path(preset).is_dir():
-        has_neurons = models.folder_shape(Path(preset)).mlp_dim is not None
-        return Settings().replace(
-            preset=preset, model=preset, **_OWN, **(_OWN_NEURONS if has_neurons else {})
-        )
+        return Settings().replace(preset=preset, model=preset, **_OWN)
     if any(mark in preset for mark in "/.~"):
         raise InputError(
             f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"

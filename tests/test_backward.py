@@ -1,4 +1,4 @@
-"""How gradients fit: whatever the plan they are the same, and its estimates hold."""
+"""How backward passes fit: whatever the plan gradients and tunings are the same, and its estimates hold."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import backends
-from backends.base import Shape
-from backends.core.gradient_plan import Plan, Work, plan_gradients
-from backends.torch import gradients
+from backends.base import GainRecipe, Recipe, Selection, Shape, Task
+from backends.core.budgets import FoldSums, TuningPlan, Work, plan_gradients, plan_tuning
+from backends.core.budgets import GradientPlan as Plan
+from backends.torch import gradients, tune
 from tests.conftest import make_examples
 
 LLAMA = Shape(layers=32, heads=32, kv_heads=8, head_dim=128, model_dim=4096, mlp_dim=14336, vocab=128256)
@@ -74,7 +76,7 @@ def test_what_a_pass_keeps_is_foreseen(models, dtype):
         return tensor
 
     targets = sum(len(row.target_ids) for row in rows) / tokens
-    work = Work(decoder.shape, decoder.itemsize, 3, 3, 2, 80, targets)
+    work = Work(decoder.shape, 8 if dtype == "float32" else 2, 3, 80, targets)
     own = SimpleNamespace()
     with (
         gradients.prepared(decoder.model, PLAIN),
@@ -101,14 +103,57 @@ def test_what_a_pass_keeps_is_foreseen(models, dtype):
     ],
 )
 def test_an_8b_model_by_what_is_free(itemsize, gib, expected):
-    work = Work(LLAMA, itemsize, layers=32, wanted=32, folds=4, longest=400, targets=0.5)
-    found = plan_gradients(work, gib * GIB, 8192)
+    work = Work(LLAMA, 8 if itemsize == 4 else 2, layers=32, longest=400, targets=0.5)
+    found = plan_gradients(work, FoldSums(itemsize, wanted=32, folds=4), gib * GIB, 8192)
     assert (found.recompute, found.by_layer, found.sums_on_device) == (
         expected.recompute,
         expected.by_layer,
         expected.sums_on_device,
     )
     assert found.tokens == pytest.approx(expected.tokens, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("gib", "expected"),
+    [
+        (120, TuningPlan(8, recompute=False)),  # bfloat16 on an H200
+        (20, TuningPlan(8, recompute=True)),  # on a card of 40 GB
+        (7, TuningPlan(4, recompute=True)),  # of 24 GB
+        (1, TuningPlan(1, recompute=True)),  # tried at least
+    ],
+)
+def test_tuning_an_8b_model_by_what_is_free(gib, expected):
+    work = Work(LLAMA, 2, layers=32, longest=1024, targets=0.5, adapted=LLAMA.model_dim)
+    assert plan_tuning(work, gib * GIB, 8) == expected
+
+
+def tuned_by(own, plan, folder, monkeypatch, kind="heads"):
+    """Losses and weights of an adapter, when its passes go by `plan`."""
+    monkeypatch.setattr(tune, "plan_tuning", lambda *_: plan)
+    if kind == "heads":
+        recipe = Recipe(rank=2, alpha=4.0, lr=0.05, batch=4, accumulation=2, seed=3, folder=folder)
+        run = own.tune(make_examples(16), [(0, 1), (2, 0)], recipe)
+    else:
+        rows = make_examples(8), make_examples(8, seed=1)
+        chosen = Selection(safety=((0, 1), (2, 5)), utility=((1, 3),))
+        run = own.tune_gains([Task("t", *map(tuple, rows))], chosen, GainRecipe(batch=8, folder=folder))
+    losses = [record["loss"] for record in run]
+    return np.array(losses), load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_every_plan_tunes_the_same(models, scratch, monkeypatch, kind):
+    own = backends.load("torch", models["llama-gqa"], device="cpu")
+    plans = [TuningPlan(4, False), TuningPlan(4, True), TuningPlan(1, False)]
+    found = [tuned_by(own, plan, scratch / str(plan), monkeypatch, kind) for plan in plans]
+    (losses, weights), (again, same), (alone, close) = found
+    np.testing.assert_array_equal(again, losses)
+    np.testing.assert_allclose(alone, losses, rtol=1e-5)
+    assert any(np.abs(weight).max() > 1e-3 for weight in weights.values())
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(same[name], weight)
+        np.testing.assert_allclose(close[name], weight, atol=1e-3)
+    assert all("forward" not in vars(module) for module in own.model.model.modules())
 
 
 def test_how_many_threads_there_are_changes_no_bit(models, monkeypatch):
@@ -132,18 +177,20 @@ def test_an_error_in_a_thread_is_raised(models, monkeypatch):
 
 
 def test_passes_go_side_by_side_where_memory_allows():
-    work = Work(LLAMA, 2, layers=32, wanted=32, folds=4, longest=100, targets=0.5, host=False)
-    assert plan_gradients(work, 400 * GIB, 512, threads=8).threads == 8
-    assert plan_gradients(work, 40 * GIB, 512, threads=8).threads == 0
-    assert plan_gradients(work, GIB, 512, threads=8).threads == 0
+    work = Work(LLAMA, 2, layers=32, longest=100, targets=0.5)
+    sums = FoldSums(2, wanted=32, folds=4, host=False)
+    for gib, threads in ((400, 8), (40, 0), (1, 0)):
+        assert plan_gradients(work, sums, gib * GIB, 512, threads=8).threads == threads
 
 
 def test_a_cpu_keeps_its_sums():
-    work = Work(LLAMA, 2, layers=32, wanted=32, folds=4, longest=100, targets=0.5, host=False)
-    assert all(plan_gradients(work, gib * GIB, 1024).sums_on_device for gib in (1, 20, 40))
+    work, sums = Work(LLAMA, 2, layers=32, longest=100, targets=0.5), FoldSums(2, 32, 4, host=False)
+    assert all(plan_gradients(work, sums, gib * GIB, 1024).sums_on_device for gib in (1, 20, 40))
 
 
 def test_a_plan_says_what_it_is():
+    assert str(TuningPlan(8, False)) == "8 rows a pass"
+    assert str(TuningPlan(3, True)) == "3 rows a pass, layers computed again in the backward pass"
     assert str(PLAIN) == "1024 tokens a pass, sums on the device"
     assert str(OTHERS[3]) == "32 tokens a pass, 3 at a time, sums on the device"
     assert str(OTHERS[2]) == (
