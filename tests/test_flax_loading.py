@@ -117,6 +117,10 @@ def tokens(backend):
         backend.choices(choices)[0], *(found for _, found in backend.sweep_choices(rows, heads, "query")),
     ]
 assert_same(tokens(four), tokens(single))
+list(four.sweep_generations(rows, heads, 8))
+keys = four.kept._made.streams[0].kept[1].keys
+parts = 4 // parts * (parts if four.shape.kv_heads % parts == 0 else 1)
+assert {shard.data.nbytes for shard in keys.addressable_shards} == {keys.nbytes // parts}, "caches are cut"
 grams = [backend.gradient_gram(choices, rows[:8], 2) for backend in (four, single)]
 np.testing.assert_allclose(*grams, rtol=1e-5, atol=1e-6 * grams[0].max())
 recipe = Recipe(rank=4, alpha=8.0, lr=1e-2, batch=4, accumulation=2)
