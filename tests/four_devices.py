@@ -98,6 +98,12 @@ def main(folder: Path, parts: int, every: bool) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=bound, err_msg=verb.__name__)
     if every:
         assert_same(tokens(four), tokens(one))
+        list(four.sweep_generations(ROWS, HEADS, 8))
+        keys = four.kept._made.streams[0].kept[1].keys
+        cut = 4 // parts * (parts if four.shape.kv_heads % parts == 0 else 1)
+        each = {shard.data.nbytes for shard in keys.addressable_shards}
+        print(f"bytes of a sweep's clean keys: {keys.nbytes}, of them {each} on each device")
+        assert each == {keys.nbytes // cut}, "caches are cut"
 
 
 if __name__ == "__main__":

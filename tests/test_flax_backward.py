@@ -67,7 +67,7 @@ def test_what_left_has_moments_and_is_held_by_the_factor_on_the_step():
 
 
 def test_float64_is_a_layer_at_a_time_and_only_wanted_gradients_are_held(scratch):
-    """By XLA's own account of the compiled program, for 16 layers of 1 MB each in float32."""
+    """By XLA's own account of the compiled program, for 16 layers of 0.98 MB each in float32."""
     sizes = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 16}
     config = transformers.LlamaConfig(**(COMMON | sizes), num_key_value_heads=2)
     model = backends.load("flax", save(scratch / "deep", config), device="cpu").model
@@ -85,7 +85,7 @@ def test_float64_is_a_layer_at_a_time_and_only_wanted_gradients_are_held(scratch
     (every, found), (one, of_one) = temporary(list(range(16))), temporary([3])
     weights = sum(weight.nbytes for weight in jax.tree.leaves(model.weights))
     of_query = 128 * 128 * 4
-    assert weights > 16 * 2**20
+    assert weights > 15e6
     assert one < weights / 2 and every < weights / 2, "not even the float32 model is copied"
     assert 15 * of_query <= found - of_one and of_one < 2 * of_query
     assert every - one < 2 * (found - of_one) + of_query, "others' gradients are not held"

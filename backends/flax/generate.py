@@ -19,7 +19,7 @@ from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
 from backends.flax.attention import KeyValue
 from backends.flax.decoder import CLEAN, Ablation, Adapter, Decoder, Padded
-from backends.flax.model import Model, Part, even, filled_up, make_parts, round_up, swept_parts
+from backends.flax.model import Model, Part, even, filled_up, make_parts, round_up
 from backends.flax.sweep import Stream, Swept, empty_stream, sweep
 
 ROWS_CPU, ROWS_DEVICE = 256, 640
@@ -81,6 +81,7 @@ def ablated_responses(
     stream, below = kept
     stream = jnp.where(start == 0, decoder.line(padded), stream)
     stream, below = decoder.climb(stream, start, layer, padded.layout, caches=below)
+    below = jax.lax.with_sharding_constraint(below, decoding.sharding)
     copies = len(ablation.keep)
     # From `layer` on each copy's own keys and values will come over the clean ones.
     caches = jax.tree.map(
@@ -206,7 +207,7 @@ def sweep_generations(
     def make() -> Swept:
         clean = generate(model, prompts, max_new_tokens, None) if model.half else None
         sequences = [prompt.prompt_ids for prompt in prompts]
-        parts = swept_parts(model, sequences, most=most // (copies + model.half))
+        parts = make_parts(model, sequences, most=most // (copies + model.half), swept=True)
         return Swept([_stream(model, part, decoding, clean) for part in parts], copies)
 
     swept = kept.of(prompts, ("responses", max_new_tokens, most), make)

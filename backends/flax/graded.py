@@ -15,7 +15,7 @@ from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
 from backends.flax.decoder import CLEAN, Ablation, Adapter, Decoder, Padded
 from backends.flax.loss import Rows, make_rows, row_losses
-from backends.flax.model import Model, Part, filled_up, make_parts, round_up, swept_parts
+from backends.flax.model import Model, Part, filled_up, make_parts, round_up
 from backends.flax.sweep import Stream, Swept, ablated, copies_of, predicted, rivals_of, sweep, token_limit
 
 LOGITS_CPU, LOGITS_DEVICE = 1024, 4096
@@ -154,7 +154,7 @@ def sweep_grades(
 
     def make() -> Swept:
         tokens = token_limit(model) // (copies + model.half)
-        parts = swept_parts(model, read, tokens, most_rows(model, examples))
+        parts = make_parts(model, read, tokens, most_rows(model, examples), swept=True)
         streams = [Stream(model, part, read_part(model, examples, part)) for part in parts]
         return Swept(streams, copies, grade(model, examples, None).outcome if model.half else None)
 
@@ -162,6 +162,6 @@ def sweep_grades(
         (row.target_ids.tobytes(), row.choice_ids.tobytes(), row.refusal_ids.tobytes(), row.answer)
         for row in examples
     )
-    swept = kept.of(examples, ("grade", targets), make)
+    swept = kept.of(examples, ("grade", targets, token_limit(model)), make)
     for head, outcome in sweep(model, swept, ablated_grades, heads, mask):
         yield head, outcome.astype(np.float64)

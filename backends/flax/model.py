@@ -92,28 +92,27 @@ class Part(NamedTuple):
 
 
 def make_parts(
-    model: Model, sequences: Sequence[np.ndarray], tokens: int = UNLIMITED, most: int = UNLIMITED
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    tokens: int = UNLIMITED,
+    most: int = UNLIMITED,
+    swept: bool = False,
 ) -> list[Part]:
-    """Rows of similar length together, at most `tokens` padded tokens (one row at the least) and `most` rows,
-    in shapes that serve other rows too."""
-    parts = []
-    for group, width in _widths(np.array([len(sequence) for sequence in sequences], int), WIDTH):
-        for rows in _slices(group, min(tokens // width, most)):
-            parts.append(_part(model, sequences, rows, Layout(0, model.rows(len(rows)), width)))
-    return parts
+    """Rows of similar length together, at most `tokens` tokens of a line (one row at the least) and `most`
+    rows, in shapes that serve other rows too.
 
-
-def swept_parts(
-    model: Model, sequences: Sequence[np.ndarray], tokens: int = UNLIMITED, most: int = UNLIMITED
-) -> list[Part]:
-    """As `make_parts` for a sweep: what all rows begin with stands once in each part, and shapes are no
-    larger than these rows need."""
-    parts, prefix = [], _shared(sequences)
-    for group, width in _widths(np.array([len(sequence) - prefix for sequence in sequences], int), SWEPT):
-        slices = _slices(group, min((tokens - prefix) // width, most))
-        filled = round_up(len(slices[0]), model.mesh.shape["data"])
+    Args:
+        swept: for a sweep, in which one shape serves every head: what all rows begin with stands once, and
+            shapes are no larger than these rows need.
+    """
+    parts, prefix = [], _shared(sequences) if swept else 0
+    lengths = np.array([len(sequence) - prefix for sequence in sequences], int)
+    for group, width in _widths(lengths, SWEPT if swept else WIDTH):
+        size = even(len(group), min((tokens - prefix) // width, most))
+        filled = round_up(size, model.mesh.shape["data"]) if swept else model.rows(size)
         layout = Layout(prefix, filled, prefix + width)
-        parts += [_part(model, sequences, rows, layout) for rows in slices]
+        for start in range(0, len(group), size):
+            parts.append(_part(model, sequences, group[start : start + size], layout))
     return parts
 
 
@@ -128,11 +127,6 @@ def _widths(lengths: np.ndarray, multiple: int) -> list[tuple[np.ndarray, int]]:
     last = int(np.argmin(padded)) if padded[-1] > SPLIT else len(order) - 1
     groups = (order[: last + 1], int(widths[last])), (order[last + 1 :], int(widths[-1]))
     return [group for group in groups if len(group[0])]
-
-
-def _slices(group: np.ndarray, most: int) -> list[np.ndarray]:
-    size = even(len(group), most)
-    return [group[start : start + size] for start in range(0, len(group), size)]
 
 
 def even(count: int, most: int) -> int:

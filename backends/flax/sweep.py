@@ -17,10 +17,12 @@ from backends.base import Choices, Example, Head
 from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
 from backends.flax.decoder import CLEAN, Ablation, Adapter, Decoder, Padded
-from backends.flax.model import Model, Part, even, filled_up, make_parts, swept_parts
+from backends.flax.model import Model, Part, even, filled_up, make_parts
 
 TOKENS_CPU, TOKENS_DEVICE = 4096, 32768
 """of a pass, in all copies, for each device of the data axis"""
+KEPT = 0.2
+"""share of the memory that clean streams may take between layers"""
 
 
 # A sweep
@@ -84,7 +86,7 @@ def sweep(
                 for place in range(len(some)):
                     found[start + place].append(values[place])
             held = sum(array.nbytes for array in jax.tree.leaves(stream.kept))
-            if held * len(swept.streams) > 0.2 * model.room:
+            if held * len(swept.streams) > KEPT * model.room:
                 stream.kept = None  # it is computed again for the next layer
         order = np.concatenate([stream.part.rows for stream in swept.streams] or [[]])
         for head, parts in zip(group, found, strict=True):
@@ -209,7 +211,7 @@ def sweep_choices(
     copies = copies_of(model, prompts)
 
     def make() -> Swept:
-        parts = swept_parts(model, prompts, token_limit(model) // (copies + model.half))
+        parts = make_parts(model, prompts, token_limit(model) // (copies + model.half), swept=True)
         streams = [Stream(model, part, rivals_of(model, examples, part)) for part in parts]
         return Swept(streams, copies, choices(model, examples, None).prediction if model.half else None)
 
