@@ -16,7 +16,7 @@ from backends.flax import adapter as peft_folder
 from backends.flax.decoder import CLEAN, Ablation, Adapter, Decoder, Padded
 from backends.flax.loss import Rows, make_rows, row_losses
 from backends.flax.model import Model, Part, filled_up, make_parts, round_up
-from backends.flax.sweep import Stream, Swept, ablated, copies_of, predicted, sweep, token_limit
+from backends.flax.sweep import Stream, Swept, ablated, copies_of, predicted, rivals_of, sweep, token_limit
 
 LOGITS_CPU, LOGITS_DEVICE = 1024, 4096
 """places whose logits over the vocabulary are held together, for each device of the data axis"""
@@ -29,34 +29,27 @@ class Batch(NamedTuple):
 
     rows: Rows
     rivals: jax.Array
-    """tokens that compete for a row's next token, int32 [R, n], then -1; all -1: none do, the whole target is
-    predicted from the whole vocabulary"""
-    answers: jax.Array
-    """which of them is right, [R, 1]"""
+    """tokens that compete for a row's next token, the answer first, int32 [R, n], then -1; all -1: none do,
+    the whole target is predicted from the whole vocabulary"""
     refusals: jax.Array
     """tokens that refusals of a request begin with, int32 [R, m], then -1; all -1: no request"""
 
 
 def make_batch(model: Model, examples: Sequence[Example]) -> Batch:
     """Of examples with their whole targets."""
-    rows = make_rows(model, examples, model.rows(len(examples)), 1)
-    return Batch(rows, *_competing(model, examples, examples, len(rows.ids)))
+    filled = model.rows(len(examples))
+    return _with_rivals(model, examples, examples, make_rows(model, examples, filled, 1), filled)
 
 
-def _competing(
-    model: Model, examples: Sequence[Example], every: Sequence[Example], filled: int
-) -> list[jax.Array]:
-    """Rivals, answers and refusals; `every` says how many there are at most."""
-    choices, refusals = (
-        max(map(len, lists))
-        for lists in zip(*((row.choice_ids, row.refusal_ids) for row in every), strict=True)
-    )
-    arrays = (
-        filled_up([row.choice_ids for row in examples], filled, choices),
-        np.maximum(0, filled_up([[row.answer] for row in examples], filled, 1)),
-        filled_up([row.refusal_ids for row in examples], filled, refusals),
-    )
-    return [model.put(array, 0) for array in arrays]
+def _with_rivals(
+    model: Model, examples: Sequence[Example], every: Sequence[Example], rows: Rows, filled: int
+) -> Batch:
+    """Of some rows of `every`, which say how many tokens compete at most."""
+    rivals = [np.roll(row.choice_ids, -row.answer) for row in examples]
+    refusals = [row.refusal_ids for row in examples]
+    widths = (max(len(row.choice_ids) for row in every), max(len(row.refusal_ids) for row in every))
+    both = (filled_up(lists, filled, width) for lists, width in zip((rivals, refusals), widths, strict=True))
+    return Batch(rows, *(model.put(part, 0) for part in both))
 
 
 # What is graded
@@ -93,17 +86,14 @@ def read_part(model: Model, examples: Sequence[Example], part: Part) -> Batch:
     places = np.clip(starts + np.arange(targets.shape[1]), 0, layout.width - 1).astype(np.int32)
     share = (named / np.maximum(1, named.sum(axis=1, keepdims=True))).astype(np.float32)
     arrays = (model.put(array, 0) for array in (places, np.maximum(targets, 0), share))
-    rows = Rows(part.padded.ids, *arrays)
-    return Batch(rows, *_competing(model, some, examples, layout.rows))
+    return _with_rivals(model, some, examples, Rows(part.padded.ids, *arrays), layout.rows)
 
 
 def grades(logits: jax.Array, batch: Batch) -> jax.Array:
     """[R] from logits [R, G, V] of the places that predict targets."""
     first = logits[:, 0]
     among = jnp.take_along_axis(first, jnp.maximum(batch.rivals, 0), axis=-1)
-    among = jax.nn.log_softmax(among, axis=-1, where=batch.rivals >= 0)
-    answers = jnp.minimum(batch.answers, batch.rivals.shape[1] - 1)  # a token id where none compete
-    among = jnp.take_along_axis(among, answers, axis=-1)[:, 0]
+    among = jax.nn.log_softmax(among, axis=-1, where=batch.rivals >= 0)[:, 0]
     outcome = jnp.where(batch.rivals[:, 0] >= 0, among, -row_losses(logits, batch.rows))
     return jnp.where(batch.refusals[:, 0] >= 0, log_odds(first, batch.refusals), outcome)
 
@@ -122,12 +112,12 @@ def log_odds(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def clean_grades(graph, weights, padded: Padded, batch: Batch, adapter: Adapter | None):
+def clean_grades(graph, weights, padded: Padded, batch: Batch, rivals, adapter: Adapter | None):
     """Outcomes [R], and `predicted` of the next tokens."""
     decoder: Decoder = nnx.merge(graph, weights)
     last = decoder.last(padded, CLEAN, adapter)
     logits = decoder.logits(padded.layout.take(last, batch.rows.places)[0])
-    return grades(logits, batch), *predicted(logits[:, 0], batch.rivals)
+    return grades(logits, batch), *predicted(logits[:, 0], rivals)
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("stream",))
@@ -147,8 +137,10 @@ def grade(model: Model, examples: Sequence[Example], adapter: Path | None) -> Gr
     loaded, count = peft_folder.load(model, adapter), len(examples)
     found = np.zeros(count), np.zeros(count, np.int32), np.zeros(count, np.float32)
     for part in make_parts(model, sequences(examples), token_limit(model), most_rows(model, examples)):
-        batch = read_part(model, examples, part)
-        for whole, own in zip(found, model.apply(clean_grades, part.padded, batch, loaded), strict=True):
+        batch, rivals = read_part(model, examples, part), rivals_of(model, examples, part)
+        for whole, own in zip(
+            found, model.apply(clean_grades, part.padded, batch, rivals, loaded), strict=True
+        ):
             whole[part.rows] = np.asarray(own)[: len(part.rows)]
     return Grades(found[0], Choices(*found[1:]))
 
