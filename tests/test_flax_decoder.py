@@ -1,14 +1,16 @@
 """The Flax backend's own: padded rows whose beginning stands once, and whole passes as one program."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import backends
-from backends.flax import generate, model, sweep
+from backends.flax import generate, model, sweep, weights
 from backends.flax.attention import KeyValue, Layout, attend
 from backends.flax.model import Model
-from tests.conftest import ALL_HEADS, HEADS, LAYERS, make_examples
+from tests.conftest import ALL_HEADS, HEADS, LAYERS, assert_same, make_examples
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,18 @@ def test_jaxs_own_attention_is_the_one_written_out(dtype, rows, queries):
     assert found.dtype == expected.dtype == dtype
     apart = np.abs(np.asarray(found - expected, np.float32)).max()
     assert apart < (1e-6 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.long
+def test_a_model_with_jaxs_own_attention_answers_alike(own, models):
+    config = replace(own.model.config, fused=True)
+    graph, state = weights.load(models["qwen2-mqa"], config, own.model.mesh)
+    fused = replace(own, model=replace(own.model, graph=graph, weights=state, config=config))
+    examples = make_examples(5, seed=2)
+    np.testing.assert_allclose(fused.logits(examples), own.logits(examples), rtol=0, atol=1e-5)
+    found, expected = (dict(each.sweep_generations(examples, ALL_HEADS[5:7], 8)) for each in (fused, own))
+    for head in ALL_HEADS[5:7]:
+        assert_same(found[head], expected[head])
 
 
 def test_a_line_holds_its_rows():

@@ -17,8 +17,8 @@ from backends.base import Example, Head
 from backends.core.errors import InputError
 from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
-from backends.flax.attention import KeyValue
-from backends.flax.decoder import CLEAN, Ablation, Adapter, Decoder, Padded
+from backends.flax.attention import KeyValue, Layout
+from backends.flax.decoder import CLEAN, Ablation, Adapter, Config, Decoder, Padded
 from backends.flax.model import Model, Part, even, filled_up, make_parts, round_up
 from backends.flax.sweep import Stream, Swept, empty_stream, sweep
 
@@ -67,8 +67,8 @@ class State(NamedTuple):
 def responses(graph, weights, padded: Padded, adapter: Adapter | None, decoding: Decoding) -> jax.Array:
     """int32 [R, N]; -1 after a response's end."""
     decoder: Decoder = nnx.merge(graph, weights)
-    caches = _caches(decoder, 1, padded, decoding)
-    return _decode(decoder, decoder.line(padded), 0, padded, caches, decoding, CLEAN, adapter)[0]
+    below = no_key_values(decoder.config, padded.layout)
+    return _decode(decoder, decoder.line(padded), 0, padded, below, decoding, CLEAN, adapter)[0]
 
 
 @partial(jax.jit, static_argnames=("graph",), donate_argnames=("kept",))
@@ -82,25 +82,16 @@ def ablated_responses(
     stream = jnp.where(start == 0, decoder.line(padded), stream)
     stream, below = decoder.climb(stream, start, layer, padded.layout, caches=below)
     below = jax.lax.with_sharding_constraint(below, decoding.sharding)
-    copies = len(ablation.keep)
-    # From `layer` on each copy's own keys and values will come over the clean ones.
-    caches = jax.tree.map(
-        lambda whole, clean: whole.at[..., : padded.layout.width, :].set(clean),
-        _caches(decoder, copies, padded, decoding),
-        below,
-    )
-    every = jnp.broadcast_to(stream, (copies, *stream.shape[1:]))
-    found = _decode(decoder, every, layer, padded, caches, decoding, ablation, None, draft)
+    copies = jnp.broadcast_to(stream, (len(ablation.keep), *stream.shape[1:]))
+    found = _decode(decoder, copies, layer, padded, below, decoding, ablation, None, draft)
     return (stream, below), found
 
 
-def _caches(decoder: Decoder, copies: int, padded: Padded, decoding: Decoding) -> KeyValue:
-    """[L, n, R, K, T + N, D]."""
-    size, layout = decoder.config.shape, padded.layout
-    columns = layout.width + decoding.columns
-    shape = (size.layers, copies, layout.rows, size.kv_heads, columns, size.head_dim)
-    empty = jax.lax.with_sharding_constraint(jnp.zeros(shape, decoder.config.dtype), decoding.sharding)
-    return KeyValue(empty, empty)
+def no_key_values(config: Config, layout: Layout) -> KeyValue:
+    """[L, 1, R, K, T, D], of the layers below the first."""
+    size = config.shape
+    shape = (size.layers, 1, layout.rows, size.kv_heads, layout.width, size.head_dim)
+    return KeyValue(*(jnp.zeros(shape, config.dtype) for _ in range(2)))
 
 
 def _decode(
@@ -108,7 +99,7 @@ def _decode(
     stream: jax.Array,
     layer,
     padded: Padded,
-    caches: KeyValue,
+    below: KeyValue,
     decoding: Decoding,
     ablation: Ablation,
     adapter: Adapter | None,
@@ -117,7 +108,7 @@ def _decode(
     """Responses int32 [n, R, N] from the residual stream before `layer`, [n, line, E].
 
     Args:
-        caches: filled in below `layer`.
+        below: the prompts' keys and values [L, 1, R, K, T, D], of the layers below `layer`.
         draft: in half precision the clean responses [R, N], which the last copy follows. Another that says
             what this one says has not left them.
     """
@@ -139,6 +130,11 @@ def _decode(
         hidden, caches = decoder.step(fed, number, padded, state.caches, ablation, adapter)
         return said(state._replace(caches=caches), hidden)
 
+    # Each copy's own keys and values come over the clean ones from `layer` on, and behind the prompts.
+    copied = (jnp.broadcast_to(part, (len(part), len(stream), *part.shape[2:])) for part in below)
+    behind = [(0, 0)] * 4 + [(0, decoding.columns), (0, 0)]
+    caches = KeyValue(*(jnp.pad(part, behind) for part in copied))
+    caches = jax.lax.with_sharding_constraint(caches, decoding.sharding)
     layers, layout = decoder.config.shape.layers, padded.layout
     last, caches = decoder.climb(stream, layer, layers, layout, ablation, adapter, caches)
     last = padded.ends(last)  # (n, R, E)
@@ -217,14 +213,13 @@ def sweep_generations(
 
 def _stream(model: Model, part: Part, decoding: Decoding, clean: list[np.ndarray] | None) -> Stream:
     """Of which the residual stream is kept, and the keys and values below it."""
-    size, layout, draft = model.config.shape, part.padded.layout, None
+    layout, draft = part.padded.layout, None
     if clean is not None:
         lists = [clean[row] for row in part.rows]
         draft = model.put(filled_up(lists, layout.rows, decoding.columns), 0)
-    shape = (size.layers, 1, layout.rows, size.kv_heads, layout.width, size.head_dim)
 
     def fresh() -> tuple[jax.Array, KeyValue]:
-        both = (jnp.zeros(shape, model.config.dtype, device=model.cache_sharding) for _ in range(2))
-        return empty_stream(model, part), KeyValue(*both)
+        below = jax.device_put(no_key_values(model.config, layout), model.cache_sharding)
+        return empty_stream(model, part), below
 
     return Stream(model, part, decoding, draft, fresh=fresh)

@@ -79,8 +79,13 @@ class Model:
     @property
     def cache_sharding(self) -> NamedSharding:
         """Of keys and values [L, n, R, K, C, D]: rows are cut among data, heads as the weights are."""
-        cut = "model" if self.config.shape.kv_heads % self.mesh.shape["model"] == 0 else None
-        return NamedSharding(self.mesh, P(None, None, "data", cut))
+        data, parts = self.mesh.shape["data"], self.mesh.shape["model"]
+        cut = [None, None, "data" if data > 1 else None]
+        cut += ["model"] if parts > 1 and self.config.shape.kv_heads % parts == 0 else []
+        # As XLA writes what comes out of a program, or the next one would be compiled for another placing.
+        while cut and cut[-1] is None:
+            cut.pop()
+        return NamedSharding(self.mesh, P(*cut))
 
 
 class Part(NamedTuple):
