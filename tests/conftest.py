@@ -51,6 +51,7 @@ COMPILED = {
     "llama-gqa": (),  # scaled rotary embedding and a tied matrix
     "qwen2-mha": pytest.mark.long,
     "qwen2-mqa": (),  # biases and mixed windows
+    "qwen3-gqa": (),  # norms of queries and keys
     "mistral-mqa": pytest.mark.long,
 }
 """marks of the kinds where Flax compiles for each"""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
-KINDS = ["llama-gqa", "qwen2-mha", "qwen2-mqa", "mistral-mqa"]
+KINDS = ["llama-gqa", "qwen2-mha", "qwen2-mqa", "qwen3-gqa", "mistral-mqa"]
 """each family and each sharing of keys, with one window for all layers, for some, and for none"""
 VOCABULARY, LAYERS, HEADS, HEAD_DIM = 97, 3, 4, 8
 COMMON = {
@@ -74,6 +74,8 @@ def write_model(folder: Path, kind: str) -> Path:
     common = COMMON | {"num_key_value_heads": {"mha": HEADS, "gqa": 2, "mqa": 1}[sharing]}
     if family == "llama":
         config = transformers.LlamaConfig(**common, rope_parameters=dict(ROPE), tie_word_embeddings=True)
+    elif family == "qwen3":
+        config = transformers.Qwen3Config(**common, **SOME_SLIDE, attention_bias=True)
     elif family == "qwen2":
         config = transformers.Qwen2Config(**common, **(SOME_SLIDE if sharing == "mqa" else {}))
     else:

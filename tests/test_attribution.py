@@ -8,6 +8,7 @@ import torch
 
 from backends.core.errors import InputError
 from backends.core.integration import COMPLETE, NODES, integrate, quadrature
+from backends.flax import neurons as flax_neurons
 from tests import reference
 from tests.conftest import LAYERS, make_examples
 
@@ -116,6 +117,9 @@ def test_a_path_gets_more_nodes_until_it_is_complete():
     assert NODES * len(calls) <= 64, "a piece more each time"
     np.testing.assert_allclose(total, change, atol=2 * COMPLETE)
     np.testing.assert_allclose(own[0, :, 0], np.tanh([0.5, 0.5, 2000.0]), atol=2 * COMPLETE)
+    pieces = flax_neurons.integrate(evaluate, 3, 64, 0.0)  # written anew, the same nodes
+    again = [sum(piece.own for piece in pieces if piece.path == path) for path in range(3)]
+    np.testing.assert_allclose(again, own[0], rtol=1e-9)
     calls.clear()
     apart, _, _ = integrate(evaluate, 3, 1, 64)  # of three examples each to its own accuracy
     assert calls[0].tolist() == [NODES + 2] * 3

@@ -9,8 +9,9 @@ import transformers
 
 import backends
 from backends.base import Recipe, Shape
+from backends.core import adapters
 from backends.core.errors import InputError
-from backends.flax import adapter, devices
+from backends.flax import devices
 from tests.conftest import HEADS, change_tensors, edited, make_examples, run_apart
 
 # Loading
@@ -52,7 +53,7 @@ def test_biases_and_several_files_load(models, scratch):
 def test_adapters_of_another_kind_are_named(models, scratch):
     own = backends.load("flax", models["llama-gqa"], device="cpu")
     a, b = np.ones((1, 2, own.shape.model_dim), "f4"), np.ones((1, HEADS, own.shape.head_dim, 2), "f4")
-    adapter.write(scratch / "adapter", a, b, [0], Recipe(rank=2))
+    adapters.write(scratch / "adapter", a, b, [0], Recipe(rank=2))
     path = scratch / "adapter/adapter_config.json"
     config = json.loads(path.read_text())
     for change, message in (
@@ -64,7 +65,7 @@ def test_adapters_of_another_kind_are_named(models, scratch):
         with pytest.raises(InputError, match=message):
             own.logits(make_examples(1), scratch / "adapter")
     gains = np.ones((own.shape.layers - 1, own.shape.mlp_dim), np.float32)
-    adapter.write_gains(scratch / "short", gains)
+    adapters.write_gains(scratch / "short", gains)
     with pytest.raises(InputError, match="gains of W_down's input are not those"):
         own.logits(make_examples(1), scratch / "short")
 
@@ -93,52 +94,18 @@ def test_a_mesh_divides_heads_and_devices_and_its_model_axis_is_as_small_as_memo
             devices.model_axis(count, 6, size, 80)
 
 
-FOUR = """
-import sys
-import numpy as np
-import backends
-from backends.base import Recipe
-from tests.conftest import assert_same, make_examples
-folder, parts, whole = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
-single = backends.load("flax", folder, device="cpu:0")
-four = backends.load("flax", folder, device="cpu", model_parallel=parts)
-assert four.device == f"cpu x 4 (data {4 // parts}, model {parts})", four.device
-query = four.model.weights["layers"]["attention"]["query"]["kernel"][...]
-assert {shard.data.shape[2] for shard in query.addressable_shards} == {4 // parts}, "heads are cut"
-rows, choices = make_examples(9), make_examples(8, choices=4)
-np.testing.assert_allclose(four.logits(rows), single.logits(rows), atol=3e-5)
-if not whole:
-    sys.exit()
-heads = [(0, 1), (1, 2), (1, 3), (2, 0)]
-def tokens(backend):
-    swept = backend.sweep_generations(rows, heads, 8)
-    return [
-        *backend.generate(rows, 8), *(tokens for _, found in swept for tokens in found),
-        backend.choices(choices)[0], *(found for _, found in backend.sweep_choices(rows, heads, "query")),
-    ]
-assert_same(tokens(four), tokens(single))
-grams = [backend.gradient_gram(choices, rows[:8], 2) for backend in (four, single)]
-np.testing.assert_allclose(*grams, rtol=1e-5, atol=1e-6 * grams[0].max())
-recipe = Recipe(rank=4, alpha=8.0, lr=1e-2, batch=4, accumulation=2)
-runs = [backend.tune(rows, heads, recipe) for backend in (four, single)]
-losses = [[step["loss"] for step in run] for run in runs]
-np.testing.assert_allclose(*losses, atol=1e-5)
-logits = [backend.logits(rows, run.adapter) for backend, run in zip((four, single), runs, strict=True)]
-np.testing.assert_allclose(*logits, atol=1e-4)
-"""
-
-
 @pytest.mark.parametrize(
-    ("kind", "parts", "whole"),
+    ("kind", "parts", "verbs"),
     [
-        ("qwen2-mha", 2, False),
-        pytest.param("llama-gqa", 1, True, marks=pytest.mark.long),
-        pytest.param("qwen2-mha", 2, True, marks=pytest.mark.long),
-        pytest.param("mistral-mqa", 4, True, marks=pytest.mark.long),
+        ("qwen2-mha", 2, "logits"),
+        pytest.param("llama-gqa", 1, "every", marks=pytest.mark.long),
+        pytest.param("qwen2-mha", 2, "every", marks=pytest.mark.long),
+        pytest.param("mistral-mqa", 4, "every", marks=pytest.mark.long),
     ],
 )
-def test_four_devices_answer_as_one(models, kind, parts, whole):
-    run_apart(FOUR, models[kind], parts, whole, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+def test_four_devices_answer_as_one_and_hold_less(models, kind, parts, verbs):
+    run = "import runpy; runpy.run_module('tests.four_devices', run_name='__main__')"
+    run_apart(run, models[kind], parts, verbs, XLA_FLAGS="--xla_force_host_platform_device_count=4")
 
 
 KEPT = """

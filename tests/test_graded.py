@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from backends.core.packing import by_tokens
 from tests import reference
 from tests.conftest import ALL_HEADS, make_examples
 
@@ -110,12 +109,17 @@ def test_maps_are_those_of_one_at_a_time_and_share_the_gradients_of_safe_rows(gq
     safe, utils = EXAMPLES[:4], [EXAMPLES[4:8], EXAMPLES[5:9], EXAMPLES[5:7]]
     apart = [gqa.backend.head_gradients(safe, util, 2) for util in utils]
     wing, passed = importlib.import_module(f"backends.{gqa.backend.name}.gradients"), []
+    place, name = {"torch": (wing, "by_tokens"), "flax": (getattr(wing, "Passes", None), "of")}[
+        gqa.backend.name
+    ]
+    batches = getattr(place, name)
 
-    def counted(examples, budget):
+    def counted(*arguments):
+        examples = arguments[0] if place is wing else arguments[1]
         passed.extend(example.example_id for example in examples)
-        return by_tokens(examples, budget)
+        return batches(*arguments)
 
-    monkeypatch.setattr(wing, "by_tokens", counted)
+    monkeypatch.setattr(place, name, counted)
     for found, expected in zip(gqa.backend.map_gradients(safe, utils, 2), apart, strict=True):
         for name in ("gram", "gate_safe", "gate_util"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))

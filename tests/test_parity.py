@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from backends.base import Recipe
-from backends.flax import adapter as peft_folder
+from backends.core import adapters as peft_folder
 from stages.method import gradients, metrics
 from tests import reference
 from tests.conftest import make_examples

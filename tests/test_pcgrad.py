@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torchjd.aggregation import PCGrad
 
 from backends.base import Recipe
-from backends.core import tuning
 from backends.core.schedules import learning_rate
 from backends.flax import tune as flax_tune
 from backends.flax.tune import Trained
@@ -57,7 +56,7 @@ def test_projection_leaves_no_conflict(module, symmetric):
         )
         pair = [trained(module, line[:12].reshape(3, 4), line[12:]) for line in (alignment, utility)]
         alignment, utility = map(as_vector, pair)
-        found, cos, projected = tuning.project(module.Lora, *pair, symmetric)
+        found, cos, projected = module.project(*pair, symmetric)
         found = as_vector(found)
         assert projected == (alignment @ utility < 0) == (cos < 0)
         lengths = np.linalg.norm(alignment), np.linalg.norm(utility)
@@ -79,10 +78,10 @@ def test_projection_leaves_no_conflict(module, symmetric):
 def test_a_zero_gradient_conflicts_with_nothing_and_nan_is_kept(module, symmetric):
     zero, unit, nan = (trained(module, *[np.array([value, 2 * value])] * 2) for value in (0.0, 1.0, math.nan))
     for pair in ((zero, unit), (unit, zero), (zero, zero)):
-        step, cos, projected = tuning.project(module.Lora, *pair, symmetric)
+        step, cos, projected = module.project(*pair, symmetric)
         assert cos == 0 and not projected
         np.testing.assert_array_equal(as_vector(step), as_vector(pair[0]) + symmetric * as_vector(pair[1]))
-    assert np.isnan(as_vector(tuning.project(module.Lora, unit, nan, symmetric)[0])).all(), "it would be lost"
+    assert np.isnan(as_vector(module.project(unit, nan, symmetric)[0])).all(), "it would be lost"
 
 
 @pytest.mark.parametrize("optimizer", ["sft", "pcgrad", "pcgrad-symmetric"])

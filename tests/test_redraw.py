@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from backends.base import Recipe, Redraw
+from backends.core import adapters as peft_folder
 from backends.core import checkpoint, schedules
 from backends.core.errors import InputError
 from backends.core.schedules import learning_rate
 from backends.core.seeds import batch_order
-from backends.flax import adapter as peft_folder
 from stages.method import gradients, metrics
 from tests import reference
 from tests.conftest import ALL_HEADS, HEAD_DIM, HEADS, LAYERS, make_examples

@@ -132,21 +132,21 @@ def swept(backend, examples, tokens) -> tuple[list, list]:
     )
 
 
+@pytest.mark.parametrize("gqa", ["torch"], indirect=True)
 def test_guesses_save_steps_and_change_nothing(gqa, monkeypatch):
     """A head at a time, with a token a step for each row, or all that may be guessed."""
-    module = {"torch": torch_generate, "flax": flax_generate}[gqa.backend.name]
-    examples, widths, step = make_examples(3, seed=5), [], module._Engine.step
+    examples, widths, step = make_examples(3, seed=5), [], torch_generate._Engine.step
 
     def counted(self, ids, *rest):
         widths.append(ids.shape[1])
         return step(self, ids, *rest)
 
-    monkeypatch.setattr(module._Engine, "step", counted)
+    monkeypatch.setattr(torch_generate._Engine, "step", counted)
     monkeypatch.setattr(budgets, "plan_responses", lambda *_, **__: budgets.Plan(3, 3, True))
-    monkeypatch.setattr(module, "STEP_CPU", 1)
+    monkeypatch.setattr(torch_generate, "STEP_CPU", 1)
     expected, plain = swept(gqa.backend, examples, 12), list(widths)
     widths.clear()
-    monkeypatch.setattr(module, "STEP_CPU", 10**6)
+    monkeypatch.setattr(torch_generate, "STEP_CPU", 10**6)
     assert swept(gqa.backend, examples, 12) == expected
     assert set(plain) == {1} and max(widths) > 1 and len(widths) < len(plain)
 
@@ -199,15 +199,17 @@ def assert_idle(backend, mask: str) -> None:
     assert_same(responses[1, 2], backend.generate(prompts, 24))
 
 
+@pytest.mark.parametrize("name", ["torch", pytest.param("flax", marks=pytest.mark.long)])
 @pytest.mark.parametrize("mask", ["output", "query"])
-def test_a_head_without_effect_shows_none(models, scratch, mask):
+def test_a_head_without_effect_shows_none(models, scratch, name, mask):
     """In bfloat16, whose rounding differs with what is beside it."""
-    assert_idle(backends.load("torch", idle_model(models, scratch), device="cpu", dtype="bfloat16"), mask)
+    assert_idle(backends.load(name, idle_model(models, scratch), device="cpu", dtype="bfloat16"), mask)
 
 
-def test_logits_are_not_rounded_to_half_precision(models):
+@pytest.mark.parametrize("name", ["torch", "flax"])
+def test_logits_are_not_rounded_to_half_precision(models, name):
     """Float32 holds eight times and more values between two of bfloat16; ties of letters go with it."""
-    half = backends.load("torch", models["llama-gqa"], device="cpu", dtype="bfloat16")
+    half = backends.load(name, models["llama-gqa"], device="cpu", dtype="bfloat16")
     found = half.logits(make_examples(24, seed=6))
     rounded = torch.from_numpy(found).to(torch.bfloat16).float().numpy()
     assert (rounded != found).mean() > 0.9
@@ -221,6 +223,10 @@ def test_little_memory_changes_nothing(gqa, monkeypatch):
     gqa.backend.kept.drop()
     monkeypatch.setattr(budgets, "plan_responses", lambda *_, **__: budgets.Plan(6, 2, False))
     monkeypatch.setattr(budgets, "keeps_choices", lambda *_: False)
+    for name, value in (("ROWS_CPU", 6), ("RESPONSE", 1)):
+        monkeypatch.setattr(flax_generate, name, value)
+    monkeypatch.setattr(flax_sweep, "TOKENS_CPU", 40)
+    monkeypatch.setattr(flax_sweep, "KEPT", 0.0)
     assert swept(gqa.backend, examples, 10) == expected
 
 

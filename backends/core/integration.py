@@ -1,4 +1,4 @@
-"""Integrated gradients along paths of neurons, and their quadrature: numpy, the same for both backends.
+"""Integrated gradients along paths of neurons, and their quadrature, in numpy: torch's (Flax has its own).
 
 Axes: L layers, F neurons of a layer, N examples, P paths, p of them, n points, m nodes of a rule.
 """

@@ -1,14 +1,14 @@
-"""Both tunings, as both backends do them: what a step reads, follows and records; checkpoints; the result.
+"""Both tunings: what a step reads and records; checkpoints; the result. Nothing of what a step computes.
 
 A plan says what a run reads and takes its steps; an engine, the backend's part, holds parameters and
-optimizer. Gradients are arrays of the engine's library, or several of them.
+optimizer, and does the arithmetic. Gradients are arrays of the engine's library, or several of them.
 """
 
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,18 +37,15 @@ class Engine(Protocol):
 
 class LoraEngine(Engine, Protocol):
     """A and B of LoRA on W_q, of which only the chosen heads' rows move: `LoraPlan.free` when it is opened,
-    each as fast as `LoraPlan.pace` says."""
+    each as an Adam moves it that starts when `LoraPlan.since` says."""
 
     def gradients(self, rows: Sequence[Example]) -> tuple[float, Any]:
         """Mean loss over the rows, and its gradient."""
         ...
 
-    def products(self, gradients: Any, against: Any) -> Sequence[float]:
-        """gradients · against, against · against, gradients · gradients, in float64."""
-        ...
-
-    def combined(self, own: float, gradients: Any, other: float, against: Any) -> Any:
-        """own * gradients + other * against."""
+    def project(self, gradients: Any, against: Any, symmetric: bool) -> tuple[Any, float, bool]:
+        """PCGrad of the alignment loss's gradients against the utility loss's, in what is free: the step's
+        gradients, the cosine of the two before, and whether they conflicted."""
         ...
 
     def step(self, gradients: Any, number: int) -> float:
@@ -56,21 +53,26 @@ class LoraEngine(Engine, Protocol):
         ...
 
 
+class GainStep(NamedTuple):
+    """An outer step of first-order MAML."""
+
+    loss: float
+    """of the query rows at the adapted gains: the safety loss"""
+    util_loss: float
+    cos: float
+    """of the two losses' gradients in the free gains, 0 where one is zero"""
+    norm: float
+    """of the gradient of what is minimised"""
+    clipped: bool
+    """whether a bound clipped a gain"""
+
+
 class GainEngine(Engine, Protocol):
-    """Gains of all neurons and their bounds, float32 [L, F]."""
+    """Gains of all neurons; those of `GainPlan.neurons` move."""
 
-    gains: Any
-    least: Any
-    most: Any
-
-    def norm(self, array: Any) -> float: ...
-
-    def gradient(self, rows: Sequence[Example], gains: Any) -> tuple[float, Any]:
-        """Mean loss over the rows at some gains, and its gradient there, [L, F]."""
-        ...
-
-    def step(self, gradient: Any, number: int) -> bool:
-        """Takes step `number` of the schedule and clips the gains. Returns whether one was out of bounds."""
+    def step(self, support: Task, query: Task, number: int) -> GainStep:
+        """Adapts the gains to the support rows by plain gradient descent, and takes step `number` of the
+        schedule along the query rows' gradient there; both inside the bounds."""
         ...
 
 
@@ -137,8 +139,10 @@ class LoraPlan:
         self.recall([])
 
     def recall(self, records: Sequence[dict]) -> None:
-        """Where steps that were taken before left off: which heads are free, and since when each moves."""
-        self.free, self.since = self.heads, np.full((2, self.shape.layers, self.shape.heads), self.steps)
+        """Where steps that were taken before left off: which heads are free, and since when each moves, the
+        first step of each A, [L], and of each head's rows of B, [L, H] (`steps`: none)."""
+        shape = self.shape
+        self.since = tuple(np.full(size, self.steps) for size in (shape.layers, (shape.layers, shape.heads)))
         self._draw(self.heads, 0)
         for record in records:
             if record["drawn"] is not None:
@@ -146,24 +150,12 @@ class LoraPlan:
 
     def _draw(self, heads: Sequence[Head], number: int) -> None:
         self.free = sorted(check_heads(heads, self.shape))
-        layers, at = np.array(self.free).T
-        of_layer, of_head = self.since  # the first step of A, for each head of its layer; and of rows of B
-        of_layer[layers] = np.minimum(of_layer[layers], number)
-        of_head[layers, at] = np.minimum(of_head[layers, at], number)
-
-    @property
-    def mask(self) -> np.ndarray:
-        """float32 [L, H]: 1 where a head is free."""
-        mask = np.zeros((self.shape.layers, self.shape.heads), np.float32)
-        mask[tuple(np.array(self.free).T)] = 1
-        return mask
-
-    def pace(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """What step `number` of the optimizer is multiplied by, float32: for A [L], and for rows of B [L, H].
-        0: what is not free; 1: what has been from the start (`schedules.adam_pace`)."""
-        of_layer, of_head = schedules.adam_pace(number + 1, np.maximum(number + 1 - self.since, 1))
-        pace = (of_layer.max(axis=1) * self.mask.max(axis=1), of_head * self.mask)
-        return tuple(own.astype(np.float32) for own in pace)
+        if not self.free:
+            raise ValueError("redraw: no heads were drawn")
+        of_layer, of_head = self.since
+        for layer, head in self.free:
+            of_layer[layer] = min(of_layer[layer], number)
+            of_head[layer, head] = min(of_head[layer, head], number)
 
     def _redraw(self, engine: LoraEngine, number: int) -> list[Head] | None:
         """Draws heads anew where it is time, while the model is bare. Returns them, or None."""
@@ -191,39 +183,13 @@ class LoraPlan:
             rows = seeds.reference_rows(number, len(self.reference), len(batch), recipe)
             util_loss, against = engine.gradients([self.reference[row] for row in rows])
             symmetric = recipe.optimizer == "pcgrad-symmetric"
-            gradients, cos, projected = project(engine, gradients, against, symmetric)
+            gradients, cos, projected = engine.project(gradients, against, symmetric)
         if not math.isfinite(engine.step(gradients, number)):
             raise InputError(f"step {number}: the gradient is not finite: lower --lr or use --dtype float32")
         lr = schedules.learning_rate(number, self.steps, recipe)
         tokens = schedules.step_tokens(batch, recipe)
         values = (number, loss, util_loss, cos, projected, lr, tokens, drawn)
         return dict(zip(FIELDS, values, strict=True))
-
-
-def project(
-    engine: LoraEngine, gradients: Any, against: Any, symmetric: bool = False
-) -> tuple[Any, float, bool]:
-    """PCGrad for two tasks (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Alg. 1).
-
-    Where the two conflict (negative inner product, all tensors together one vector), `gradients` lose their
-    component along `against`. `symmetric` is the published algorithm, in which each task is projected against
-    the other's original gradient and the step is their sum: `against` loses its component along the original
-    `gradients` too, and is added, conflict or not. TorchJD's PCGrad is the same sum, without difference for
-    two tasks (there is no order to shuffle). A gradient of zero conflicts with nothing.
-
-    Args:
-        gradients: the alignment loss's.
-        against: the utility loss's.
-
-    Returns the step's gradients, the cosine of the two before, and whether they conflicted.
-    """
-    dot, square, length = engine.products(gradients, against)
-    cos = dot / (square * length) ** 0.5 if square and length else 0.0
-    projected = not dot >= 0  # NaN too, so that the step is not finite and is refused
-    own = 1.0 - dot / length if projected and symmetric else 1.0
-    other = (-dot / square if projected else 0.0) + symmetric
-    step = engine.combined(own, gradients, other, against) if other else gradients
-    return step, cos, projected
 
 
 class GainPlan:
@@ -238,7 +204,7 @@ class GainPlan:
             Task(task.name, *(tuple(cut_rows(rows, size)) for rows in (task.safe, task.util)))
             for task in tasks
         ]
-        self.bounds = schedules.gain_bounds(neurons, shape.layers, shape.mlp_dim)
+        self.neurons = neurons
         divided = [[len(task.safe), len(task.util)] for task in tasks]
         self.chosen = [neurons.safety, neurons.utility, divided]
         self.rows = [row for task in self.tasks for row in (*task.safe, *task.util)]
@@ -251,28 +217,12 @@ class GainPlan:
         """Takes an outer step. Returns its record; InputError on a gradient that is not finite."""
         recipe = self.recipe
         support, query = schedules.draw_task_rows(self.tasks, number, recipe)
-        adapted = engine.gains
-        for _ in range(recipe.inner_steps):
-            *_, gradient = self._objective(engine, support, adapted)
-            adapted = (adapted - recipe.inner_lr * gradient).clip(engine.least, engine.most)
-        loss, util_loss, cos, gradient = self._objective(engine, query, adapted)
-        if not math.isfinite(engine.norm(gradient)):
+        loss, util_loss, cos, norm, clipped = engine.step(support, query, number)
+        if not math.isfinite(norm):
             raise InputError(
                 f"step {number}: the gradient is not finite: lower --gain-lr or use --dtype float32"
             )
-        clipped = engine.step(gradient, number)
         lr = schedules.learning_rate(number, self.steps, recipe)
         tokens = schedules.gain_step_tokens(support, query, recipe)
         values = (number, loss, util_loss, cos, clipped, lr, tokens, None)
         return dict(zip(FIELDS, values, strict=True))
-
-    def _objective(self, engine: GainEngine, rows: Task, gains: Any) -> tuple[float, float, float, Any]:
-        """At some gains: the safety and the utility loss, the cosine of their gradients in the free gains,
-        and the gradient of what is minimised, [L, F], zero where not free."""
-        free = engine.least < engine.most
-        safe_loss, safe = engine.gradient(rows.safe, gains)
-        util_loss, util = engine.gradient(rows.util, gains)
-        safe, util = safe * free, util * free
-        dot, lengths = float((safe * util).sum()), engine.norm(safe) * engine.norm(util)
-        gradient = self.recipe.lam * safe + schedules.utility_weight(self.recipe) * util
-        return safe_loss, util_loss, dot / lengths if lengths else 0.0, gradient

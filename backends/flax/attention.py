@@ -1,4 +1,4 @@
-"""Attention and rotary embedding, on lines of prompts and on caches.
+"""Attention and rotary embedding, and rows whose common beginning stands once.
 
 Axes as in `flax.decoder`.
 """
@@ -19,23 +19,39 @@ class KeyValue(NamedTuple):
     values: jax.Array
 
 
-class Line(NamedTuple):
-    """A `packing.Line` on the mesh: T tokens, R prompts of at most C."""
+class Layout(NamedTuple):
+    """R right-padded rows of T columns, the first P of which are alike in all, as a line of P + R * (T - P)
+    tokens in which those stand once."""
 
-    ids: jax.Array
-    """[T]"""
-    positions: jax.Array
-    """[T]"""
-    columns: jax.Array
-    """[R, C]"""
-    lengths: jax.Array
-    """[R]"""
-    picks: jax.Array
-    """[T - P]"""
+    prefix: int
+    rows: int
+    width: int
 
     @property
-    def prefix(self) -> int:
-        return len(self.ids) - len(self.picks)
+    def tokens(self) -> int:
+        return self.prefix + self.rows * (self.width - self.prefix)
+
+    @property
+    def positions(self) -> jax.Array:
+        """Of the line's tokens in their rows."""
+        own = jnp.arange(self.prefix, self.width)
+        return jnp.concatenate([jnp.arange(self.prefix), jnp.tile(own, self.rows)])
+
+    def join(self, rows: jax.Array) -> jax.Array:
+        """[R, T] -> [P + R * (T - P)]."""
+        return jnp.concatenate([rows[0, : self.prefix], rows[:, self.prefix :].ravel()])
+
+    def split(self, line: jax.Array) -> jax.Array:
+        """[n, P + R * (T - P), …] -> [n, R, T, …]."""
+        before, own = line[:, : self.prefix], line[:, self.prefix :]
+        own = own.reshape(len(line), self.rows, -1, *line.shape[2:])
+        before = jnp.broadcast_to(before[:, None], (*own.shape[:2], *before.shape[1:]))
+        return jnp.concatenate([before, own], axis=2)
+
+    def take(self, line: jax.Array, columns: jax.Array) -> jax.Array:
+        """The tokens of each row's columns [R, G]: [n, line, …] -> [n, R, G, …]."""
+        before = jnp.arange(self.rows)[:, None] * (self.width - self.prefix)
+        return line[:, jnp.where(columns < self.prefix, columns, before + columns)]
 
 
 def turns(positions: jax.Array, frequencies: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
@@ -56,13 +72,24 @@ def by_head(own: KeyValue) -> KeyValue:
     return KeyValue(*(jnp.moveaxis(part, -2, -3) for part in own))
 
 
-def attend(query: jax.Array, known: KeyValue, visible: jax.Array) -> jax.Array:
-    """Attention of [..., M, H, D] over keys and values [..., K, C, D]; visible: bool, broadcastable to
-    [..., M, C]."""
+def seen(apart: jax.Array, window: jax.Array) -> jax.Array:
+    """Whether a query sees a key that stands so many tokens before it."""
+    return (apart >= 0) & (apart < window)
+
+
+def attend(query: jax.Array, known: KeyValue, visible: jax.Array, fused: bool = False) -> jax.Array:
+    """Attention of [..., M, H, D] over keys and values [..., K, C, D].
+
+    Args:
+        visible: bool, broadcastable to [..., M, C].
+        fused: by JAX's own function, which accelerators have kernels for.
+    """
+    if fused:
+        return _fused(query, known, visible)
     kv_heads, dim = known.keys.shape[-3], query.shape[-1]
     grouped = query.reshape(*query.shape[:-2], kv_heads, -1, dim)  # (..., M, K, G, D)
     at_least = jnp.promote_types(query.dtype, jnp.float32)
-    seen = visible[..., None, :, None, :]  # (..., 1, M, 1, C)
+    shown = visible[..., None, :, None, :]  # (..., 1, M, 1, C)
     # A single query reads each key once. XLA fuses these sums; its products of matrices so thin took a
     # quarter of a decoding step on a CPU.
     alone = query.shape[-3] == 1
@@ -77,7 +104,7 @@ def attend(query: jax.Array, known: KeyValue, visible: jax.Array) -> jax.Array:
             precision=PRECISION,
             preferred_element_type=at_least,
         )
-    weights = jax.nn.softmax(jnp.where(seen, products * dim**-0.5, jnp.finfo(at_least).min), axis=-1)
+    weights = jax.nn.softmax(jnp.where(shown, products * dim**-0.5, jnp.finfo(at_least).min), axis=-1)
     weights = weights.astype(query.dtype)
     if alone:
         values = known.values[..., None, None, :, :].astype(at_least)
@@ -87,25 +114,32 @@ def attend(query: jax.Array, known: KeyValue, visible: jax.Array) -> jax.Array:
     return mixed.reshape(query.shape)
 
 
-def attend_line(query: jax.Array, own: KeyValue, line: Line, window: jax.Array) -> jax.Array:
-    """Every token of a line on what stands before it in its own prompt: [n, T, H, D] on [n, T, K, D]."""
-    prefix = line.prefix
-    at = jnp.arange(line.columns.shape[1])
-    apart = at[:, None] - at  # query minus key position
-    seen = (apart >= 0) & (apart < window)
-    # Each prompt's own, [n, R, C, …]; shared tokens are answered more than once and picked once.
-    known = by_head(KeyValue(*(part[:, line.columns] for part in own)))
-    found = attend(query[:, line.columns[:, prefix:]], known, seen[prefix:])
-    found = found.reshape(len(query), -1, *query.shape[2:])[:, line.picks]  # (n, T - P, H, D)
-    if not prefix:
-        return found
-    before = by_head(KeyValue(*(part[:, :prefix] for part in own)))
-    first = attend(query[:, :prefix], before, seen[:prefix, :prefix])
-    return jnp.concatenate([first, found], axis=1)
+def _fused(query: jax.Array, known: KeyValue, visible: jax.Array) -> jax.Array:
+    batch = query.shape[:-3]
+    keys, values = (jnp.broadcast_to(part, (*batch, *part.shape[-3:])) for part in known)
+    mask = jnp.broadcast_to(visible, (*batch, query.shape[-3], keys.shape[-2]))
+    query, keys, values, mask = (
+        part.reshape(-1, *part.shape[len(batch) :]) for part in (query, keys, values, mask)
+    )
+    keys, values = (jnp.moveaxis(part, 1, 2) for part in (keys, values))  # (b, C, K, D)
+    with jax.default_matmul_precision("highest"):
+        found = jax.nn.dot_product_attention(query, keys, values, mask=mask[:, None])
+    return found.reshape(*batch, *found.shape[1:])
 
 
-def attend_last(query: jax.Array, own: KeyValue, line: Line, window: jax.Array) -> jax.Array:
-    """The prompts' last tokens on their prompts: [n, R, H, D] on [n, T, K, D]."""
-    apart = (line.lengths - 1)[:, None] - jnp.arange(line.columns.shape[1])  # (R, C)
-    known = by_head(KeyValue(*(part[:, line.columns] for part in own)))
-    return attend(query[:, :, None], known, ((apart >= 0) & (apart < window))[:, None])[:, :, 0]
+def attend_line(
+    query: jax.Array, own: KeyValue, layout: Layout, window: jax.Array, fused: bool
+) -> tuple[jax.Array, KeyValue]:
+    """Every token of a line on what stands before it in its row: [n, line, H, D], from queries of that shape
+    and [n, line, K, D]; and the rows' keys and values, [n, R, K, T, D]."""
+    prefix, columns, copies = layout.prefix, jnp.arange(layout.width), len(query)
+    visible = seen(columns[:, None] - columns, window)
+    known = by_head(KeyValue(*map(layout.split, own)))
+    of_rows = query[:, prefix:].reshape(copies, layout.rows, -1, *query.shape[2:])
+    heads = attend(of_rows, known, visible[prefix:], fused)  # (n, R, T - P, H, D)
+    heads = heads.reshape(copies, -1, *query.shape[2:])
+    if prefix:
+        before = by_head(KeyValue(*(part[:, :prefix] for part in own)))
+        first = attend(query[:, :prefix], before, visible[:prefix, :prefix], fused)
+        heads = jnp.concatenate([first, heads], axis=1)
+    return heads, known

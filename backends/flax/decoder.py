@@ -1,15 +1,17 @@
-"""The decoder in Flax NNX: one for Llama, Qwen2 and Mistral. Heads are an axis, layers are scanned.
+"""The decoder in Flax NNX: one for Llama, Qwen2, Qwen3 and Mistral. Heads are an axis, layers are scanned.
 
 Every layer's weights stand in one array with a leading axis L, and a loop over layers runs one compiled body
 (compile time does not grow with depth) from any layer to any other. What changes from call to call is an
 argument: which heads are kept (`keep`), LoRA, keys and values. Arithmetic follows transformers' modules
 (norms, softmax and logits in float32).
 
-Axes as in `backends.base`; n copies of a line (each with another head ablated) or rows, R prompts, P tokens
-of the prefix that all share, C of the longest prompt, or columns of a cache, G = H / K.
+Axes as in `backends.base`; n copies of a line (`attention.Layout`: R rows of T columns, the first P of which
+stand once), each with another head ablated; G columns of a row whose outcome is wanted, or H / K; C columns
+of a cache.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,17 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from backends.base import Shape
-from backends.flax.attention import (
-    PRECISION,
-    KeyValue,
-    Line,
-    attend,
-    attend_last,
-    attend_line,
-    by_head,
-    rotate,
-    turns,
-)
+from backends.flax.attention import PRECISION, KeyValue, Layout, attend, attend_line, rotate, seen, turns
 
 EVERY = 2**30
 """the window of a layer that attends to all tokens"""
@@ -49,7 +41,11 @@ class Config:
     mlp_bias: bool
     tied: bool
     """the output matrix is the embedding"""
+    head_norms: bool
+    """queries and keys of a head are normed before the rotary turn"""
     dtype: str
+    fused: bool = False
+    """attention by JAX's own function"""
 
 
 class Adapter(NamedTuple):
@@ -79,15 +75,44 @@ class At(NamedTuple):
     """values [n, F] of the neurons at each row's first token, and rows bool [n] in which they are set"""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["keep"], meta_fields=["mask"])
+@dataclass(frozen=True)
+class Ablation:
+    """Which heads are kept in each copy of a line, and what is zeroed of the others."""
+
+    keep: jax.Array | None = None
+    """[n, L, H]; None: all"""
+    mask: str = "output"
+
+
+CLEAN = Ablation()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["ids", "lengths"], meta_fields=["layout"])
+@dataclass(frozen=True)
+class Padded:
+    """Rows on the mesh."""
+
+    ids: jax.Array
+    """[R, T], right-padded"""
+    lengths: jax.Array
+    """[R]"""
+    layout: Layout
+
+    def ends(self, line: jax.Array) -> jax.Array:
+        """Each row's last token: [n, line, …] -> [n, R, …]."""
+        return self.layout.take(line, self.lengths[:, None] - 1)[:, :, 0]
+
+
 def wide(x: jax.Array) -> jax.Array:
     """At least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: Config, *stack: int):
+    def __init__(self, config: Config, *shape: int):
         self.eps = config.eps
-        self.scale = nnx.Param(jnp.ones((*stack, config.shape.model_dim), config.dtype))
+        self.scale = nnx.Param(jnp.ones(shape, config.dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = wide(x)
@@ -124,6 +149,8 @@ class Attention(nnx.Module):
             (layers, model) if config.output_bias else None,
             dtype,
         )
+        self.query_norm = RMSNorm(config, layers, dim) if config.head_norms else None
+        self.key_norm = RMSNorm(config, layers, dim) if config.head_norms else None
 
 
 class MLP(nnx.Module):
@@ -146,8 +173,9 @@ class Layer(nnx.Module):
 
     def __init__(self, config: Config):
         self.attention, self.mlp = Attention(config), MLP(config)
-        self.before_attention = RMSNorm(config, config.shape.layers)
-        self.before_mlp = RMSNorm(config, config.shape.layers)
+        size = config.shape
+        self.before_attention = RMSNorm(config, size.layers, size.model_dim)
+        self.before_mlp = RMSNorm(config, size.layers, size.model_dim)
 
     def queries(self, x, turn, at: At, mask: str, scale) -> jax.Array:
         """[n, T, E] -> [n, T, H, D]."""
@@ -157,6 +185,8 @@ class Layer(nnx.Module):
             low = jnp.einsum("...e,re->...r", wide(x), at.a, precision=PRECISION)
             added = jnp.einsum("...r,hdr->...hd", low, at.b, precision=PRECISION) * scale
             query = (query + added).astype(query.dtype)
+        if self.attention.query_norm is not None:
+            query = self.attention.query_norm(query)
         if at.keep is not None and mask == "query":
             query = query * at.keep[:, None, :, None].astype(query.dtype)
         return rotate(query, turn)
@@ -164,7 +194,10 @@ class Layer(nnx.Module):
     def key_values(self, x, turn) -> KeyValue:
         """[n, T, E] -> [n, T, K, D] each."""
         x = self.before_attention(x)
-        return KeyValue(rotate(self.attention.key(x), turn), self.attention.value(x))
+        key = self.attention.key(x)
+        if self.attention.key_norm is not None:
+            key = self.attention.key_norm(key)
+        return KeyValue(rotate(key, turn), self.attention.value(x))
 
     def attended(self, x, heads, at: At, mask: str) -> jax.Array:
         """The stream [n, T, E] between attention and MLP, from the layer's input and what its heads read,
@@ -193,18 +226,26 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = nnx.Param(jnp.zeros((size.vocab, size.model_dim), config.dtype))
         self.layers = Layer(config)
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config, size.model_dim)
         self.head = None if config.tied else nnx.Param(jnp.zeros((size.vocab, size.model_dim), config.dtype))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         return self.embedding[...][ids]
 
-    def logits(self, hidden: jax.Array, vocabulary: jax.Array | None = None) -> jax.Array:
-        """float32 [..., V] from the last layer's residual stream, or [..., n] for the n tokens of
-        `vocabulary`."""
-        matrix = (self.embedding if self.head is None else self.head)[...]
-        matrix = matrix if vocabulary is None else matrix[vocabulary]
-        return wide(jnp.einsum("...e,ve->...v", self.norm(hidden), matrix, precision=PRECISION))
+    def line(self, padded: Padded) -> jax.Array:
+        """The residual stream of rows before layer 0, [1, line, E]."""
+        return self.embed(padded.layout.join(padded.ids))[None]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] from the last layer's residual stream, never rounded to half precision."""
+        matrix, hidden = (self.embedding if self.head is None else self.head)[...], self.norm(hidden)
+        return jnp.einsum(
+            "...e,ve->...v",
+            hidden,
+            matrix,
+            precision=PRECISION,
+            preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
+        )
 
     def stacked(
         self, keep: jax.Array | None = None, adapter: Adapter | None = None
@@ -215,106 +256,86 @@ class Decoder(nnx.Module):
         a, b, _, gains = adapter or Adapter()
         return graph, At(weights, jnp.array(self.config.windows), each, a, b, gains)
 
-    def _at(self, stacked: At, index) -> At:
-        return jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
-
-    def run(
+    def climb(
         self,
         hidden: jax.Array,
-        line: Line,
         start: jax.Array,
         stop: jax.Array,
-        keep: jax.Array | None = None,
-        mask: str = "output",
+        layout: Layout,
+        ablation: Ablation = CLEAN,
         adapter: Adapter | None = None,
         caches: KeyValue | None = None,
     ) -> tuple[jax.Array, KeyValue | None]:
         """Layers start..stop-1 (traced) for copies of a line, each with its own heads ablated.
 
         Args:
-            hidden: residual stream before layer `start`, [n, T, E].
-            keep: [n, L, H], 0 where a head is ablated; None: none is.
-            caches: keys and values, [L, n, T, K, D], filled in from `start` on.
+            hidden: residual stream before layer `start`, [n, line, E].
+            caches: keys and values [L, n, R, K, C, D], whose first T columns are filled in from `start` on.
 
-        Returns the residual stream after layer stop-1, and the caches.
+        Returns the residual stream before layer `stop`, and the caches.
         """
-        turn = turns(line.positions, self.config.frequencies)
+
+        def attend_rows(query, own, window, index, caches):
+            heads, known = attend_line(query, own, layout, window, self.config.fused)
+            return heads, filled(caches, index, known)
+
+        turn = turns(layout.positions, self.config.frequencies)
+        return self._loop(hidden, caches, start, stop, turn, attend_rows, ablation, adapter)
+
+    def last(self, padded: Padded, ablation: Ablation, adapter: Adapter | None) -> jax.Array:
+        """The last layer's residual stream, [n, line, E]."""
+        line = self.line(padded)
+        if ablation.keep is not None:
+            line = jnp.broadcast_to(line, (len(ablation.keep), *line.shape[1:]))
+        return self.climb(line, 0, self.config.shape.layers, padded.layout, ablation, adapter)[0]
+
+    def step(
+        self,
+        tokens: jax.Array,
+        number: jax.Array,
+        padded: Padded,
+        caches: KeyValue,
+        ablation: Ablation = CLEAN,
+        adapter: Adapter | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
+        """All layers for one further token of each row, [n, R] -> [n, R, E].
+
+        Args:
+            number: of the token in its response; its column is T + number, its position lengths + number.
+            padded: the prompts.
+            caches: [L, n, R, K, C, D]; returned with this token in them.
+        """
+        lengths, width = padded.lengths, padded.layout.width
+        columns, position = jnp.arange(caches.keys.shape[-2]), lengths + number
+        there = (columns >= width) | (columns < lengths[:, None])
+        positions = jnp.where(columns >= width, lengths[:, None] + columns - width, columns)  # (R, C)
+        apart = jnp.where(there, position[:, None] - positions, -1)
+
+        def attend_cache(query, own, window, index, caches):
+            new = KeyValue(*(part[:, :, :, None] for part in own))  # (n, R, K, 1, D)
+            caches = filled(caches, index, new, width + number)
+            visible = seen(apart, window)[:, None]  # (R, 1, C)
+            heads = attend(query[:, :, None], at_layer(caches, index), visible, self.config.fused)
+            return heads[:, :, 0], caches
+
+        first, turn = self.embed(tokens), turns(position, self.config.frequencies)
+        layers = self.config.shape.layers
+        return self._loop(first, caches, 0, layers, turn, attend_cache, ablation, adapter)
+
+    def _loop(self, hidden, caches, start, stop, turn, attend_own, ablation: Ablation, adapter):
+        """Layers start..stop-1; attend_own(query, own, window, index, caches) -> heads, caches."""
+        graph, stacked = self.stacked(ablation.keep, adapter)
         scale = None if adapter is None else adapter.scale
-        graph, stacked = self.stacked(keep, adapter)
 
         def body(index, carry):
             hidden, caches = carry
-            at = self._at(stacked, index)
+            at = at_layer(stacked, index)
             layer: Layer = nnx.merge(graph, at.weights)
-            own = layer.key_values(hidden, turn)
-            if caches is not None:
-                caches = jax.tree.map(lambda whole, new: whole.at[index].set(new), caches, own)
-            heads = attend_line(layer.queries(hidden, turn, at, mask, scale), own, line, at.window)
-            return layer.finish(hidden, heads, at, mask), caches
+            query = layer.queries(hidden, turn, at, ablation.mask, scale)
+            heads, caches = attend_own(query, layer.key_values(hidden, turn), at.window, index, caches)
+            return layer.finish(hidden, heads, at, ablation.mask), caches
 
         return jax.lax.fori_loop(start, stop, body, (hidden, caches))
-
-    def end(
-        self,
-        hidden: jax.Array,
-        line: Line,
-        start: jax.Array,
-        keep: jax.Array | None = None,
-        mask: str = "output",
-        adapter: Adapter | None = None,
-        caches: KeyValue | None = None,
-    ) -> tuple[jax.Array, KeyValue | None]:
-        """As `run` to the model's end: the last layer's residual stream of the prompts' last tokens only,
-        [n, R, E]."""
-        final = self.config.shape.layers - 1
-        hidden, caches = self.run(hidden, line, start, final, keep, mask, adapter, caches)
-        turn = turns(line.positions, self.config.frequencies)
-        graph, stacked = self.stacked(keep, adapter)
-        at = jax.tree.map(lambda whole: whole[final], stacked)
-        layer: Layer = nnx.merge(graph, at.weights)
-        own = layer.key_values(hidden, turn)
-        if caches is not None:
-            caches = jax.tree.map(lambda whole, new: whole.at[final].set(new), caches, own)
-        last = line.columns[:, -1]
-        hidden, turn = hidden[:, last], tuple(part[last] for part in turn)
-        query = layer.queries(hidden, turn, at, mask, None if adapter is None else adapter.scale)
-        return layer.finish(hidden, attend_last(query, own, line, at.window), at, mask), caches
-
-    def extend(
-        self,
-        hidden: jax.Array,
-        cache: KeyValue,
-        positions: jax.Array,
-        start: jax.Array,
-        stop: jax.Array,
-        keep: jax.Array | None = None,
-        mask: str = "output",
-        adapter: Adapter | None = None,
-    ) -> tuple[jax.Array, KeyValue]:
-        """Layers start..stop-1 (traced) for w further tokens of each row, [n, w, E] at positions [n, w].
-
-        Args:
-            cache: [L, n, K, C, D], a token's column being its position; returned with these tokens in it.
-            keep: [n, L, H].
-        """
-        turn = turns(positions, self.config.frequencies)
-        rows = jnp.arange(len(hidden))[:, None]
-        apart = positions[..., None] - jnp.arange(cache.keys.shape[-2])  # (n, w, C)
-        scale = None if adapter is None else adapter.scale
-        graph, stacked = self.stacked(keep, adapter)
-
-        def body(index, carry):
-            hidden, cache = carry
-            at = self._at(stacked, index)
-            layer: Layer = nnx.merge(graph, at.weights)
-            new = layer.key_values(hidden, turn)  # (n, w, K, D)
-            cache = jax.tree.map(lambda whole, own: whole.at[index, rows, :, positions].set(own), cache, new)
-            known = jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), cache)
-            query = layer.queries(hidden, turn, at, mask, scale)
-            heads = attend(query, known, (apart >= 0) & (apart < at.window))
-            return layer.finish(hidden, heads, at, mask), cache
-
-        return jax.lax.fori_loop(start, stop, body, (hidden, cache))
 
     def forward(
         self,
@@ -331,33 +352,30 @@ class Decoder(nnx.Module):
             keep: [B, L, H], the gate of each head.
         """
         graph, stacked = self.stacked(keep, adapter)
-        layer = self._padded_layer(graph, ids.shape[1], adapter, mask)
+        scale, layout = None if adapter is None else adapter.scale, Layout(0, 1, ids.shape[1])
+        turn = turns(layout.positions, self.config.frequencies)
 
         def body(x, at: At):
-            return layer(x, at), None
+            layer: Layer = nnx.merge(graph, at.weights)
+            query, own = layer.queries(x, turn, at, mask, scale), layer.key_values(x, turn)
+            heads, _ = attend_line(query, own, layout, at.window, self.config.fused)
+            return layer.finish(x, heads, at, mask), None
 
         step = jax.checkpoint(body) if recompute else body
         return jax.lax.scan(step, self.embed(ids), stacked)[0]
 
-    def climb(
-        self, hidden: jax.Array, start: jax.Array, stop: jax.Array, keep: jax.Array | None, mask: str
-    ) -> jax.Array:
-        """Layers start..stop-1 (traced) for the residual stream [B, T, E] of right-padded rows."""
-        graph, stacked = self.stacked(keep)
-        layer = self._padded_layer(graph, hidden.shape[1], None, mask)
-        return jax.lax.fori_loop(start, stop, lambda index, x: layer(x, self._at(stacked, index)), hidden)
 
-    def _padded_layer(self, graph, width: int, adapter: Adapter | None, mask: str):
-        """(x, At) -> x, a layer on right-padded rows of `width` tokens, [B, T, E]."""
-        columns = jnp.arange(width)
-        apart = columns[:, None] - columns[None, :]  # query minus key position
-        turn = turns(columns, self.config.frequencies)
-        scale = None if adapter is None else adapter.scale
+def at_layer(stacked, index):
+    return jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
 
-        def apply(x: jax.Array, at: At) -> jax.Array:
-            layer: Layer = nnx.merge(graph, at.weights)
-            query, own = layer.queries(x, turn, at, mask, scale), by_head(layer.key_values(x, turn))
-            heads = attend(query, own, (apart >= 0) & (apart < at.window))
-            return layer.finish(x, heads, at, mask)
 
-        return apply
+def filled(caches: KeyValue | None, index, new: KeyValue, column=0) -> KeyValue | None:
+    """Caches [L, …, C, D] with a layer's keys and values from a column on; None stays None."""
+    if caches is None:
+        return None
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        at = (index, *(0,) * (whole.ndim - 3), column, 0)
+        return jax.lax.dynamic_update_slice(whole, part[None], at)
+
+    return jax.tree.map(put, caches, new)

@@ -54,14 +54,19 @@ def make_mesh(devices: Sequence[jax.Device], shape: Shape, model_parallel: int, 
     """
     count = len(devices)
     if not model_parallel:
-        memory = (devices[0].memory_stats() or {}).get("bytes_limit")  # a CPU gives none: all share one
-        model_parallel = model_axis(count, shape.heads, weight_bytes, memory)
+        model_parallel = model_axis(count, shape.heads, weight_bytes, memory_of(devices[0]))
     if shape.heads % model_parallel:
         raise InputError(f"--model-parallel {model_parallel} does not divide the model's {shape.heads} heads")
     if count % model_parallel:
         raise InputError(f"--model-parallel {model_parallel} does not divide the {count} devices JAX sees")
     grid = np.array(devices).reshape(-1, model_parallel)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Bytes that JAX may use of a device (of a GPU it takes three quarters at the start); None: a CPU, whose
+    devices share the machine's."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def model_axis(count: int, heads: int, weight_bytes: int, memory: int | None) -> int:

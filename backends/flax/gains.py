@@ -1,8 +1,8 @@
-"""NeuronTune's tuning: gains of MLP neurons by first-order MAML, by optax. Mirrors the torch wing's."""
+"""NeuronTune's tuning: gains of MLP neurons by first-order MAML, by optax."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,21 @@ import numpy as np
 import optax
 from flax import nnx
 
-from backends.base import Example
-from backends.core.packing import passes
-from backends.core.schedules import learning_rate
-from backends.core.tuning import GainPlan
-from backends.flax import adapter
+from backends.base import Task
+from backends.core import adapters
+from backends.core.schedules import BETAS, learning_rate
+from backends.core.tuning import GainPlan, GainStep
 from backends.flax.decoder import Adapter
-from backends.flax.loss import loss_of, make_rows, recomputes
+from backends.flax.loss import Passes, loss_of, sizes_of
 from backends.flax.model import Model
 from backends.flax.tune import restored, state
+
+
+class Bounds(NamedTuple):
+    """Least and largest gain of every neuron, [L, F]; both 1 where it is not free."""
+
+    least: jax.Array
+    most: jax.Array
 
 
 class Gains:
@@ -28,53 +34,68 @@ class Gains:
 
     def __init__(self, model: Model, plan: GainPlan):
         self.model, self.plan, self.recipe = model, plan, plan.recipe
+        self.passes = Passes(model, max(1, plan.recipe.batch // 2), sizes_of(plan.rows, 3))
 
     def open(self) -> None:
-        plan, recipe = self.plan, self.recipe
-        self.least, self.most = map(self.model.put, plan.bounds)
-        self.gains = self.model.put(np.ones(self.least.shape, np.float32))
-        optimizer = optax.adam(
-            lambda step: learning_rate(step, plan.steps, recipe), b1=0.9, b2=0.999, eps=1e-8
-        )
-        self.optimizer_state = optimizer.init(self.gains)
-        self.update = jax.jit(partial(_update, optimizer))
+        put, size = self.model.put, self.model.config.shape
+        least, most = np.ones((2, size.layers, size.mlp_dim), np.float32)
+        for layer, neuron in self.plan.neurons.safety:
+            most[layer, neuron] = np.inf
+        for layer, neuron in self.plan.neurons.utility:
+            least[layer, neuron] = 0
+        self.bounds = Bounds(put(least), put(most))
+        self.gains = put(np.ones(least.shape, np.float32))
+        self.moments = optimizer(self.bounds, 0.0).init(self.gains)
 
     def close(self) -> None:
         pass  # the weights of the model were never changed
 
-    def gradient(self, rows: Sequence[Example], gains: jax.Array) -> tuple[float, jax.Array]:
-        model, size = self.model, max(1, self.recipe.batch // 2)
-        total, gradient = 0.0, jnp.zeros_like(gains)
-        for some in passes(rows, size):
-            batch = make_rows(model, some, model.rows(min(size, len(rows))), len(rows))
-            recompute = recomputes(model, *batch.ids.shape)
-            loss, new = model.apply(gain_gradients, gains, batch, recompute)
-            gradient += new
-            total += float(loss)
-        return total, gradient
+    def step(self, support: Task, query: Task, number: int) -> GainStep:
+        recipe, adapted = self.recipe, self.gains
+        for _ in range(recipe.inner_steps):
+            _, gradients = self.gradients(support, adapted)
+            adapted = jnp.clip(adapted - recipe.inner_lr * self.minimised(*gradients), *self.bounds)
+        losses, gradients = self.gradients(query, adapted)
+        lr = np.float32(learning_rate(number, self.plan.steps, recipe))
+        gradient = self.minimised(*gradients)
+        self.gains, self.moments, clipped = update(self.gains, self.moments, gradient, self.bounds, lr)
+        return GainStep(*losses, cosine(*gradients), float(jnp.linalg.norm(gradient)), bool(clipped))
 
-    def norm(self, array: jax.Array) -> float:
-        return float(jnp.linalg.norm(array))
+    def gradients(self, rows: Task, gains: jax.Array) -> tuple[list[float], list[jax.Array]]:
+        """Of harmful and of benign rows: the mean loss at some gains, and its gradient in what is free,
+        [L, F]."""
+        each = [self.passes.sum(gain_gradients, some, gains) for some in (rows.safe, rows.util)]
+        return [loss for loss, _ in each], [only(gradient, self.bounds) for _, gradient in each]
 
-    def step(self, gradient: jax.Array, number: int) -> bool:
-        """The optimizer counts its steps itself."""
-        self.gains, self.optimizer_state, clipped = self.update(
-            self.gains, self.optimizer_state, gradient, self.least, self.most
-        )
-        return bool(clipped)
+    def minimised(self, safe: jax.Array, util: jax.Array) -> jax.Array:
+        """The gradient of what is minimised: losses weigh lam and 1 - lam, the second one's sign is that of
+        the objective."""
+        sign = {"preserve": 1, "suppress": -1}[self.recipe.utility_objective]
+        return self.recipe.lam * safe + sign * (1 - self.recipe.lam) * util
 
     def state(self) -> dict[str, np.ndarray]:
-        return state((self.gains, self.optimizer_state))
+        return state((self.gains, self.moments))
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        self.gains, self.optimizer_state = restored(self.model, arrays, (self.gains, self.optimizer_state))
+        self.gains, self.moments = restored(self.model, arrays, (self.gains, self.moments))
 
     def save(self, folder: Path) -> None:
-        adapter.write_gains(folder, np.asarray(self.gains))
+        adapters.write_gains(folder, np.asarray(self.gains))
+
+
+def only(gradient: jax.Array, bounds: Bounds) -> jax.Array:
+    """Zero where a gain is not free."""
+    return gradient * (bounds.least < bounds.most)
+
+
+def cosine(left: jax.Array, right: jax.Array) -> float:
+    """0 where one is zero."""
+    lengths = float(jnp.linalg.norm(left)) * float(jnp.linalg.norm(right))
+    return float(jnp.vdot(left, right)) / lengths if lengths else 0.0
 
 
 @partial(jax.jit, static_argnames=("graph", "recompute"))
-def gain_gradients(graph, weights, gains, rows, recompute: bool):
+def gain_gradients(graph, weights, rows, recompute: bool, gains: jax.Array):
     """The loss and its gradient in the gains."""
 
     def loss(gains: jax.Array) -> jax.Array:
@@ -83,9 +104,16 @@ def gain_gradients(graph, weights, gains, rows, recompute: bool):
     return jax.value_and_grad(loss)(gains)
 
 
-def _update(optimizer, gains, state, gradient, least, most):
+def optimizer(bounds: Bounds, lr) -> optax.GradientTransformation:
+    """Adam on the gradient of what is free."""
+    mask = optax.stateless(lambda gradient, _: only(gradient, bounds))
+    return optax.chain(mask, optax.adam(lr, *BETAS, eps=1e-8))
+
+
+@jax.jit
+def update(gains: jax.Array, moments, gradient: jax.Array, bounds: Bounds, lr):
     """One outer step inside the bounds, and whether a gain was out of bounds."""
-    updates, state = optimizer.update(gradient, state, gains)
+    updates, moments = optimizer(bounds, lr).update(gradient, moments, gains)
     moved = optax.apply_updates(gains, updates)
-    bounded = jnp.clip(moved, least, most)
-    return bounded, state, (bounded != moved).any()
+    bounded = jnp.clip(moved, *bounds)
+    return bounded, moments, (bounded != moved).any()

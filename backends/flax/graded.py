@@ -1,4 +1,4 @@
-"""Graded outcomes, of the model and with one head at a time ablated: padded rows, nothing decoded."""
+"""Graded outcomes, of the model and with one head at a time ablated; nothing is decoded."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,16 +11,17 @@ import numpy as np
 from flax import nnx
 
 from backends.base import Choices, Example, Grades, Head
-from backends.core import budgets, packing
 from backends.core.kept import Kept
 from backends.flax import adapter as peft_folder
-from backends.flax.decoder import Adapter, Decoder
-from backends.flax.loss import Rows, make_rows, row_losses, target_logits
-from backends.flax.model import Model, embed
-from backends.flax.sweep import choose, filled_up, keep_mask
+from backends.flax.decoder import CLEAN, Ablation, Adapter, Decoder, Padded
+from backends.flax.loss import Rows, make_rows, row_losses
+from backends.flax.model import Model, Part, filled_up, make_parts, round_up
+from backends.flax.sweep import Stream, Swept, ablated, copies_of, predicted, rivals_of, sweep, token_limit
 
-TOKENS_CPU, TOKENS_DEVICE = 2048, 16384
-"""padded tokens of a pass, for each device of the data axis"""
+LOGITS_CPU, LOGITS_DEVICE = 1024, 4096
+"""places whose logits over the vocabulary are held together, for each device of the data axis"""
+PLACES = 8
+"""places of a row are one, or a multiple of it"""
 
 
 class Batch(NamedTuple):
@@ -35,10 +36,57 @@ class Batch(NamedTuple):
 
 
 def make_batch(model: Model, examples: Sequence[Example]) -> Batch:
+    """Of examples with their whole targets."""
     filled = model.rows(len(examples))
-    rivals = filled_up([np.roll(row.choice_ids, -row.answer) for row in examples], filled)
-    refusals = filled_up([row.refusal_ids for row in examples], filled)
-    return Batch(make_rows(model, examples, filled, 1), model.put(rivals, 0), model.put(refusals, 0))
+    return _with_rivals(model, examples, examples, make_rows(model, examples, filled, 1), filled)
+
+
+def _with_rivals(
+    model: Model, examples: Sequence[Example], every: Sequence[Example], rows: Rows, filled: int
+) -> Batch:
+    """Of some rows of `every`, which say how many tokens compete at most."""
+    rivals = [np.roll(row.choice_ids, -row.answer) for row in examples]
+    refusals = [row.refusal_ids for row in examples]
+    widths = (max(len(row.choice_ids) for row in every), max(len(row.refusal_ids) for row in every))
+    both = (filled_up(lists, filled, width) for lists, width in zip((rivals, refusals), widths, strict=True))
+    return Batch(rows, *(model.put(part, 0) for part in both))
+
+
+# What is graded
+
+
+def counted(example: Example) -> np.ndarray:
+    """The tokens whose likelihood is the outcome: of a request, and where choices compete, the next one."""
+    if len(example.refusal_ids):
+        return example.refusal_ids[:1]
+    return example.choice_ids[[example.answer]] if len(example.choice_ids) else example.target_ids
+
+
+def sequences(examples: Sequence[Example]) -> list[np.ndarray]:
+    """What is read of each row: the prompt, and all but the last of what counts."""
+    return [np.concatenate([row.prompt_ids, counted(row)[:-1]]) for row in examples]
+
+
+def most_places(examples: Sequence[Example]) -> int:
+    most = max((len(counted(row)) for row in examples), default=1)
+    return round_up(most, PLACES) if most > 1 else 1
+
+
+def most_rows(model: Model, examples: Sequence[Example]) -> int:
+    """Of a pass, by their logits."""
+    return max(1, model.limit(LOGITS_CPU, LOGITS_DEVICE) // most_places(examples))
+
+
+def read_part(model: Model, examples: Sequence[Example], part: Part) -> Batch:
+    """What counts in some of `sequences`."""
+    some, layout = [examples[row] for row in part.rows], part.padded.layout
+    targets = filled_up([counted(row) for row in some], layout.rows, most_places(examples))
+    named = targets >= 0
+    starts = filled_up([[len(row.prompt_ids) - 1] for row in some], layout.rows, 1)
+    places = np.clip(starts + np.arange(targets.shape[1]), 0, layout.width - 1).astype(np.int32)
+    share = (named / np.maximum(1, named.sum(axis=1, keepdims=True))).astype(np.float32)
+    arrays = (model.put(array, 0) for array in (places, np.maximum(targets, 0), share))
+    return _with_rivals(model, some, examples, Rows(part.padded.ids, *arrays), layout.rows)
 
 
 def grades(logits: jax.Array, batch: Batch) -> jax.Array:
@@ -64,100 +112,56 @@ def log_odds(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("graph",))
-def clean(graph, weights, batch: Batch, adapter: Adapter | None) -> tuple[jax.Array, jax.Array]:
-    """Outcomes [R], and the logits after each prompt [R, V]."""
+def clean_grades(graph, weights, padded: Padded, batch: Batch, rivals, adapter: Adapter | None):
+    """Outcomes [R], and `predicted` of the next tokens."""
     decoder: Decoder = nnx.merge(graph, weights)
-    hidden = decoder.forward(batch.rows.ids, adapter)
-    logits = target_logits(decoder, hidden, batch.rows)
-    return grades(logits, batch), logits[:, 0]
+    last = decoder.last(padded, CLEAN, adapter)
+    logits = decoder.logits(padded.layout.take(last, batch.rows.places)[0])
+    return grades(logits, batch), *predicted(logits[:, 0], rivals)
 
 
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("hidden",))
-def advance(graph, weights, hidden, start, stop) -> jax.Array:
-    """The clean residual stream, [R, T, E], moved up from layer `start` to `stop`."""
+@partial(jax.jit, static_argnames=("graph",), donate_argnames=("stream",))
+def ablated_grades(graph, weights, stream, start, layer, padded: Padded, ablation: Ablation, batch: Batch):
+    """As `ablated_choices`: the clean stream, and outcomes [n, R]."""
     decoder: Decoder = nnx.merge(graph, weights)
-    return decoder.climb(hidden, start, stop, None, "output")
-
-
-@partial(jax.jit, static_argnames=("graph", "mask"))
-def ablated(graph, weights, hidden, batch: Batch, layer, keep, mask: str) -> jax.Array:
-    """[n, R] for n copies of a batch, keep [n, L, H], from its clean stream before `layer`."""
-    decoder: Decoder = nnx.merge(graph, weights)
-
-    def one(own: jax.Array) -> jax.Array:
-        every = jnp.broadcast_to(own, (len(hidden), *own.shape))  # (R, L, H)
-        last = decoder.climb(hidden, layer, decoder.config.shape.layers, every, mask)
-        return grades(target_logits(decoder, last, batch.rows), batch)
-
-    return jax.lax.map(one, keep)
+    stream, last = ablated(decoder, stream, start, layer, padded, ablation)
+    wanted = padded.layout.take(last, batch.rows.places)  # (n, R, G, E)
+    return stream, jax.lax.map(lambda own: grades(decoder.logits(own), batch), wanted)
 
 
 # Verbs
 
 
-def batches(model: Model, examples: Sequence[Example]) -> list[tuple[list[int], Batch]]:
-    """Batches of similar length, with the places of their rows."""
-    groups = packing.by_tokens(examples, model.limit(TOKENS_CPU, TOKENS_DEVICE))
-    return [(members, make_batch(model, [examples[row] for row in members])) for members in groups]
-
-
 def grade(model: Model, examples: Sequence[Example], adapter: Path | None) -> Grades:
     """See Backend.grade."""
-    adapter, outcome = peft_folder.load(model, adapter), np.zeros(len(examples))
-    found = Choices(np.zeros(len(examples), np.int32), np.zeros(len(examples), np.float32))
-    for members, batch in batches(model, examples):
-        of_batch, logits = model.apply(clean, batch, adapter)
-        outcome[members] = np.asarray(of_batch)[: len(members)]
-        own = choose(model, logits, [examples[row] for row in members])
-        found.prediction[members], found.probability[members] = own
-    return Grades(outcome, found)
-
-
-class Stream:
-    """The clean residual stream of a batch before layer `layer`, [R, T, E], moved up as a sweep goes."""
-
-    def __init__(self, model: Model, members: list[int], batch: Batch):
-        self.model, self.members, self.batch = model, members, batch
-        self.release()
-
-    def release(self) -> None:
-        """Frees the stream; the next move computes it again."""
-        self.layer, self.hidden = 0, None
-
-    def move(self, layer: int) -> None:
-        if layer < self.layer:
-            self.release()
-        if self.hidden is None:
-            self.hidden = self.model.apply(embed, self.batch.rows.ids)[0]
-        if layer > self.layer:
-            bounds = np.int32(self.layer), np.int32(layer)
-            self.hidden, self.layer = self.model.apply(advance, self.hidden, *bounds), layer
+    loaded, count = peft_folder.load(model, adapter), len(examples)
+    found = np.zeros(count), np.zeros(count, np.int32), np.zeros(count, np.float32)
+    for part in make_parts(model, sequences(examples), token_limit(model), most_rows(model, examples)):
+        batch, rivals = read_part(model, examples, part), rivals_of(model, examples, part)
+        for whole, own in zip(
+            found, model.apply(clean_grades, part.padded, batch, rivals, loaded), strict=True
+        ):
+            whole[part.rows] = np.asarray(own)[: len(part.rows)]
+    return Grades(found[0], Choices(*found[1:]))
 
 
 def sweep_grades(
     model: Model, examples: Sequence[Example], heads: Sequence[Head], mask: str, kept: Kept
 ) -> Iterator[tuple[Head, np.ndarray]]:
     """See Backend.sweep_grades."""
+    read = sequences(examples)
+    copies = copies_of(model, read)
+
+    def make() -> Swept:
+        tokens = token_limit(model) // (copies + model.half)
+        parts = make_parts(model, read, tokens, most_rows(model, examples), swept=True)
+        streams = [Stream(model, part, read_part(model, examples, part)) for part in parts]
+        return Swept(streams, copies, grade(model, examples, None).outcome if model.half else None)
+
     targets = tuple(
         (row.target_ids.tobytes(), row.choice_ids.tobytes(), row.refusal_ids.tobytes(), row.answer)
         for row in examples
     )
-
-    def make() -> list[Stream]:
-        return [Stream(model, *of_pass) for of_pass in batches(model, examples)]
-
-    streams = kept.of(examples, ("grade", targets), make)
-    tokens = sum(stream.batch.rows.ids.size for stream in streams)
-    keep = budgets.keeps_choices(model.config.shape, model.itemsize, model.room, tokens)
-    for layer, group in packing.by_layer(heads):
-        found = np.zeros((len(group), len(examples)))
-        # As many copies for every layer: one program.
-        gates = model.put(keep_mask(model.config, layer, group, model.config.shape.heads))
-        for stream in streams:
-            stream.move(layer)
-            values = model.apply(ablated, stream.hidden, stream.batch, np.int32(layer), gates, mask)
-            found[:, stream.members] = np.asarray(values)[: len(group), : len(stream.members)]
-            if not keep:
-                stream.release()
-        for index, head in enumerate(group):
-            yield (layer, head), found[index]
+    swept = kept.of(examples, ("grade", targets, token_limit(model)), make)
+    for head, outcome in sweep(model, swept, ablated_grades, heads, mask):
+        yield head, outcome.astype(np.float64)

@@ -1,28 +1,31 @@
-"""A loaded model, batches of prompts on its mesh, and passes of the clean model over them.
+"""A loaded model, and its rows in padded batches on the mesh.
 
-Programs are compiled for a few shapes: a batch's rows and widths are rounded up, and what only fills a shape
-is ignored. A pass from any layer to any other is one program, in which the layers are traced numbers.
+A program is compiled for each shape of a batch, so that rows have two widths at most, and their number is
+rounded up; what only fills a shape is ignored.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from backends.base import Example
-from backends.core import budgets, packing
-from backends.flax.attention import KeyValue, Line
-from backends.flax.decoder import Adapter, Config, Decoder
-from backends.flax.devices import place
+from backends.core import budgets
+from backends.flax.attention import Layout
+from backends.flax.decoder import Config, Padded
+from backends.flax.devices import memory_of, place
 
-WIDTH, TOKENS = 8, 128
-"""widths of prompts and tokens of lines are multiples of these where other prompts share a program"""
+WIDTH, SWEPT = 32, 4
+"""widths of rows are multiples of WIDTH, and where one shape serves a whole sweep of SWEPT"""
+SPLIT = 1024
+"""padded tokens that pay for a second program"""
+FEW = (1, 2, 3, 4, 6, 8, 12, 16)
+UNLIMITED = 2**31
 
 
 @dataclass(frozen=True)
@@ -51,143 +54,114 @@ class Model:
         return jnp.dtype(self.config.dtype).itemsize
 
     @property
+    def half(self) -> bool:
+        """Half precision, in which rounding differs with what is beside a row: near a tie a head without
+        effect would show one. So the clean model goes beside the ablated ones, as the last copy, and what
+        they say alike is what it says elsewhere."""
+        return self.itemsize < 4
+
+    @property
     def room(self) -> int:
         """Bytes that a sweep may use beside the weights, on all devices together."""
         weights = sum(weight.nbytes for weight in jax.tree.leaves(self.weights))
-        devices = self.mesh.devices.ravel()
-        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-        whole = budgets.machine_bytes() // 2 if limit is None else int(0.9 * limit * len(devices))
-        copies = self.mesh.shape["data"] if limit is not None else 1
-        return whole - weights * copies
+        limit = memory_of(self.mesh.devices.flat[0])
+        if limit is None:
+            return budgets.machine_bytes() // 2 - weights
+        return int(0.9 * limit * self.mesh.size) - weights * self.mesh.shape["data"]
 
     def rows(self, count: int) -> int:
-        """The number of rows that `count` are filled up to: 1, 2, 3, 4, 6, 8, 12, 16, …, by device."""
-        parts = self.mesh.shape["data"]
-        needed, size = -(-count // parts), 1
-        while size < needed:
-            size = size * 3 // 2 if size & (size - 1) == 0 and size > 1 else -(-size * 4 // 3)
-        return size * parts
-
-    def decode_rows(self, count: int) -> int:
-        """The number of rows that `count` decoding ones are filled up to: 8, 16, 32, …, by device. (Fewer
-        would cost as much: a step reads all weights.)"""
-        parts = self.mesh.shape["data"]
-        return parts * max(8, 1 << (-(-count // parts) - 1).bit_length())
-
-
-class Batch(NamedTuple):
-    """Prompts that go through the model together, filled up to a shape that has a program."""
-
-    rows: np.ndarray
-    """indices of the prompts, int [n], n <= R"""
-    line: Line
+        """The number of rows that `count` are filled up to: one of FEW or a multiple of the last of them, by
+        device."""
+        needed = -(-count // self.mesh.shape["data"])
+        size = next((size for size in FEW if needed <= size), round_up(needed, FEW[-1]))
+        return size * self.mesh.shape["data"]
 
     @property
-    def filled(self) -> int:
-        """R."""
-        return len(self.line.lengths)
+    def cache_sharding(self) -> NamedSharding:
+        """Of keys and values [L, n, R, K, C, D]: rows are cut among data, heads as the weights are."""
+        data, parts = self.mesh.shape["data"], self.mesh.shape["model"]
+        cut = [None, None, "data" if data > 1 else None]
+        cut += ["model"] if parts > 1 and self.config.shape.kv_heads % parts == 0 else []
+        # As XLA writes what comes out of a program, or the next one would be compiled for another placing.
+        while cut and cut[-1] is None:
+            cut.pop()
+        return NamedSharding(self.mesh, P(*cut))
 
 
-def make_batch(model: Model, packed: packing.Line, exact: bool) -> Batch:
-    """A line on the mesh.
+class Part(NamedTuple):
+    """Rows that go through the model together."""
 
-    Args:
-        exact: no larger than the prompts need, for a sweep, which runs the same few shapes for every head;
-            else rounded up to shapes that other prompts share.
-    """
-    parts = model.mesh.shape["data"]
-    tokens, rows, width = len(packed.ids), *packed.columns.shape
-    more_tokens = packing.round_up(tokens, parts if exact else TOKENS * parts) - tokens
-    more_rows = (packing.round_up(rows, parts) if exact else model.rows(rows)) - rows
-    more_columns = 0 if exact else packing.round_up(width, WIDTH) - width
-    columns = np.pad(packed.columns, ((0, 0), (0, more_columns)), mode="edge")
-    # What only fills the shape belongs to no prompt; picks count in the wider grid.
-    picks = replace(packed, columns=columns).picks
-    line = Line(
-        model.put(np.pad(packed.ids, (0, more_tokens)).astype(np.int32), 0),
-        *(
-            model.put(array.astype(np.int32))
-            for array in (
-                np.pad(packed.positions, (0, more_tokens)),
-                np.pad(columns, ((0, more_rows), (0, 0))),
-                np.pad(packed.lengths, (0, more_rows), constant_values=1),
-                np.pad(picks, (0, more_tokens)),
-            )
-        ),
-    )
-    return Batch(packed.rows, line)
+    rows: np.ndarray
+    """which they are, int [r], r <= R; the other rows of `padded` only fill the shape"""
+    padded: Padded
 
 
-def make_batches(
-    model: Model, sequences: Sequence[np.ndarray], tokens: int, shared: int, exact: bool, most: int = 0
-) -> list[Batch]:
-    """`packing.lines` on the mesh."""
-    multiple = 1 if exact else WIDTH
-    lines = packing.lines(sequences, tokens, shared, most, multiple)
-    return [make_batch(model, line, exact) for line in lines]
-
-
-def prompt_batches(model: Model, prompts: Sequence[Example], tokens: int, exact: bool = False) -> list[Batch]:
-    sequences = [prompt.prompt_ids for prompt in prompts]
-    return make_batches(model, sequences, tokens, min(map(len, sequences), default=0), exact)
-
-
-# Programs of the clean model
-
-
-@partial(jax.jit, static_argnames=("graph",))
-def embed(graph, weights, ids) -> jax.Array:
-    """Residual stream before layer 0, [1, T, E]."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    return decoder.embed(ids)[None]
-
-
-@partial(jax.jit, static_argnames=("graph",), donate_argnames=("hidden", "caches"))
-def advance(graph, weights, hidden, line: Line, start, stop, caches: KeyValue | None):
-    """Layers start..stop-1, none of them the last: the stream [1, T, E] and the caches."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    return decoder.run(hidden, line, start, stop, caches=caches)
-
-
-@partial(jax.jit, static_argnames=("graph",))
-def clean_logits(graph, weights, line: Line, adapter: Adapter | None) -> jax.Array:
-    """float32 [R, V] after each prompt."""
-    decoder: Decoder = nnx.merge(graph, weights)
-    hidden, _ = decoder.end(decoder.embed(line.ids)[None], line, 0, adapter=adapter)
-    return decoder.logits(hidden[0])
-
-
-def empty_caches(config: Config, copies: int, tokens: int) -> KeyValue:
-    """[L, n, T, K, D]."""
-    size = config.shape
-    shape = (size.layers, copies, tokens, size.kv_heads, size.head_dim)
-    return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
-class Frontier:
-    """The clean residual stream of a batch before layer `layer`, [1, T, E], moved up as a sweep goes.
+def make_parts(
+    model: Model,
+    sequences: Sequence[np.ndarray],
+    tokens: int = UNLIMITED,
+    most: int = UNLIMITED,
+    swept: bool = False,
+) -> list[Part]:
+    """Rows of similar length together, at most `tokens` tokens of a line (one row at the least) and `most`
+    rows, in shapes that serve other rows too.
 
     Args:
-        key_values: also keep the keys and values of the layers below, in `caches`, [L, 1, T, K, D].
+        swept: for a sweep, in which one shape serves every head: what all rows begin with stands once, and
+            shapes are no larger than these rows need.
     """
+    parts, prefix = [], _shared(sequences) if swept else 0
+    lengths = np.array([len(sequence) - prefix for sequence in sequences], int)
+    for group, width in _widths(lengths, SWEPT if swept else WIDTH):
+        size = even(len(group), min((tokens - prefix) // width, most))
+        filled = round_up(size, model.mesh.shape["data"]) if swept else model.rows(size)
+        layout = Layout(prefix, filled, prefix + width)
+        for start in range(0, len(group), size):
+            parts.append(_part(model, sequences, group[start : start + size], layout))
+    return parts
 
-    def __init__(self, model: Model, batch: Batch, key_values: bool = False):
-        self.model, self.batch, self.key_values = model, batch, key_values
-        self.release()
 
-    def release(self) -> None:
-        """Frees the stream; the next move computes it again."""
-        self.layer, self.hidden, self.caches = 0, None, None
+def _widths(lengths: np.ndarray, multiple: int) -> list[tuple[np.ndarray, int]]:
+    """Rows in order of length, in two groups of one width each, those that need the least padding; few tokens
+    are one group, for which one program does."""
+    if not len(lengths):
+        return []
+    order, count = np.argsort(lengths, kind="stable"), np.arange(1, len(lengths) + 1)
+    widths = round_up(lengths[order], multiple)
+    padded = count * widths + (len(order) - count) * widths[-1]
+    last = int(np.argmin(padded)) if padded[-1] > SPLIT else len(order) - 1
+    groups = (order[: last + 1], int(widths[last])), (order[last + 1 :], int(widths[-1]))
+    return [group for group in groups if len(group[0])]
 
-    def move(self, layer: int) -> None:
-        if layer < self.layer:
-            self.release()
-        model, line = self.model, self.batch.line
-        if self.hidden is None:
-            self.hidden = model.apply(embed, line.ids)
-            if self.key_values:
-                self.caches = empty_caches(model.config, 1, len(line.ids))
-        if layer > self.layer:
-            bounds = np.int32(self.layer), np.int32(layer)
-            self.hidden, self.caches = model.apply(advance, self.hidden, line, *bounds, self.caches)
-            self.layer = layer
+
+def even(count: int, most: int) -> int:
+    """The size of as few parts as `most` (one at the least) a part allow, all but the last of one size."""
+    return -(-count // -(-count // max(1, most)))
+
+
+def _shared(sequences: Sequence[np.ndarray]) -> int:
+    """Tokens that all begin with; each keeps one at least after them."""
+    shortest = min(map(len, sequences), default=1) - 1
+    same = [(sequence[:shortest] == sequences[0][:shortest]) for sequence in sequences]
+    return int(np.argmin(np.append(np.all(same, axis=0), False)))
+
+
+def _part(model: Model, sequences: Sequence[np.ndarray], rows: np.ndarray, layout: Layout) -> Part:
+    """Rows that only fill the shape repeat the first one."""
+    ids, lengths = np.zeros((layout.rows, layout.width), np.int32), np.zeros(layout.rows, np.int32)
+    for at in range(layout.rows):
+        sequence = sequences[rows[at if at < len(rows) else 0]]
+        ids[at, : len(sequence)], lengths[at] = sequence, len(sequence)
+    return Part(rows, Padded(model.put(ids, 0), model.put(lengths, 0), layout))
+
+
+def round_up(number, multiple: int):
+    return -(-number // multiple) * multiple
+
+
+def filled_up(lists: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
+    """int32 [rows, width], one column at the least; -1 where there is nothing."""
+    found = np.full((rows, max(1, width)), -1, np.int32)
+    for row, own in enumerate(lists):
+        found[row, : len(own)] = own
+    return found

@@ -1,10 +1,13 @@
 """NeuronTune's attribution: integrated gradients of MLP neurons along a path of activations.
 
-A pass begins at the prompt's last token, on kept keys and values of those before it. Widths are rounded up;
-what only fills them is masked.
+A pass begins at the prompt's last token, on kept keys and values of those before it. All examples of a call
+are padded to one width, and all passes to one number of rows.
+
+Axes as in `backends.base`; P paths of an example, m layers that move on a path: either each layer has a path
+of its own (P = L, m = 1), or one path moves all of them (P = 1, m = L).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,23 +18,21 @@ from flax import nnx
 
 from backends.base import Attribution, Example
 from backends.core.checks import check_attribution
-from backends.core.integration import Integrals, attribution, evaluated, integrate
-from backends.core.packing import round_up
+from backends.core.errors import InputError
 from backends.core.progress import progress
-from backends.flax.attention import KeyValue, attend, by_head, turns
+from backends.flax.attention import KeyValue, attend, by_head, seen, turns
 from backends.flax.decoder import Decoder, Layer
-from backends.flax.loss import WIDTH
 from backends.flax.model import Model
 
-TOKENS_CPU, TOKENS_DEVICE = 1024, 4096
-"""tokens that go through the model together"""
-FEW, MANY = (8, 32), 64
-"""rows of a program: one of FEW, or a multiple of MANY"""
+TOKENS_CPU, TOKENS_DEVICE = 128, 4096
+"""tokens of a pass"""
+NODES, COMPLETE = 4, 0.005
+"""nodes of a piece of a path; how far its attributions may be from the loss's change, else it is halved"""
 
 
 class Held(NamedTuple):
     """The clean model on a prompt of T tokens and its target of t, from which every path starts. P and W are
-    T - 1 and t, rounded up."""
+    T - 1 and t of the longest example."""
 
     known: KeyValue
     """of the tokens before the prompt's last, [L, K, P, D]"""
@@ -60,10 +61,9 @@ def clean(graph, weights, ids, before, width: int):
     def body(x, at):
         layer: Layer = nnx.merge(stacked_graph, at.weights)
         own = by_head(layer.key_values(x, turn))  # (1, K, P + W, D)
-        seen = (distance >= 0) & (distance < at.window)
-        between = layer.attended(
-            x, attend(layer.queries(x, turn, at, "output", None), own, seen), at, "output"
-        )
+        query, visible = layer.queries(x, turn, at, "output", None), seen(distance, at.window)
+        heads = attend(query, own, visible, decoder.config.fused)
+        between = layer.attended(x, heads, at, "output")
         neurons = layer.mlp.neurons(layer.before_mlp(between))
         last = jax.lax.dynamic_slice_in_dim(x[0], before, width)
         return between + layer.mlp.down(neurons), (own, last, neurons[0, before])
@@ -72,11 +72,10 @@ def clean(graph, weights, ids, before, width: int):
     return jax.tree.map(lambda part: part[:, 0, :, : len(ids) - width], own), hidden, neurons
 
 
-def hold(model: Model, example: Example) -> Held:
-    """The clean model on an example."""
-    before, count = len(example.prompt_ids) - 1, len(example.target_ids)
-    width = 1 << (count - 1).bit_length()  # most answers are a token or two
-    ids = np.zeros(round_up(before, WIDTH) + width, np.int32)
+def hold(model: Model, example: Example, size: tuple[int, int]) -> Held:
+    """The clean model on an example, padded to P and W."""
+    (prefix, width), before, count = size, len(example.prompt_ids) - 1, len(example.target_ids)
+    ids = np.zeros(prefix + width, np.int32)
     ids[: before + count] = np.concatenate([example.prompt_ids, example.target_ids[:-1]])
     targets, share = np.zeros(width, np.int32), np.zeros(width, np.float32)
     targets[:count], share[:count] = example.target_ids, 1 / count
@@ -90,8 +89,8 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
 
     Args:
         start: the layer that the rows enter; below it they are the clean model.
-        values: what neurons are set to at each row's first token, [L, n, F], or for all layers [1, n, F].
-        rows: bool [L, n], in which rows.
+        values: what neurons are set to at each row's first token, [n, m, F].
+        rows: bool [L, n], in which rows a layer's are.
     """
 
     def loss(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,9 +111,9 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
                 known,
                 own,
             )
-            seen = (distance >= 0) & (distance < at.window) & there
-            heads = attend(layer.queries(x, turn, at, "output", None), every, seen)
-            put = values[jnp.minimum(index, len(values) - 1)], rows[index]
+            query, visible = layer.queries(x, turn, at, "output", None), seen(distance, at.window) & there
+            heads = attend(query, every, visible, decoder.config.fused)
+            put = values[:, jnp.minimum(index, values.shape[1] - 1)], rows[index]
             return layer.finish(x, heads, at._replace(put=put), "output")
 
         def body(x, each):
@@ -122,7 +121,7 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
             below = index < start
             return jax.lax.cond(below, lambda x, *_: x, run, x, index, at, known), None
 
-        first = jnp.broadcast_to(held.hidden[start], (values.shape[1], *held.hidden.shape[1:]))
+        first = jnp.broadcast_to(held.hidden[start], (len(values), *held.hidden.shape[1:]))
         layers = jnp.arange(len(held.hidden))
         hidden, _ = jax.lax.scan(body, first, (layers, stacked, held.known))
         logits = decoder.logits(hidden)  # (n, W, V)
@@ -134,32 +133,87 @@ def losses_and_gradient(graph, weights, held: Held, start, values, rows):
     return each, gradient
 
 
-def filled(count: int) -> int:
-    """As many rows as there is a program for."""
-    return next((size for size in FEW if count <= size), round_up(count, MANY))
+class Paths(NamedTuple):
+    """The paths of an example."""
+
+    model: Model
+    held: Held
+    starts: np.ndarray
+    """values of the neurons that move, [P, m, F]"""
+    ends: np.ndarray
+
+    def __call__(self, paths: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Losses at a point in [0, 1] of each of n paths, [n], and their gradients there times the paths'
+        lengths, [n, m, F], float64. Paths ascend."""
+        model, lengths = self.model, self.ends - self.starts
+        alone, layers = lengths.shape[1] == 1, np.arange(len(self.held.neurons))
+        size = max(8, model.limit(TOKENS_CPU, TOKENS_DEVICE) // len(self.held.targets))
+        losses, gradients = np.zeros(len(paths)), np.zeros((len(paths), *lengths.shape[1:]))
+        for first in range(0, len(paths), size):
+            some = slice(first, first + size)
+            of = np.resize(paths[some], size)  # what only fills the shape is some row again
+            along = np.resize(points[some], size)[:, None, None].astype(lengths.dtype)
+            rows = layers[:, None] == of if alone else np.ones((len(layers), size), bool)
+            values = self.starts[of] + along * lengths[of]
+            enters = np.int32(of.min() if alone else 0)
+            found = model.apply(losses_and_gradient, self.held, enters, values, rows)
+            each, gradient = (np.asarray(part).astype(np.float64)[: len(paths) - first] for part in found)
+            losses[some], gradients[some] = each, gradient * lengths[paths[some]].astype(np.float64)
+        return losses, gradients
 
 
-def together(
-    model: Model, held: Held, start: np.ndarray, points: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """See the torch wing's `together`."""
-    path = np.zeros((len(start), filled(len(points)), start.shape[1]), start.dtype)
-    length = np.asarray(held.neurons) - start
-    path[:, : len(points)] = start[:, None] + points.astype(start.dtype)[:, None] * length[:, None]
-    rows = np.ones(path.shape[:2], bool)
-    along, gradient = model.apply(losses_and_gradient, held, np.int32(0), path, rows)
-    return _numbers(along)[: len(points)], _numbers(gradient).swapaxes(0, 1)[: len(points)]
+class Piece(NamedTuple):
+    """A stretch of a path, integrated."""
+
+    path: int
+    low: float
+    high: float
+    change: float
+    """of the loss, from end to end"""
+    own: np.ndarray
+    """attributions: the mean gradient times the stretch's length, [m, F]"""
+    error: float
+    """distance of their sum from `change`, beyond what rounding explains"""
 
 
-def apart(model: Model, held: Held, layers: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """See the torch wing's `apart`. All rows enter at the first one's layer."""
-    neurons, count = np.asarray(held.neurons), len(points)
-    path = np.zeros((1, filled(count), neurons.shape[1]), neurons.dtype)
-    path[0, :count] = points.astype(neurons.dtype)[:, None] * neurons[layers]
-    rows = np.zeros((len(neurons), path.shape[1]), bool)
-    rows[layers, np.arange(count)] = True
-    along, gradient = model.apply(losses_and_gradient, held, np.int32(layers[0]), path, rows)
-    return _numbers(along)[:count], _numbers(gradient)[0, :count]
+def integrate(along: Callable, paths: int, steps: int, rounding: float) -> list[Piece]:
+    """Gauss-Legendre quadrature on pieces of `NODES` nodes: at first a piece a path. In every round those are
+    halved, the worst first, whose error is more than COMPLETE of the largest change on any path, as long as
+    their path has at most `steps` nodes.
+
+    Args:
+        along: see `Paths`, all of which end at one place.
+        rounding: relative, of the model's numbers.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(min(NODES, steps))
+    places = np.array([-1.0, *nodes, 1.0])  # of the stretch from -1 to 1
+    pieces: list[Piece] = []
+    stretches = [(path, 0.0, 1.0) for path in range(paths)]
+    while stretches:
+        points = [(low + high) / 2 + places * (high - low) / 2 for _, low, high in stretches]
+        of = np.repeat([path for path, *_ in stretches], len(places))
+        losses, gradients = along(of, np.concatenate(points))
+        for at, (path, low, high) in enumerate(stretches):
+            some = slice(at * len(places), (at + 1) * len(places))
+            own = (high - low) / 2 * np.tensordot(weights, gradients[some][1:-1], axes=1)
+            ends = losses[some][[0, -1]]
+            noise = rounding * (ends.max() + np.abs(own).sum())
+            error = abs(own.sum() - (ends[1] - ends[0])) - noise
+            pieces.append(Piece(path, low, high, ends[1] - ends[0], own, error))
+        of = [piece.path for piece in pieces]
+        changes = np.bincount(of, [piece.change for piece in pieces])
+        room = steps // len(nodes) - np.bincount(of)
+        kept, halved = [], []
+        for piece in sorted(pieces, key=lambda piece: -piece.error):
+            halve = piece.error > COMPLETE * np.abs(changes).max() and room[piece.path] > 0
+            room[piece.path] -= halve
+            (halved if halve else kept).append(piece)
+        middles = [(piece, (piece.low + piece.high) / 2) for piece in halved]
+        pieces = kept
+        stretches = sorted(
+            (piece.path, *ends) for piece, at in middles for ends in ((piece.low, at), (at, piece.high))
+        )
+    return pieces
 
 
 def attribute_neurons(
@@ -167,28 +221,24 @@ def attribute_neurons(
 ) -> Attribution:
     """See Backend.attribute_neurons."""
     check_attribution(examples, baselines, steps)
-    limit = model.limit(TOKENS_CPU, TOKENS_DEVICE)
-    paths = model.config.shape.layers if baselines is None else 1
-    found: list[Integrals] = []
+    every = [*examples, *(baselines or ())]
+    size = max(len(row.prompt_ids) for row in every) - 1, max(len(row.target_ids) for row in every)
     rounding = float(jnp.finfo(model.config.dtype).eps)
+    layers, paths = model.config.shape.layers, model.config.shape.layers if baselines is None else 1
+    scores, (totals, changes) = [], np.zeros((2, len(examples), paths))
     for number, example in enumerate(progress(examples, desc="neurons", unit="row")):
-        held = hold(model, example)
-        start = np.zeros_like(held.neurons)
+        held = hold(model, example, size)
+        ends = np.asarray(held.neurons).reshape(paths, layers // paths, -1)
+        starts = np.zeros_like(ends)
         if baselines is not None:
-            start = np.asarray(hold(model, baselines[number]).neurons)
-        length = _numbers(np.asarray(held.neurons) - start)
-
-        def evaluate(layers, points, held=held, start=start, length=length):
-            if baselines is not None:
-                along, gradient = together(model, held, start, points)
-                return along, gradient * length
-            along, gradient = apart(model, held, layers, points)
-            return along, gradient * length[layers]
-
-        tokens = np.full(paths, len(held.targets))
-        found.append(integrate(evaluated(tokens, limit, evaluate), 1, paths, steps, rounding))
-    return attribution(examples, found)
-
-
-def _numbers(values: jax.Array) -> np.ndarray:
-    return np.asarray(values).astype(np.float64)
+            starts = np.asarray(hold(model, baselines[number], size).neurons)[None]
+        own = np.zeros(ends.shape)
+        for piece in integrate(Paths(model, held, starts, ends), paths, steps, rounding):
+            own[piece.path] += piece.own
+            changes[number, piece.path] += piece.change
+        if not np.isfinite(own).all():
+            where = example.example_id
+            raise InputError(f"the attribution on {where} is not finite: try --dtype float32")
+        totals[number] = own.sum(axis=(1, 2))
+        scores.append(np.abs(own).reshape(layers, -1))
+    return Attribution(np.mean(scores, axis=0), totals, changes)

@@ -1,4 +1,4 @@
-"""Sparse tuning by optax: LoRA on W_q, only the chosen heads' rows of B move. Mirrors the torch wing's."""
+"""Sparse tuning by optax: LoRA on W_q, only the chosen heads' rows of B move."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,109 +12,89 @@ import optax
 from flax import nnx
 
 from backends.base import Example
-from backends.core import seeds
-from backends.core.packing import passes
+from backends.core import adapters, seeds
 from backends.core.schedules import BETAS, learning_rate
 from backends.core.tuning import LoraPlan
-from backends.flax import adapter
 from backends.flax.decoder import Adapter
-from backends.flax.loss import loss_of, make_rows, recomputes
+from backends.flax.loss import Passes, loss_of, sizes_of
 from backends.flax.model import Model
 
 
 class Trained(NamedTuple):
-    """What is trained, or its gradient: LoRA's A [L, r, E] and B [L, H, D, r], float32."""
+    """What is trained, its gradient, or a factor of each: LoRA's A [L, r, E] and B [L, H, D, r], float32."""
 
     a: jax.Array
     b: jax.Array
 
 
-class Lora:
-    """See `tuning.LoraEngine`.
+class Step(NamedTuple):
+    """What a step of the optimizer does with a gradient."""
 
-    The base weights are no argument of the gradient. Of A and B, what is not the chosen heads' is zeroed in
-    the gradients, so that Adam's moments and the clipped norm are those of the chosen rows alone, and again
-    in the updates: `optax.masked` would pass a raw gradient through where it masks.
-    """
+    free: Trained
+    """1 where it is followed, else 0"""
+    clip: np.float32
+    lr: np.float32
+    pace: Trained | None
+    """what Adam's step is multiplied by, where heads are drawn anew"""
+
+
+class Lora:
+    """See `tuning.LoraEngine`. The base weights are no argument of the gradient."""
 
     name = "flax"
 
     def __init__(self, model: Model, plan: LoraPlan):
         self.model, self.plan, self.recipe = model, plan, plan.recipe
+        rows = min(plan.recipe.batch, len(plan.examples))
+        self.passes = Passes(model, rows, sizes_of([*plan.examples, *plan.reference], 3))
 
     def open(self) -> None:
-        model, recipe, shape = self.model, self.recipe, self.model.config.shape
-        mask = self.plan.mask
-        self.free = self.factors(mask.max(axis=1), mask)
+        put, size, rank = self.model.put, self.model.config.shape, self.recipe.rank
+        free = np.zeros((size.layers, size.heads, 1, 1), np.float32)
+        for layer, head in self.plan.free:
+            free[layer, head] = 1
+        self.free = Trained(put(free.max(axis=1)), put(free))
         self.trained = Trained(
-            model.put(seeds.lora_a(recipe.seed, shape.layers, recipe.rank, shape.model_dim)),
-            model.put(np.zeros((shape.layers, shape.heads, shape.head_dim, recipe.rank), np.float32)),
+            put(seeds.lora_a(self.recipe.seed, size.layers, rank, size.model_dim)),
+            put(np.zeros((size.layers, size.heads, size.head_dim, rank), np.float32)),
         )
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(recipe.clip),
-            optax.adamw(
-                lambda step: learning_rate(step, self.plan.steps, recipe),
-                *BETAS,
-                eps=1e-8,
-                weight_decay=0.0,
-            ),
-        )
-        self.optimizer_state = optimizer.init(self.trained)
-        self.update = jax.jit(partial(_update, optimizer), donate_argnums=(0, 1))
+        self.moments = optimizer(self.how(0)).init(self.trained)
 
     def close(self) -> None:
         pass  # the weights of the model were never changed
 
-    def factors(self, of_layer: np.ndarray, of_head: np.ndarray) -> Trained:
-        """Of A [L] and of heads' rows of B [L, H], as [L, 1, 1] and [L, H, 1, 1]."""
-        put = self.model.put
-        return Trained(put(of_layer[:, None, None]), put(of_head[:, :, None, None]))
-
     def gradients(self, rows: Sequence[Example]) -> tuple[float, Trained]:
-        """Accumulated over forward passes of `recipe.batch` rows; fewer are padded, since each number of rows
-        would need a program of its own."""
-        model, recipe = self.model, self.recipe
-        total, gradients = 0.0, None
-        scale = np.float32(recipe.alpha / recipe.rank)
-        for some in passes(rows, recipe.batch):
-            batch = make_rows(model, some, model.rows(min(recipe.batch, len(rows))), len(rows))
-            recompute = recomputes(model, *batch.ids.shape)
-            loss, new = model.apply(lora_gradients, self.trained, scale, self.free, batch, recompute)
-            gradients = new if gradients is None else jax.tree.map(jnp.add, gradients, new)
-            total += float(loss)
-        return total, gradients
+        """Also of what is frozen."""
+        scale = np.float32(self.recipe.alpha / self.recipe.rank)
+        return self.passes.sum(lora_gradients, rows, self.trained, scale)
 
-    @staticmethod
-    def products(gradients: Trained, against: Trained) -> list[float]:
-        sums = np.zeros(3)
-        for alignment, utility in zip(gradients, against, strict=True):
-            a, u = (np.asarray(part, np.float64) for part in (alignment, utility))
-            sums += np.vdot(a, u), np.vdot(u, u), np.vdot(a, a)
-        return sums.tolist()
+    def project(self, gradients: Trained, against: Trained, symmetric: bool) -> tuple[Trained, float, bool]:
+        return project(times(gradients, self.free), times(against, self.free), symmetric)
 
-    @staticmethod
-    def combined(own: float, gradients: Trained, other: float, against: Trained) -> Trained:
-        return jax.tree.map(lambda alignment, utility: own * alignment + other * utility, gradients, against)
+    def how(self, number: int) -> Step:
+        """Step `number` of the schedule."""
+        plan, pace = self.plan, None
+        if plan.redraw is not None:
+            of_layer, of_head = (correction(number + 1 - since) for since in plan.since)
+            usual = correction(np.array(number + 1))
+            pace = times(Trained(of_layer[:, None, None], of_head[..., None, None]), self.free)
+            pace = jax.tree.map(lambda own: own / usual, pace)
+        lr = learning_rate(number, plan.steps, self.recipe)
+        return Step(self.free, np.float32(self.recipe.clip), np.float32(lr), pace)
 
     def step(self, gradients: Trained, number: int) -> float:
-        """The optimizer counts its steps itself."""
-        pace = self.free if self.plan.redraw is None else self.factors(*self.plan.pace(number))
-        self.trained, self.optimizer_state, norm = self.update(
-            self.trained, self.optimizer_state, gradients, pace
-        )
+        found = update(self.trained, self.moments, gradients, self.how(number))
+        self.trained, self.moments, norm = found
         return float(norm)
 
     def state(self) -> dict[str, np.ndarray]:
-        return state((self.trained, self.optimizer_state))
+        return state((self.trained, self.moments))
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        self.trained, self.optimizer_state = restored(
-            self.model, arrays, (self.trained, self.optimizer_state)
-        )
+        self.trained, self.moments = restored(self.model, arrays, (self.trained, self.moments))
 
     def save(self, folder: Path) -> None:
-        a, b = (np.asarray(part) for part in self.trained)
-        adapter.write(folder, a, b, self.plan.layers, self.recipe)
+        adapters.write(folder, *map(np.asarray, self.trained), self.plan.layers, self.recipe)
 
 
 def state(tree) -> dict[str, np.ndarray]:
@@ -125,25 +105,76 @@ def state(tree) -> dict[str, np.ndarray]:
 def restored(model: Model, arrays: dict[str, np.ndarray], tree):
     """A tree like `tree` from `state`'s arrays."""
     leaves, structure = jax.tree.flatten(tree)
-    kept = [model.put(arrays[str(number)]) for number in range(len(leaves))]
-    return jax.tree.unflatten(structure, kept)
+    return jax.tree.unflatten(structure, [model.put(arrays[str(number)]) for number in range(len(leaves))])
 
 
 @partial(jax.jit, static_argnames=("graph", "recompute"))
-def lora_gradients(graph, weights, trained, scale, free, rows, recompute: bool):
-    """The loss and its gradient in the chosen heads' rows; zero elsewhere."""
+def lora_gradients(graph, weights, rows, recompute: bool, trained: Trained, scale):
+    """The loss and its gradient."""
 
     def loss(trained: Trained) -> jax.Array:
-        decoder = nnx.merge(graph, weights)
-        return loss_of(decoder, rows, Adapter(trained.a, trained.b, scale), recompute)
+        return loss_of(nnx.merge(graph, weights), rows, Adapter(*trained, scale), recompute)
 
-    value, gradients = jax.value_and_grad(loss)(trained)
-    return value, jax.tree.map(jnp.multiply, gradients, free)
+    return jax.value_and_grad(loss)(trained)
 
 
-def _update(optimizer, trained, state, gradients, pace):
-    """One step of the optimizer, times `pace` (0 where nothing is free), and the norm of the gradient before
-    clipping."""
-    updates, state = optimizer.update(gradients, state, trained)
-    updates = jax.tree.map(jnp.multiply, updates, pace)
-    return optax.apply_updates(trained, updates), state, optax.tree.norm(gradients)
+# The optimizer
+
+
+def times(tree, factors):
+    return jax.tree.map(jnp.multiply, tree, factors)
+
+
+def optimizer(how: Step) -> optax.GradientTransformation:
+    """AdamW on the gradient of what is free, clipped. Where a gradient was always zero Adam's moments are,
+    and so is its step (weight decay is 0): no mask on the step is needed, and `optax.masked` would be none,
+    since it passes on what it masks.
+
+    Where heads are drawn anew, one that leaves still has moments: there Adam's step itself is multiplied.
+    """
+
+    def factor(by: Trained) -> optax.GradientTransformation:
+        return optax.stateless(lambda updates, _: times(updates, by))
+
+    adamw = optax.adamw(how.lr, *BETAS, eps=1e-8, weight_decay=0.0)
+    paced = [] if how.pace is None else [factor(how.pace)]
+    return optax.chain(factor(how.free), optax.clip_by_global_norm(how.clip), adamw, *paced)
+
+
+@partial(jax.jit, donate_argnames=("trained", "moments"))
+def update(trained: Trained, moments, gradients: Trained, how: Step):
+    """One step of the optimizer, and the norm of the gradient of what is free before clipping."""
+    updates, moments = optimizer(how).update(gradients, moments, trained)
+    norm = optax.tree.norm(times(gradients, how.free))
+    return optax.apply_updates(trained, updates), moments, norm
+
+
+def correction(steps: np.ndarray) -> np.ndarray:
+    """How much longer than its moments say Adam's step number `steps` (from 1) is, correcting their bias from
+    zero; float32. A row that is free since some step moves as by an Adam that began there: its own correction
+    in place of the one for all."""
+    first, second = (1 - beta ** np.maximum(steps, 1.0) for beta in BETAS)
+    return (np.sqrt(second) / first).astype(np.float32)
+
+
+def project(gradients: Trained, against: Trained, symmetric: bool) -> tuple[Trained, float, bool]:
+    """PCGrad for two tasks (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Alg. 1), all parts
+    together one vector, in float64 on the host.
+
+    Returns the gradient of the step: `gradients` without their component along `against`, where the two
+    conflict; `symmetric`, plus `against` without its component along `gradients`. And the cosine of the two,
+    0 where one is zero, and whether they conflict. What is not finite is kept.
+    """
+    own, other = ([np.asarray(part, np.float64) for part in each] for each in (gradients, against))
+    dot, of_own, of_other = (
+        sum(float(np.vdot(*parts)) for parts in zip(*pair, strict=True))
+        for pair in ((own, other), (own, own), (other, other))
+    )
+    conflict = not dot >= 0  # NaN too: the step is then not finite, and is refused
+    along_other, along_own = (dot / of_other, dot / of_own) if conflict else (0.0, 0.0)
+    step = [left - along_other * right for left, right in zip(own, other, strict=True)]
+    if symmetric:
+        step = [found + right - along_own * left for found, left, right in zip(step, own, other, strict=True)]
+    lengths = np.sqrt(of_own) * np.sqrt(of_other)
+    found = Trained(*(jnp.asarray(part, jnp.float32) for part in step))
+    return found, dot / float(lengths) if lengths else 0.0, conflict

@@ -1,11 +1,11 @@
-"""Which model folders the Flax decoder computes: three families, and of their attributes what it knows."""
+"""Which model folders the Flax decoder computes: four families, and of their attributes what it knows."""
 
 from pathlib import Path
 
 from backends import models
 from backends.core.errors import InputError
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 ROPE_TYPES = ("default", "llama3")
 # Attributes of config.json that the decoder handles, beside those that do not change what is computed. Any
 # other whose value is not its class's default is refused by name: a model computed a little wrong is worse

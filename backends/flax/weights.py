@@ -1,12 +1,11 @@
 """A model folder's configuration and weights for the Flax decoder.
 
-One table maps checkpoint keys to parameters with a transform, and it is strict both ways: a key of the
+One table maps checkpoint keys to parameters, and it is strict both ways: a key of the
 checkpoint that maps to nothing, a parameter that nothing fills, and a wrong shape are refused by name.
 """
 
+import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,38 +23,14 @@ from backends.core.errors import InputError, reason
 from backends.flax.decoder import EVERY, Config, Decoder
 
 
-class Transform(NamedTuple):
-    """Between a checkpoint's tensor and a parameter (of one layer)."""
-
-    stored: Callable[[tuple[int, ...]], tuple[int, ...]]
-    """the tensor's shape from the parameter's"""
-    apply: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
-    """the parameter from the tensor, given the parameter's shape"""
-
-
-SAME = Transform(lambda shape: shape, lambda tensor, shape: tensor)
-TRANSPOSED = Transform(lambda shape: shape[::-1], lambda tensor, shape: tensor.T)
-# [heads * D, E] -> [E, heads, D]
-HEADS_OUT = Transform(
-    lambda shape: (shape[1] * shape[2], shape[0]),
-    lambda tensor, shape: tensor.reshape(*shape[1:], shape[0]).transpose(2, 0, 1),
-)
-# [E, H * D] -> [H, D, E]
-HEADS_IN = Transform(
-    lambda shape: (shape[2], shape[0] * shape[1]),
-    lambda tensor, shape: tensor.reshape(shape[2], *shape[:2]).transpose(1, 2, 0),
-)
-# [heads * D] -> [heads, D]
-BY_HEAD = Transform(lambda shape: (shape[0] * shape[1],), lambda tensor, shape: tensor.reshape(shape))
-
-
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a parameter comes from, and how it is cut."""
 
     key: str
     """of the checkpoint; with {} a key per layer, whose tensors are stacked"""
-    transform: Transform
+    inputs: int | None
+    """of a parameter's axes (of one layer) the first that a matrix reads, the columns of the checkpoint's
+    [out, in]; 0: a vector; None: as in the checkpoint"""
     cut: int | None
     """axis of the parameter (a leading layer axis included) that the mesh's model axis cuts"""
 
@@ -63,31 +38,42 @@ class Entry:
     def stacked(self) -> bool:
         return "{}" in self.key
 
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The checkpoint's shape from that of the parameter (of one layer)."""
+        if self.inputs is None:
+            return shape
+        return tuple(math.prod(axes) for axes in (shape[self.inputs :], shape[: self.inputs]) if axes)
 
-_ATTENTION, _MLP = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+    def read(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return tensor if self.inputs is None else tensor.T.reshape(shape)
+
+
 TABLE: dict[tuple[str, ...], Entry] = {
-    ("embedding",): Entry("model.embed_tokens.weight", SAME, 0),
-    ("head",): Entry("lm_head.weight", SAME, 0),
-    ("norm", "scale"): Entry("model.norm.weight", SAME, None),
-    ("layers", "before_attention", "scale"): Entry("model.layers.{}.input_layernorm.weight", SAME, None),
-    ("layers", "before_mlp", "scale"): Entry("model.layers.{}.post_attention_layernorm.weight", SAME, None),
-    **{
-        ("layers", "attention", name, "kernel"): Entry(f"{_ATTENTION}{key}.weight", HEADS_OUT, 2)
-        for name, key in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
-    },
-    **{
-        ("layers", "attention", name, "bias"): Entry(f"{_ATTENTION}{key}.bias", BY_HEAD, 1)
-        for name, key in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
-    },
-    ("layers", "attention", "output", "kernel"): Entry(f"{_ATTENTION}o_proj.weight", HEADS_IN, 1),
-    ("layers", "attention", "output", "bias"): Entry(f"{_ATTENTION}o_proj.bias", SAME, None),
-    ("layers", "mlp", "gate", "kernel"): Entry(f"{_MLP}gate_proj.weight", TRANSPOSED, 2),
-    ("layers", "mlp", "up", "kernel"): Entry(f"{_MLP}up_proj.weight", TRANSPOSED, 2),
-    ("layers", "mlp", "down", "kernel"): Entry(f"{_MLP}down_proj.weight", TRANSPOSED, 1),
-    ("layers", "mlp", "gate", "bias"): Entry(f"{_MLP}gate_proj.bias", SAME, 1),
-    ("layers", "mlp", "up", "bias"): Entry(f"{_MLP}up_proj.bias", SAME, 1),
-    ("layers", "mlp", "down", "bias"): Entry(f"{_MLP}down_proj.bias", SAME, None),
+    ("embedding",): Entry("model.embed_tokens.weight", None, 0),
+    ("head",): Entry("lm_head.weight", None, 0),
+    ("norm", "scale"): Entry("model.norm.weight", 0, None),
 }
+_NORMS = {
+    ("before_attention",): "input_layernorm",
+    ("before_mlp",): "post_attention_layernorm",
+    ("attention", "query_norm"): "self_attn.q_norm",
+    ("attention", "key_norm"): "self_attn.k_norm",
+}
+_PROJECTIONS = {
+    ("attention", "query"): ("self_attn.q_proj", 1, 2, 1),
+    ("attention", "key"): ("self_attn.k_proj", 1, 2, 1),
+    ("attention", "value"): ("self_attn.v_proj", 1, 2, 1),
+    ("attention", "output"): ("self_attn.o_proj", 2, 1, None),
+    ("mlp", "gate"): ("mlp.gate_proj", 1, 2, 1),
+    ("mlp", "up"): ("mlp.up_proj", 1, 2, 1),
+    ("mlp", "down"): ("mlp.down_proj", 1, 1, None),
+}
+"""module -> key, inputs, and the axes that are cut of kernel and bias"""
+for path, key in _NORMS.items():
+    TABLE["layers", *path, "scale"] = Entry(f"model.layers.{{}}.{key}.weight", 0, None)
+for path, (key, inputs, kernel, bias) in _PROJECTIONS.items():
+    TABLE["layers", *path, "kernel"] = Entry(f"model.layers.{{}}.{key}.weight", inputs, kernel)
+    TABLE["layers", *path, "bias"] = Entry(f"model.layers.{{}}.{key}.bias", 0, bias)
 
 # Buffers that old checkpoints carry and that the configuration gives anyway.
 _RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -110,6 +96,7 @@ def read_config(folder: Path, dtype: str) -> Config:
         output_bias=llama_bias,
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
         tied=bool(config.tie_word_embeddings),
+        head_norms=config.model_type == "qwen3",
         dtype=dtype,
     )
 
@@ -171,7 +158,7 @@ def check(checkpoint: Checkpoint, config: Config) -> None:
     for path, shape in parameters(config).items():
         entry = TABLE[path]
         of_layer = shape[1:] if entry.stacked else shape
-        shapes |= dict.fromkeys(keys_of(entry, config), entry.transform.stored(of_layer))
+        shapes |= dict.fromkeys(keys_of(entry, config), entry.stored(of_layer))
     tied = {"lm_head.weight"} if config.tied else set()
     unexpected = {key for key in checkpoint.files.keys() - shapes - tied if not _RECOMPUTED.fullmatch(key)}
     for what, keys in (("missing", shapes.keys() - checkpoint.files.keys()), ("unexpected", unexpected)):
@@ -216,12 +203,9 @@ def load(folder: Path, config: Config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.St
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if not entry.stacked:
-                return entry.transform.apply(checkpoint.read(keys[0]), shape)[index].astype(config.dtype)
-            layers = [
-                entry.transform.apply(checkpoint.read(key), shape[1:])[index[1:]].astype(config.dtype)
-                for key in keys[index[0]]
-            ]
-            return np.stack(layers)
+                return entry.read(checkpoint.read(keys[0]), shape)[index].astype(config.dtype)
+            layers = (entry.read(checkpoint.read(key), shape[1:]) for key in keys[index[0]])
+            return np.stack([layer[index[1:]].astype(config.dtype) for layer in layers])
 
         sharding = NamedSharding(mesh, specification(entry, shape, parts))
         array = jax.make_array_from_callback(shape, sharding, part)

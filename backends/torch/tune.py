@@ -12,12 +12,15 @@ from backends.base import Example
 from backends.core import seeds
 from backends.core.budgets import TuningPlan, plan_tuning
 from backends.core.packing import passes
-from backends.core.schedules import BETAS, learning_rate
+from backends.core.schedules import BETAS, adam_pace, learning_rate
 from backends.core.tuning import LoraPlan
 from backends.torch import adapter
 from backends.torch.backward import recomputed, work_of
 from backends.torch.decoder import Decoder
 from backends.torch.loss import example_losses
+
+Gradients = Sequence[torch.Tensor]
+"""of each parameter"""
 
 
 class Lora:
@@ -52,8 +55,7 @@ class Lora:
             module = self.model.model.layers[layer].self_attn.q_proj
             module.lora_A["default"].weight.data.copy_(torch.from_numpy(start[layer]))
         self.parameters = [weight for weight in self.wrapped.parameters() if weight.requires_grad]
-        mask = self.plan.mask
-        self.free = self.by_parameter(mask.max(axis=1), mask)
+        self.free = self.by_parameter(*free(self.plan))
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.lr, betas=BETAS, eps=1e-8, weight_decay=0.0
         )
@@ -82,18 +84,8 @@ class Lora:
         return total, gradients
 
     @staticmethod
-    def products(gradients: list[torch.Tensor], against: list[torch.Tensor]) -> list[float]:
-        sums = []
-        for alignment, utility in zip(gradients, against, strict=True):
-            a, u = alignment.double(), utility.double()
-            own = torch.stack([(a * u).sum(), u.square().sum(), a.square().sum()])
-            sums.append(own.to(gradients[0].device))
-        return torch.stack(sums).sum(dim=0).tolist()  # the one wait for the device
-
-    @staticmethod
-    def combined(own: float, gradients: list[torch.Tensor], other: float, against: list[torch.Tensor]):
-        pairs = zip(gradients, against, strict=True)
-        return [own * alignment + other * utility for alignment, utility in pairs]
+    def project(gradients: Gradients, against: Gradients, symmetric: bool) -> tuple[Gradients, float, bool]:
+        return project(gradients, against, symmetric)
 
     def step(self, gradients: list[torch.Tensor], number: int) -> float:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -105,9 +97,9 @@ class Lora:
             return float(norm)
         before = [parameter.detach().clone() for parameter in self.parameters]
         take_step(self.optimizer, lr)
-        paces = self.by_parameter(*self.plan.pace(number))
-        for start, end, pace in zip(before, self.parameters, paces, strict=True):
-            end.data.copy_(start.lerp(end.detach(), pace))
+        paces = self.by_parameter(*pace(self.plan, number))
+        for start, end, own in zip(before, self.parameters, paces, strict=True):
+            end.data.copy_(start.lerp(end.detach(), own))
         return float(norm)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -118,6 +110,52 @@ class Lora:
 
     def save(self, folder: Path) -> None:
         adapter.save(self.wrapped, folder)
+
+
+def free(plan: LoraPlan) -> tuple[np.ndarray, np.ndarray]:
+    """1 where a head is free, else 0, float32: of each A [L], and of each head's rows of B [L, H]."""
+    mask = np.zeros((plan.shape.layers, plan.shape.heads), np.float32)
+    mask[tuple(np.array(plan.free).T)] = 1
+    return mask.max(axis=1), mask
+
+
+def pace(plan: LoraPlan, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """What step `number` of the optimizer is multiplied by, as `free`. 0: what is not free; 1: what has been
+    from the start (`schedules.adam_pace`)."""
+    own = (adam_pace(number + 1, np.maximum(number + 1 - since, 1)) for since in plan.since)
+    return tuple((each * mask).astype(np.float32) for each, mask in zip(own, free(plan), strict=True))
+
+
+def project(
+    gradients: Gradients, against: Gradients, symmetric: bool = False
+) -> tuple[Gradients, float, bool]:
+    """PCGrad for two tasks (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Alg. 1).
+
+    Where the two conflict (negative inner product, all tensors together one vector), `gradients` lose their
+    component along `against`. `symmetric` is the published algorithm, in which each task is projected against
+    the other's original gradient and the step is their sum: `against` loses its component along the original
+    `gradients` too, and is added, conflict or not. TorchJD's PCGrad is the same sum, without difference for
+    two tasks (there is no order to shuffle). A gradient of zero conflicts with nothing.
+
+    Args:
+        gradients: the alignment loss's.
+        against: the utility loss's.
+
+    Returns the step's gradients, the cosine of the two before, and whether they conflicted.
+    """
+    pairs = list(zip(gradients, against, strict=True))
+    sums = []
+    for alignment, utility in pairs:
+        a, u = alignment.double(), utility.double()
+        own = torch.stack([(a * u).sum(), u.square().sum(), a.square().sum()])
+        sums.append(own.to(gradients[0].device))
+    dot, square, length = torch.stack(sums).sum(dim=0).tolist()  # the one wait for the device
+    cos = dot / (square * length) ** 0.5 if square and length else 0.0
+    projected = not dot >= 0  # NaN too, so that the step is not finite and is refused
+    own = 1.0 - dot / length if projected and symmetric else 1.0
+    other = (-dot / square if projected else 0.0) + symmetric
+    step = [own * alignment + other * utility for alignment, utility in pairs] if other else gradients
+    return step, cos, projected
 
 
 def make_plan(decoder: Decoder, rows: Sequence[Example], batch: int, adapted: int) -> TuningPlan:
