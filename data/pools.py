@@ -89,6 +89,11 @@ def _request(
     return {"entry": entry, "prompt": row[prompt], "target": target, "scoring": scoring}
 
 
+def page(repository: str) -> str:
+    """Of a data set on the hub."""
+    return f"https://huggingface.co/datasets/{repository}"
+
+
 @dataclass(frozen=True)
 class Pool:
     repository: str
@@ -113,7 +118,7 @@ class Pool:
 
     @property
     def url(self) -> str:
-        return f"https://huggingface.co/datasets/{self.repository}"
+        return page(self.repository)
 
     @property
     def files(self) -> str:

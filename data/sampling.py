@@ -6,15 +6,13 @@ A draw that finds too few rows takes what there is and adds a `Shortfall`.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Protocol
 
 from tabulate import tabulate
 
 from backends.core import seeds
 from backends.core.errors import InputError
-from backends.core.files import sha256
-from data import hub, jsonl
+from data import hub, own
 from data.benchmarks import Benchmark
 from data.embedded import generate as embedded
 from data.records import DATA_TYPES, Record, identities
@@ -97,16 +95,18 @@ class Drawn:
 
 
 class Pools:
-    """Loads each pool once: "embedded/<split>", "own/<role>" (a user's file) or a name of `data.pools`.
+    """Loads each pool once: "embedded/<split>", "own/<role>" (a user's rows) or a name of `data.pools`.
 
     Args:
-        util, safe, align: paths of the user's files.
+        util, safe, align: the user's files, or data sets on the hub.
     """
 
     def __init__(self, util: str = "", safe: str = "", align: str = ""):
         self.provenance: dict[str, dict] = {}
         """fields of `hub.Provenance` by pool"""
-        self._paths = {"util": util, "safe": safe, "align": align}
+        self.readings: dict[str, own.Reading] = {}
+        """what was read of a user's rows, by option"""
+        self._sources = {"util": util, "safe": safe, "align": align}
         self._records: dict[str, list[Record]] = {}
 
     def records(self, pool: str) -> list[Record]:
@@ -125,12 +125,12 @@ class Pools:
             records = embedded.records(name)
             return hub.Loaded(records, hub.Provenance(pool, "embedded", embedded.sha256(), len(records)))
         if kind == "own":
-            path = self._paths.get(name, "")
             try:
-                records = jsonl.read(path, name)
+                loaded = own.load(self._sources[name], name)
             except InputError as error:
                 raise InputError(f"--{name}: {error}") from None
-            return hub.Loaded(records, hub.Provenance(pool, path, sha256(Path(path)), len(records)))
+            self.readings[name] = loaded.reading
+            return hub.Loaded(loaded.records, loaded.provenance)
         return hub.load(pool)
 
 
