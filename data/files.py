@@ -8,7 +8,7 @@ What is null, and an empty cell of a CSV, counts as absent. A CSV's cells are te
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Row:
     """"line" or "row" """
     columns: dict[str, Any]
     """those that hold something"""
+    empty: frozenset[str] = frozenset()
+    """those that hold nothing"""
 
     @property
     def place(self) -> str:
@@ -69,11 +71,12 @@ def of_table(table: pa.Table) -> Iterator[Row]:
     for batch in table.to_batches(max_chunksize=1000):  # a large table is not made Python objects at once
         for columns in batch.to_pylist():
             number += 1
-            yield Row(number, "row", _present(columns.items()))
+            yield _row(number, "row", columns)
 
 
-def _present(cells: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {column: value for column, value in cells if value is not None}
+def _row(number: int, kind: str, cells: Mapping[str, Any]) -> Row:
+    there = {column: value for column, value in cells.items() if value is not None}
+    return Row(number, kind, there, frozenset(cells.keys() - there.keys()))
 
 
 def _json(text: bytes) -> Any:
@@ -91,7 +94,7 @@ def _json(text: bytes) -> Any:
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    return _present(value.items())
+    return value
 
 
 def _lines(name: str, content: bytes) -> Iterator[Row]:
@@ -102,7 +105,7 @@ def _lines(name: str, content: bytes) -> Iterator[Row]:
             columns = _object(_json(line))
         except ValueError as error:
             raise InputError(f"{name}, line {number}: {error}") from None
-        yield Row(number, "line", columns)
+        yield _row(number, "line", columns)
 
 
 def _items(name: str, content: bytes) -> Iterator[Row]:
@@ -115,7 +118,7 @@ def _items(name: str, content: bytes) -> Iterator[Row]:
             columns = _object(item)
         except ValueError as error:
             raise InputError(f"{name}, row {number}: {error}") from None
-        yield Row(number, "row", columns)
+        yield _row(number, "row", columns)
 
 
 def _cells(name: str, content: bytes, delimiter: str) -> Iterator[Row]:
@@ -137,7 +140,7 @@ def _cells(name: str, content: bytes, delimiter: str) -> Iterator[Row]:
             if header is None:
                 header = _header(cells)
             elif cells:
-                yield Row(start, "line", _row(header, cells))
+                yield _row(start, "line", _columns(header, cells))
         except ValueError as error:
             raise InputError(f"{name}, line {start}: {error}") from None
         start = reader.line_num + 1
@@ -150,11 +153,11 @@ def _header(cells: list[str]) -> list[str]:
     return names
 
 
-def _row(header: list[str], cells: list[str]) -> dict[str, Any]:
+def _columns(header: list[str], cells: list[str]) -> dict[str, Any]:
     if len(cells) != len(header):
         raise ValueError(f"{len(cells)} cells, the header names {len(header)}")
-    columns = _present((column, cell or None) for column, cell in zip(header, cells, strict=True))
-    for column in (column for column in STRUCTURED if column in columns):
+    columns: dict[str, Any] = {column: cell or None for column, cell in zip(header, cells, strict=True)}
+    for column in (column for column in STRUCTURED if columns.get(column)):
         try:
             columns[column] = _json(columns[column].encode())
         except ValueError as error:

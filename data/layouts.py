@@ -14,7 +14,7 @@ default learns every turn). An Alpaca input follows its instruction after a blan
 `system` column may hold a system prompt.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -28,8 +28,9 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
 }
 """a turn's role as people write it -> as chat templates do"""
+OURS = "prompt and target"
 LAYOUTS: dict[str, tuple[str, ...]] = {
-    "prompt and target": ("prompt", "target"),
+    OURS: ("prompt", "target"),
     "messages": ("messages",),
     "conversations": ("conversations",),
     "prompt and completion": ("prompt", "completion"),
@@ -59,9 +60,17 @@ class Texts:
     target: str
 
 
-def texts_of(row: Mapping[str, Any]) -> Texts:
-    """InputError where a row has no layout, or one of its texts is none."""
-    layout = _layout(row)
+class EmptyText(InputError):
+    """A text that says nothing."""
+
+
+def texts_of(row: Mapping[str, Any], empty: Collection[str] = ()) -> Texts:
+    """InputError where a row has no layout, or one of its texts is none; EmptyText where that says nothing.
+
+    Args:
+        empty: columns that are there, with nothing in this row.
+    """
+    layout = _layout(row, empty)
     needed = LAYOUTS[layout]
     extras = tuple(column for column in (*EXTRAS.get(layout, ()), "system") if column in row)
     if layout in ("messages", "conversations"):
@@ -82,10 +91,13 @@ def texts_of(row: Mapping[str, Any]) -> Texts:
     return Texts(layout, (*needed, *extras), turns[:-2], turns[-2].content, turns[-1].content)
 
 
-def _layout(row: Mapping[str, Any]) -> str:
+def _layout(row: Mapping[str, Any], empty: Collection[str]) -> str:
     for layout, needed in LAYOUTS.items():
         if all(column in row for column in needed):
             return layout
+    for layout, needed in LAYOUTS.items():
+        if layout != OURS and all(column in row or column in empty for column in needed):
+            raise EmptyText(f"column '{next(column for column in needed if column in empty)}' is empty")
     missing = [column for needed in LAYOUTS.values() for column in needed if column not in row]
     for column in missing:
         if near := near_miss(column, (name for name in row if name not in COLUMNS)):
@@ -108,10 +120,10 @@ def near_miss(column: str, names: Iterable[str]) -> str | None:
 
 
 def valid(value: Any, what: str) -> str:
-    """A text that says something. InputError names what is none."""
+    """A text that says something. InputError names what is none, EmptyText what says nothing."""
     text = text_of(value, what)
     if not text.strip():
-        raise InputError(f"{what} is empty")
+        raise EmptyText(f"{what} is empty")
     return text
 
 

@@ -19,7 +19,8 @@ columns (data/layouts.py). Further columns, all optional but `data_type`:
 - `entry`: what may not be in two of calibration, alignment and benchmarks; default: a hash of the user's
   turns without case and punctuation.
 All others are passed over, and `Reading` says which. The target is what the loss is taken on, and the gold
-answer of "number". A row that repeats an earlier one is taken once.
+answer of "number". A row that repeats an earlier one is taken once; in other people's columns, which machines
+fill, a row with an empty text is left out and counted.
 
 A file that is not like this raises an InputError with the name of the file and the number of the line, but
 not the line's text, which may be harmful.
@@ -39,7 +40,7 @@ from backends.core.errors import InputError
 from backends.core.files import sha256
 from data import files, hub
 from data.files import Row
-from data.layouts import COLUMNS, near_miss, text_of, texts_of, valid
+from data.layouts import COLUMNS, LAYOUTS, OURS, EmptyText, Texts, near_miss, text_of, texts_of, valid
 from data.records import DATA_TYPES, Record, entry_of, normalise
 
 ROLES = ("util", "safe", "align")
@@ -64,6 +65,8 @@ class Reading:
     """column passed over -> the one that may be meant"""
     other_roles: int = 0
     """rows for other options"""
+    empty: int = 0
+    """rows with an empty text, left out"""
     repeats: int = 0
     """rows that repeat an earlier one, left out"""
     contradicting: int = 0
@@ -80,6 +83,8 @@ class Reading:
             f"column '{column}' ({self.passed_over[column]} rows) is passed over: is '{meant}' meant?"
             for column, meant in self.near_misses.items()
         ]
+        if self.empty:
+            found.append(f"{self.empty} rows have an empty text and are left out")
         if self.repeats:
             found.append(f"{self.repeats} rows repeat an earlier one and are left out")
         if self.contradicting:
@@ -157,7 +162,7 @@ def of_rows(rows: Iterable[Row], role: str, name: str, stem: str) -> tuple[list[
     if role not in ROLES:
         raise InputError(f"unknown role '{role}'; there are {', '.join(ROLES)}")
     records, reading, places = [], Reading(), {}
-    used, passed = Counter(), Counter()
+    layouts, used, passed = Counter(), Counter(), Counter()
     meant = cache(lambda column: None if column in KNOWN else near_miss(column, KNOWN))
     for row in rows:
         try:
@@ -168,41 +173,52 @@ def of_rows(rows: Iterable[Row], role: str, name: str, stem: str) -> tuple[list[
             if _one_of(row.columns, "role", ROLES, role) != role:
                 reading.other_roles += 1
                 continue
-            record, layout, columns = _record(row.columns, role, example_id, name)
+            texts = _texts(row)
+            if texts is None:
+                reading.empty += 1
+                continue
+            record = _record(row.columns, texts, role, example_id, name)
         except InputError as error:
             raise InputError(f"{name}, {row.place}: {error}") from None
         records.append(record)
-        reading.layouts[layout] = reading.layouts.get(layout, 0) + 1
+        layouts[texts.layout] += 1
+        columns = {*texts.used, *(column for column in OPTIONAL if column in row.columns)}
         used.update(columns)
         others = [column for column in row.columns if column not in columns]
         passed.update(others)
         near = {column: meant(column) for column in others}
         reading.near_misses |= {column: name for column, name in near.items() if name not in (None, *columns)}
     if not records:
-        raise InputError(f"{name}: no rows for role '{role}'")
-    reading.used, reading.passed_over = list(used), dict(passed)
+        without = f" ({reading.empty} with an empty text are left out)" if reading.empty else ""
+        raise InputError(f"{name}: no rows for role '{role}'{without}")
+    reading.layouts, reading.used, reading.passed_over = dict(layouts), list(used), dict(passed)
     records = _without_repeats(records, reading)
     _measure(records, reading)
     return records, reading
 
 
-def _record(row: Mapping[str, Any], role: str, example_id: str, name: str) -> tuple[Record, str, set[str]]:
-    """A row's record, its layout, and the columns that were read."""
-    texts = texts_of(row)
+def _texts(row: Row) -> Texts | None:
+    """None where one of the texts is empty, in columns that are not ours."""
+    try:
+        return texts_of(row.columns, row.empty)
+    except EmptyText:
+        if all(column in row.columns for column in LAYOUTS[OURS]):
+            raise
+        return None
+
+
+def _record(row: Mapping[str, Any], texts: Texts, role: str, example_id: str, name: str) -> Record:
     asked = [turn.content for turn in texts.earlier if turn.role == "user"]
-    fields = _fields(row, role, texts.target)
-    entry = _text(row, "entry", entry_of("\n".join((*asked, texts.prompt))))
-    record = Record(
+    return Record(
         example_id,
         name,
-        entry,
+        _text(row, "entry", entry_of("\n".join((*asked, texts.prompt)))),
         prompt=texts.prompt,
         prefix=_text(row, "prefix", ""),
         target=texts.target,
         earlier=texts.earlier,
-        **fields,
+        **_fields(row, role, texts.target),
     )
-    return record, texts.layout, {*texts.used, *(column for column in OPTIONAL if column in row)}
 
 
 def _without_repeats(records: list[Record], reading: Reading) -> list[Record]:

@@ -203,7 +203,6 @@ WRONG_LAYOUTS = [
         {"messages": [ASKED[0] | {"content": [{"type": "image"}]}, *ANSWERED]},
         "turn 1 .* something else than text",
     ),
-    ({"messages": [*ASKED, {"role": "assistant", "content": " "}]}, "turn 2 of 'messages' is empty"),
     ({"messages": [*ASKED, {"role": "assistant"}]}, "turn 2 of 'messages' is not a text"),
     ({"messages": [SYSTEM, *TWO], "system": "x"}, "a column 'system' and a system turn in 'messages'"),
     ({"prompt": ASKED, "completion": YO}, "column 'completion' is not a list of turns"),
@@ -299,6 +298,11 @@ WRONG_FILES = [
     ("a.csv", b"prompt,target\n", "a.csv: no rows for role 'safe'"),
     ("a.csv", b"", "a.csv: no rows for role 'safe'"),
     ("a.csv", b"prompt,target\na,\n", "a.csv, line 2: column 'target' is missing"),
+    (
+        "a.csv",
+        b"instruction,output\na,\n",
+        "a.csv: no rows for role 'safe' .1 with an empty text are left out",
+    ),
     ("a.json", b'[{"prompt": "a", "target": "b"}, 3]', "a.json, row 2: not a JSON object"),
     ("a.json", b"[{", "a.json: not JSON .Expecting property name"),
     ("a.json", b'{"data": [1]}', "a.json, line 1: there is data, and none of prompt and target"),
@@ -339,6 +343,17 @@ READINGS = [
         "a contradiction",
         [UTIL, UTIL | {"target": "5"}, UTIL | {"prompt": "b"}],
         "2 rows share their prompt with a row of another target",
+    ),
+    (
+        "an empty answer",
+        [UTIL, {"instruction": HI, "output": " "}],
+        "1 rows have an empty text and are left out",
+    ),
+    ("no answer", [UTIL, {"prompt": HI, "completion": None}], "1 rows have an empty text and are left out"),
+    (
+        "an empty turn",
+        [UTIL, {"messages": [*ASKED, {"role": "assistant", "content": ""}]}, {"messages": None}],
+        "2 rows have an empty text and are left out",
     ),
     ("nothing", [UTIL, UTIL | {"prompt": "b", "idx": 1, "prompt_id": "x", "category": "y"}], None),
     (
