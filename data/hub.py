@@ -1,4 +1,4 @@
-"""The public data sets of the paper (section 4.1, appendix A), from the hub or from a folder of your own.
+"""The public data sets of the paper (section 4.1, appendix A) and others, from the hub or a folder of yours.
 
     survey(["mmlu", "wildguard"])     # where each pool would come from; downloads nothing
     load("mmlu").records              # every row, in the source's order

@@ -6,8 +6,8 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 DATA_TYPES = ("vanilla_harmful", "adversarial_harmful", "vanilla_benign", "adversarial_benign")
@@ -59,10 +59,8 @@ class Record:
 
 def conversation(earlier: Iterable[Message], prompt: str) -> str:
     """The turns up to the prompt as one text; the prompt alone where it is the only one."""
-    turns = [Message(*turn) for turn in earlier]
-    if not turns:
-        return prompt
-    return "\n\n".join(f"[{role}]\n{content}" for role, content in [*turns, Message("user", prompt)])
+    turns = [*earlier, Message("user", prompt)]
+    return "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in turns) if len(turns) > 1 else prompt
 
 
 def normalise(text: str) -> str:
@@ -80,6 +78,13 @@ def normalise(text: str) -> str:
 def entry_of(text: str) -> str:
     """Short identity of a question, 16 hexadecimal digits."""
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
+
+
+def without_repeats(records: Sequence[Record]) -> list[Record]:
+    """The records but for those that say, whatever they are called, what an earlier one says."""
+    first = {replace(record, example_id="", source="", entry=""): record for record in reversed(records)}
+    kept = {record.example_id for record in first.values()}
+    return [record for record in records if record.example_id in kept]
 
 
 def identities(records: Iterable[Record]) -> set[str]:

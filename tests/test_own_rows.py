@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from backends.core.errors import InputError
-from data import own
+from data import own_rows
 from data.records import DATA_TYPES, entry_of
 
 UTIL = {"prompt": "What is 2 + 2?", "target": " 4"}
@@ -18,7 +18,7 @@ ALIGN = {"prompt": "Look at this", "target": "No.", "data_type": "vanilla_harmfu
 
 
 def rows_of(path, role):
-    return own.read(path, role)[0]
+    return own_rows.read(path, role)[0]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def write(tmp_path):
 
 def test_the_documented_example_is_read(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n".join(re.findall(r"^    (\{.*\})$", own.__doc__, flags=re.MULTILINE)))
+    path.write_text("\n".join(re.findall(r"^    (\{.*\})$", own_rows.__doc__, flags=re.MULTILINE)))
     (util,) = rows_of(path, "util")
     (safe,) = rows_of(str(path), "safe")
     assert (util.example_id, util.split, util.source) == ("mine/1", "util", "mine.jsonl")
@@ -178,7 +178,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("case", LAYOUTS, ids=[case[0] for case in LAYOUTS])
 def test_other_peoples_columns(write, case):
     _, row, prompt, target, earlier, used = case
-    (record,), reading = own.read(write(row | {"source": "x"}), "safe")
+    (record,), reading = own_rows.read(write(row | {"source": "x"}), "safe")
     assert (record.prompt, record.target, record.earlier) == (prompt, target, earlier)
     assert set(reading.used) == set(used.split()) and reading.passed_over["source"] == 1
     assert set(reading.passed_over) == {*row, "source"} - set(reading.used)
@@ -222,15 +222,15 @@ WRONG_LAYOUTS = [
 @pytest.mark.parametrize(("row", "message"), WRONG_LAYOUTS, ids=[case[1] for case in WRONG_LAYOUTS])
 def test_a_bad_conversation_is_one_line(write, row, message):
     with pytest.raises(InputError, match=f"^rows.jsonl, line 2: .*{message}") as caught:
-        own.read(write(UTIL, row), "safe")
+        own_rows.read(write(UTIL, row), "safe")
     assert "\n" not in str(caught.value) and YO not in str(caught.value)
 
 
 def test_a_number_is_an_id_and_two_rows_may_not_have_the_same(write):
-    (record,), _ = own.read(write({"messages": TWO, "id": 7}), "safe")
+    (record,), _ = own_rows.read(write({"messages": TWO, "id": 7}), "safe")
     assert record.example_id == "7"
     with pytest.raises(InputError, match="line 2: its id is that of line 1"):
-        own.read(write(UTIL | {"id": 7}, ALIGN | {"id": "7"}), "safe")
+        own_rows.read(write(UTIL | {"id": 7}, ALIGN | {"id": "7"}), "safe")
 
 
 # --- other people's files ---
@@ -276,7 +276,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name, kind):
     role = "util" if kind == "choices" else "safe"
     FORMATS["a.jsonl"](tmp_path / "rows.jsonl", KINDS[kind])
     FORMATS[name](tmp_path / name, KINDS[kind])
-    expected, found = (own.read(tmp_path / file, role)[0] for file in ("rows.jsonl", name))
+    expected, found = (own_rows.read(tmp_path / file, role)[0] for file in ("rows.jsonl", name))
     texts = [(row.earlier, row.prompt, row.target, row.choices, row.answer, row.entry) for row in expected]
     assert [
         (row.earlier, row.prompt, row.target, row.choices, row.answer, row.entry) for row in found
@@ -316,7 +316,7 @@ WRONG_FILES = [
 def test_a_bad_file_is_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"^{message}") as caught:
-        own.read(tmp_path / name, "safe")
+        own_rows.read(tmp_path / name, "safe")
     assert "\n" not in str(caught.value)
 
 
@@ -368,7 +368,7 @@ READINGS = [
     ("rows", "doubt"), [case[1:] for case in READINGS], ids=[case[0] for case in READINGS]
 )
 def test_what_is_doubtful_is_counted(write, rows, doubt):
-    _, reading = own.read(write(*rows), "util")
+    _, reading = own_rows.read(write(*rows), "util")
     assert reading.doubts() == ([doubt] if doubt else [])
 
 
@@ -379,12 +379,16 @@ def test_the_report_of_what_was_read(write):
         {"messages": TWO},
         {"instruction": HI, "output": YO},
     ]
-    records, reading = own.read(write(*rows), "util")
-    assert str(reading) == (
-        "2 rows (2 as messages, 1 as instruction and output); columns used: messages, instruction, output; "
-        "passed over: source (1); longest: rows/2, 48 characters; repeats left out: 1; of several turns: 1; "
-        "for other options: 1"
-    )
+    records, reading = own_rows.read(write(*rows), "util")
+    assert reading.lines() == [
+        "2 rows taken of 2 as messages, 1 as instruction and output",
+        "columns used: messages, instruction, output",
+        "columns passed over: source (1)",
+        "longest: rows/2, 48 characters",
+        "repeats left out: 1",
+        "of several turns: 1",
+        "for other options: 1",
+    ]
     assert [record.example_id for record in records] == ["rows/2", "rows/4"]
 
 
@@ -405,16 +409,18 @@ def test_a_data_set_on_the_hub_is_read_as_its_file_would_be(write, monkeypatch):
         "hub:trl-lib/chat:sft:train[:50]": ("trl-lib/chat", "sft", "train[:50]", "main"),
         f"hub:squad@{commit}:dev": ("squad", None, "dev", commit),
     }.items():
-        assert own.problem(source) == ""
-        loaded = own.load(source, "safe")
+        assert own_rows.problem(source) == ""
+        loaded = own_rows.load(source, "safe")
         assert calls.pop() == call and loaded.provenance.repository == call[0]
         assert loaded.provenance.revision == call[-1] and loaded.provenance.location == "hub"
-        assert loaded.reading.passed_over == {"n": 2} and "passed over: n (2)" in loaded.provenance.note
-    plain = own.read(write({"messages": TWO, "n": 1}, {"messages": TWO[:2], "n": 2}), "safe")[0]
+        assert (
+            loaded.reading.passed_over == {"n": 2} and "columns passed over: n (2)" in loaded.provenance.note
+        )
+    plain = own_rows.read(write({"messages": TWO, "n": 1}, {"messages": TWO[:2], "n": 2}), "safe")[0]
     assert [row.prompt for row in loaded.records] == [row.prompt for row in plain]
     assert [row.example_id for row in loaded.records] == ["dev/1", "dev/2"]
     for source in ("hub:", "hub:name", "hub:a/b/c:train", "hub:name:train test"):
-        assert own.problem(source).startswith(f"{source}: a data set on the hub is hub:NAME:SPLIT")
+        assert own_rows.problem(source).startswith(f"{source}: a data set on the hub is hub:NAME:SPLIT")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match=r"^trl-lib/chat \(default, train\): cannot be loaded from the hub"):
-        own.load("hub:trl-lib/chat:train", "safe")
+        own_rows.load("hub:trl-lib/chat:train", "safe")

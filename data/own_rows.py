@@ -31,7 +31,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from backends.core.files import sha256
 from data import files, hub
 from data.files import Row
 from data.layouts import COLUMNS, LAYOUTS, OURS, EmptyText, Texts, near_miss, text_of, texts_of, valid
-from data.records import DATA_TYPES, Record, entry_of, normalise
+from data.records import DATA_TYPES, Record, entry_of, normalise, without_repeats
 
 ROLES = ("util", "safe", "align")
 USER_SCORINGS = ("choice", "number")
@@ -91,19 +91,19 @@ class Reading:
             found.append(f"{self.contradicting} rows share their prompt with a row of another target")
         return found
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """All of it, in words."""
         layouts = ", ".join(f"{rows} as {layout}" for layout, rows in self.layouts.items())
         passed = ", ".join(f"{column} ({rows})" for column, rows in self.passed_over.items()) or "none"
-        parts = [
-            f"{self.rows} rows ({layouts})",
+        found = [
+            f"{self.rows} rows taken of {layouts}",
             f"columns used: {', '.join(self.used)}",
-            f"passed over: {passed}",
+            f"columns passed over: {passed}",
             f"longest: {self.longest}, {self.characters} characters",
             f"repeats left out: {self.repeats}",
         ]
-        parts += [f"of several turns: {self.several_turns}"] if self.several_turns else []
-        parts += [f"for other options: {self.other_roles}"] if self.other_roles else []
-        return "; ".join(parts)
+        found += [f"of several turns: {self.several_turns}"] if self.several_turns else []
+        return found + ([f"for other options: {self.other_roles}"] if self.other_roles else [])
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,18 @@ class OwnRows:
     records: list[Record]
     provenance: hub.Provenance
     reading: Reading
+
+
+def is_file(source: str) -> bool:
+    """Whether an option names a file, not a data set on the hub or nothing."""
+    return bool(source) and not source.startswith(hub.PREFIX)
+
+
+def missing(option: str, source: str) -> str | None:
+    """Why an option's data set on the hub cannot be had, and what to do; None where it can, or is none."""
+    if not source.startswith(hub.PREFIX) or not (why := hub.missing_source(hub.parse_source(source))):
+        return None
+    return f"--{option}: {why}, or give a file"
 
 
 def problem(source: str) -> str:
@@ -121,7 +133,7 @@ def problem(source: str) -> str:
         except InputError as error:
             return str(error)
         return ""
-    return "" if not source or Path(source).is_file() else f"{source}: there is no such file"
+    return f"{source}: there is no such file" if is_file(source) and not Path(source).is_file() else ""
 
 
 def load(source: str, role: str) -> OwnRows:
@@ -141,7 +153,7 @@ def load(source: str, role: str) -> OwnRows:
     else:
         records, reading = read(source, role)
         origin = {"location": source, "sha256": sha256(Path(source))}
-    note = "; ".join((str(reading), *reading.doubts()))
+    note = "; ".join((*reading.lines(), *reading.doubts()))
     provenance = hub.Provenance(pool=f"own/{role}", rows=len(records), note=note, **origin)
     return OwnRows(records, provenance, reading)
 
@@ -182,7 +194,7 @@ def of_rows(rows: Iterable[Row], role: str, name: str, stem: str) -> tuple[list[
             raise InputError(f"{name}, {row.place}: {error}") from None
         records.append(record)
         layouts[texts.layout] += 1
-        columns = {*texts.used, *(column for column in OPTIONAL if column in row.columns)}
+        columns = (*texts.used, *(column for column in OPTIONAL if column in row.columns))
         used.update(columns)
         others = [column for column in row.columns if column not in columns]
         passed.update(others)
@@ -192,9 +204,10 @@ def of_rows(rows: Iterable[Row], role: str, name: str, stem: str) -> tuple[list[
         without = f" ({reading.empty} with an empty text are left out)" if reading.empty else ""
         raise InputError(f"{name}: no rows for role '{role}'{without}")
     reading.layouts, reading.used, reading.passed_over = dict(layouts), list(used), dict(passed)
-    records = _without_repeats(records, reading)
-    _measure(records, reading)
-    return records, reading
+    kept = without_repeats(records)
+    reading.repeats = len(records) - len(kept)
+    _measure(kept, reading)
+    return kept, reading
 
 
 def _texts(row: Row) -> Texts | None:
@@ -219,14 +232,6 @@ def _record(row: Mapping[str, Any], texts: Texts, role: str, example_id: str, na
         earlier=texts.earlier,
         **_fields(row, role, texts.target),
     )
-
-
-def _without_repeats(records: list[Record], reading: Reading) -> list[Record]:
-    """The records but for those that say what an earlier one says."""
-    first = {replace(record, example_id="", entry=""): record for record in reversed(records)}
-    kept = {record.example_id for record in first.values()}
-    reading.repeats = len(records) - len(kept)
-    return [record for record in records if record.example_id in kept]
 
 
 def _measure(records: Sequence[Record], reading: Reading) -> None:
