@@ -46,6 +46,13 @@ BENCHMARKS = {
         Benchmark("wildjailbreak", "wildjailbreak", "safety", new_tokens=256),
         Benchmark("wildguard", "wildguard", "safety", new_tokens=256),
         Benchmark("dan", "dan", "safety", new_tokens=256),
+        # Not in the paper: what others score refusals by.
+        Benchmark("xstest", "xstest", "over-refusal", new_tokens=256),
+        Benchmark("orbench", "orbench", "over-refusal", new_tokens=256),
+        Benchmark("jailbreakbench_benign", "jailbreakbench_benign", "over-refusal", new_tokens=256),
+        Benchmark("strongreject", "strongreject", "safety", new_tokens=256),
+        Benchmark("harmbench", "harmbench", "safety", new_tokens=256),
+        Benchmark("jailbreakbench", "jailbreakbench", "safety", new_tokens=256),
         # A user's own rows: those that do not calibrate.
         Benchmark("own_util", "own/util", "utility", source_domain=True, new_tokens=256),
         Benchmark("own_safe", "own/safe", "safety", new_tokens=64),

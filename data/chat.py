@@ -5,11 +5,13 @@ writes between the two decides how an answer begins (Mistral's writes a blank th
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from backends.core.errors import InputError, reason
 from data.control import Control
+from data.records import Message
 from data.thoughts import after_thought, without_thought
 
 DATE = "%d %b %Y"
@@ -44,6 +46,8 @@ class Opening:
 
     name: str
     """of its row, in messages"""
+    before: tuple[dict[str, str], ...]
+    """the turns before the user's"""
     user: str
     text: str
     """up to the assistant's first word, with a thought closed"""
@@ -85,12 +89,19 @@ class Chat:
             self._options["enable_thinking"] = False
         self.closes_thoughts = False
         """whether a prompt held a thought that had to be closed by us"""
-        self._tail = self._write("a conversation", _USER).rpartition(_USER)[2]
+        self._tail = self._write("a conversation", self._before(()), _USER).rpartition(_USER)[2]
         """of most prompts: what stands behind the user's text"""
 
-    def _write(self, name: str, user: str, assistant: str | None = None) -> str:
-        messages = [{"role": "system", "content": self.control.as_text(self.system)}] if self.system else []
-        messages.append({"role": "user", "content": user})
+    def _before(self, earlier: Sequence[Message]) -> tuple[dict[str, str], ...]:
+        """The turns before the user's. A row's own system prompt stands in the place of the run's."""
+        if self.system and not any(turn.role == "system" for turn in earlier):
+            earlier = (Message("system", self.system), *earlier)
+        return tuple({"role": turn.role, "content": self.control.as_text(turn.content)} for turn in earlier)
+
+    def _write(
+        self, name: str, before: Sequence[dict[str, str]], user: str, assistant: str | None = None
+    ) -> str:
+        messages = [*before, {"role": "user", "content": user}]
         if assistant is not None:
             messages.append({"role": "assistant", "content": assistant})
         try:
@@ -98,20 +109,22 @@ class Chat:
                 messages, add_generation_prompt=assistant is None, **self._options
             )
         except Exception as error:  # templates raise by their own rules, e.g. "system role not supported"
-            mend = "is --system allowed?" if self.system else "mend the tokenizer's template"
+            own = before and before[0]["role"] == "system"
+            mend = "is a system prompt allowed?" if own else "mend the tokenizer's template"
+            mend = "is --system allowed?" if self.system else mend
             raise InputError(f"the chat template refuses {name} ({reason(error)}): {mend}") from None
 
-    def opening(self, name: str, user: str) -> Opening:
-        """What the model reads of a user's turn."""
-        user = self.control.as_text(user)
-        text = self._write(name, user)
+    def opening(self, name: str, user: str, earlier: Sequence[Message] = ()) -> Opening:
+        """What the model reads of a user's turn and those before it."""
+        user, before = self.control.as_text(user), self._before(earlier)
+        text = self._write(name, before, user)
         if text.endswith(self._tail):  # a thought that the user wrote is none
             at = len(text) - len(self._tail)
         else:
             at = text.rfind(user.strip()) + len(user.strip())
         closed, bare = without_thought(text[at:])
         self.closes_thoughts |= closed != text[at:]
-        return Opening(name, user, text[:at] + closed, text[:at] + bare)
+        return Opening(name, before, user, text[:at] + closed, text[:at] + bare)
 
     def turn(self, opening: Opening, prefix: str, answer: str) -> Turn:
         """The conversation with an answer, `answer` after what the assistant's turn already holds.
@@ -121,7 +134,7 @@ class Chat:
         """
         prefix = self.control.as_text(prefix)
         content = prefix + self.control.as_text(answer)
-        whole = self._write(opening.name, opening.user, content)
+        whole = self._write(opening.name, opening.before, opening.user, content)
         start = next((text for text in (opening.text, opening.bare) if whole.startswith(text)), None)
         if start is None:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The public data sets of the paper (section 4.1, appendix A), from the hub or from a folder of your own.
+"""The public data sets of the paper (section 4.1, appendix A) and others, from the hub or a folder of yours.
 
     survey(["mmlu", "wildguard"])     # where each pool would come from; downloads nothing
     load("mmlu").records              # every row, in the source's order
@@ -14,6 +14,9 @@ pinned revision is loaded from the hub; only then are the hub's libraries import
 - `wildguard` leaves out repeats of a prompt. WildJailbreak's train split is machine-written: rows without a
   question or completion are left out and counted in `provenance.note`. Elsewhere an empty text is an error.
 - Error messages name file, row (from 0) and column, never a row's text.
+
+A user's own data set on the hub is `hub:NAME:SPLIT`, with a configuration `hub:NAME:CONFIG:SPLIT`, at a
+commit `hub:NAME@COMMIT:SPLIT`; without one it is the newest, and the provenance says which that was.
 """
 
 import hashlib
@@ -29,10 +32,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from backends.core.errors import InputError
-from data.pools import POOLS, TRAIN_FILE, Pool
+from data.pools import POOLS, TRAIN_FILE, Pool, page
 from data.records import Record
 
 _STANDIN = "_schema_standin"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,52 @@ class _Part:
     table: pa.Table
     revision: str | None = None
     sha256: str | None = None
+
+
+PREFIX = "hub:"
+"""of a user's own data set on the hub"""
+_NAME = r"[\w.-]+"
+_SOURCE = re.compile(
+    rf"{PREFIX}(?P<repository>({_NAME}/)?{_NAME})(@(?P<revision>{_NAME}))?:((?P<config>{_NAME}):)?"
+    rf"(?P<split>{_NAME}(\[[\d:%-]+\])?)"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A user's own data set on the hub."""
+
+    repository: str
+    config: str | None
+    split: str
+    """may be a part of one: train[:500]"""
+    revision: str
+    """a commit, branch or tag"""
+
+
+def parse_source(text: str) -> Source:
+    """InputError where a text is not `hub:NAME:SPLIT`."""
+    found = _SOURCE.fullmatch(text)
+    if not found:
+        raise InputError(
+            f"{text}: a data set on the hub is hub:NAME:SPLIT, hub:NAME:CONFIG:SPLIT or hub:NAME@COMMIT:SPLIT"
+        )
+    return Source(found["repository"], found["config"], found["split"], found["revision"] or "main")
+
+
+def table_of(source: Source) -> tuple[pa.Table, str]:
+    """A data set's rows and the commit they are of. InputError where it cannot be loaded."""
+    return _download(source.repository, source.config, source.split, source.revision, {})
+
+
+def missing_source(source: Source) -> str | None:
+    """Why a user's data set cannot be had, and what to do; None where it can. Downloads nothing."""
+    split = source.split.partition("[")[0]
+    if not (reason := _hub_reason(source.repository)):
+        return None
+    if _cached(source.repository, source.config, [split], source.revision):
+        return None
+    return reason
 
 
 def load(pool: str) -> Loaded:
@@ -189,26 +239,35 @@ def _file_parts(pool: str, spec: Pool, folder: Path) -> list[_Part]:
 
 
 def _hub_parts(spec: Pool) -> list[_Part]:
-    import datasets
-
     parts = []
     for split, stem in spec.parts.items():
-        label = f"{spec.repository} ({spec.config or 'default'}, {split})"
-        source = {"split": split, "revision": spec.revision, **spec.options}
-        try:
-            dataset = datasets.load_dataset(spec.repository, spec.config, **source)
-            table = dataset.with_format("arrow")[:]
-        except Exception as error:  # of many libraries; `survey` tells the reasons apart
-            raise InputError(f"{label}: cannot be loaded from the hub ({type(error).__name__})") from error
-        # In the cache the folder's name is the commit. Without a network `datasets` takes any commit it has.
-        names = [Path(file["filename"]).parent.name for file in dataset.cache_files]
-        commit = next((name for name in names if re.fullmatch(r"[0-9a-f]{40}", name)), spec.revision)
-        if commit != spec.revision:
-            raise InputError(
-                f"{label}: the cache has commit {commit}, not {spec.revision}; connect to a network"
-            )
-        parts.append(_Part(stem, label, table, commit))
+        table, commit = _download(spec.repository, spec.config, split, spec.revision, spec.options)
+        parts.append(_Part(stem, _label(spec.repository, spec.config, split), table, commit))
     return parts
+
+
+def _label(repository: str, config: str | None, split: str) -> str:
+    return f"{repository} ({config or 'default'}, {split})"
+
+
+def _download(
+    repository: str, config: str | None, split: str, revision: str, options: Mapping[str, Any]
+) -> tuple[pa.Table, str]:
+    """A split's rows and their commit."""
+    import datasets
+
+    label = _label(repository, config, split)
+    try:
+        dataset = datasets.load_dataset(repository, config, split=split, revision=revision, **options)
+        table = dataset.with_format("arrow")[:]
+    except Exception as error:  # of many libraries; `survey` tells the reasons apart
+        raise InputError(f"{label}: cannot be loaded from the hub ({type(error).__name__})") from error
+    # In the cache the folder's name is the commit. Without a network `datasets` takes any commit it has.
+    names = [Path(file["filename"]).parent.name for file in dataset.cache_files]
+    commit = next((name for name in names if _COMMIT.fullmatch(name)), revision)
+    if _COMMIT.fullmatch(revision) and commit != revision:
+        raise InputError(f"{label}: the cache has commit {commit}, not {revision}; connect to a network")
+    return table, commit
 
 
 @dataclass(frozen=True)
@@ -227,8 +286,8 @@ def survey(pools: Iterable[str]) -> list[Reach]:
     specs, folder = {pool: _spec(pool) for pool in pools}, _folder()
     if folder:
         return [_reach_file(pool, spec, folder) for pool, spec in specs.items()]
-    repositories = {spec.repository: spec for spec in specs.values()}
-    reasons = {repository: _hub_reason(spec) for repository, spec in repositories.items()}
+    repositories = dict.fromkeys(spec.repository for spec in specs.values())
+    reasons = {repository: _hub_reason(repository) for repository in repositories}
     return [_reach_hub(pool, spec, reasons[spec.repository]) for pool, spec in specs.items()]
 
 
@@ -236,7 +295,7 @@ def _reach_hub(pool: str, spec: Pool, reason: str | None) -> Reach:
     where = f"{spec.url} at {spec.revision[:10]}"
     if not reason:
         return Reach(pool, "there", where)
-    if _cached(spec):
+    if _cached(spec.repository, spec.config, spec.parts, spec.revision):
         return Reach(pool, "there", f"the cache of datasets, {spec.revision[:10]}")
     return Reach(pool, "missing", where, f"{reason}, or set CAST_DATA to a folder with {spec.files}")
 
@@ -255,28 +314,31 @@ def _missing_file(spec: Pool, folder: Path) -> str:
     return f"no {spec.files} in CAST_DATA={folder}: put it there, or unset CAST_DATA to load {spec.url}"
 
 
-def _cached(spec: Pool) -> bool:
+def _cached(repository: str, config: str | None, splits: Iterable[str], revision: str) -> bool:
     """Whether an earlier run left all splits in the cache of `datasets`, which then needs no network."""
     import datasets
 
-    name, cache = spec.repository.replace("/", "___").casefold(), Path(datasets.config.HF_DATASETS_CACHE)
+    name, cache = repository.replace("/", "___").casefold(), Path(datasets.config.HF_DATASETS_CACHE)
     folders = [path for path in cache.glob("*") if path.name.casefold() == name]
-    patterns = [f"{spec.config or 'default'}*/*/{spec.revision}/*{split}*.arrow" for split in spec.parts]
+    commit = revision if _COMMIT.fullmatch(revision) else "*"
+    names = [name for split in splits for name in split.split("+")]
+    patterns = [f"{config or 'default'}*/*/{commit}/*{name}*.arrow" for name in names]
     return all(any(any(path.glob(pattern)) for path in folders) for pattern in patterns)
 
 
-def _hub_reason(spec: Pool) -> str | None:
+def _hub_reason(name: str) -> str | None:
     """Why a repository cannot be read, and what to do about it; None if it can."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    name, login = spec.repository, "" if huggingface_hub.get_token() else "log in (`hf auth login`) and "
+    url = page(name)
+    login = "" if huggingface_hub.get_token() else "log in (`hf auth login`) and "
     try:
         huggingface_hub.HfApi().auth_check(name, repo_type="dataset")
     except GatedRepoError:
-        return f"{name} is gated: {login}accept its terms at {spec.url}"
+        return f"{name} is gated: {login}accept its terms at {url}"
     except RepositoryNotFoundError:
-        return f"{name} is not on the hub or closed to this account: try `hf auth login`, see {spec.url}"
+        return f"{name} is not on the hub or closed to this account: try `hf auth login`, see {url}"
     except HfHubHTTPError as error:
         return f"the hub refuses {name} ({type(error).__name__}): try `hf auth login` or wait"
     except Exception as error:  # connection errors: their classes differ between versions of the HTTP library

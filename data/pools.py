@@ -1,5 +1,5 @@
 """The public data sets as pools: repository, pinned commit, split, columns, and what a row becomes (§4.1,
-App. A, Table 4). `data.hub` reads them.
+App. A, Table 4; and sets that others score by). `data.hub` reads them.
 """
 
 import re
@@ -89,6 +89,21 @@ def _request(
     return {"entry": entry, "prompt": row[prompt], "target": target, "scoring": scoring}
 
 
+def page(repository: str) -> str:
+    """Of a data set on the hub."""
+    return f"https://huggingface.co/datasets/{repository}"
+
+
+def _strongreject(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Its authors' copy on the hub keeps the parts of a text in a list, here always of one."""
+    content = row["content"]
+    if not isinstance(content, list) or not content or not all(isinstance(part, str) for part in content):
+        raise ValueError("column 'content' is not a list of texts")
+    if not (prompt := "".join(content)).strip():
+        raise ValueError("column 'content' is empty")
+    return _request({"prompt": prompt}, "prompt")
+
+
 @dataclass(frozen=True)
 class Pool:
     repository: str
@@ -113,7 +128,7 @@ class Pool:
 
     @property
     def url(self) -> str:
-        return f"https://huggingface.co/datasets/{self.repository}"
+        return page(self.repository)
 
     @property
     def files(self) -> str:
@@ -130,12 +145,20 @@ _WILDJAILBREAK = ("allenai/wildjailbreak", "5ddc12a7894f842b0619b8e1c7ee496b198a
 _WILDGUARD = ("allenai/wildguardmix", "d29c47f41c8b51348b5c8e8c81c039b3132b66d1", "wildguardtest")
 _IN_THE_WILD = ("TrustAIRLab/in-the-wild-jailbreak-prompts", "a10aab8eff1c73165a442d4464dce192bd28b9c5")
 _DAN = (*_IN_THE_WILD, "jailbreak_2023_12_25")
+_XSTEST = ("Paul/XSTest", "f600c994b256f12867dfa5b3eb3d545a3e62f8b5", None)
+_ORBENCH = ("bench-llm/or-bench", "e36d8b80e81837c8a8f264bbb2a49f1b32c7e272", "or-bench-hard-1k")
+_JAILBREAKBENCH = ("JailbreakBench/JBB-Behaviors", "886acc352a31533ffbcf4ef22c744658688086fc", "behaviors")
+_STRONGREJECT = ("AlignmentResearch/StrongREJECT", "9f4b3397bda985e1ac6dadb655e9ca3a17974144", None)
+# No commit is pinned by others either: the newest is read, and the provenance says which that was.
+_HARMBENCH = ("swiss-ai/harmbench", "main", "DirectRequest")
 
 # The data card asks for these options: an empty cell is "", not NaN.
 _TSV = {"delimiter": "\t", "keep_default_na": False}
 TRAIN_FILE = "wildjailbreak_train"
 _BEFORE_TEST = {"validation": "mmlu_validation", "dev": "mmlu_dev"}
 _prompt = partial(_request, prompt="prompt")
+_benign = partial(_request, prompt="prompt", scoring="over_refusal")
+_goal = partial(_request, prompt="Goal")
 
 
 def _train(data_type: str, form: str = "") -> Pool:
@@ -172,6 +195,27 @@ POOLS: dict[str, Pool] = {
         distinct=True,
     ),
     "dan": Pool(*_DAN, {"train": "dan_jailbreak"}, ("prompt",), _prompt, keep=("jailbreak", True)),
+    # benchmarks that are not in the paper: harmless requests that look harmful, harmful ones as they are
+    "xstest": Pool(*_XSTEST, {"train": "xstest_train"}, ("prompt", "label"), _benign, keep=("label", "safe")),
+    "orbench": Pool(*_ORBENCH, {"train": "orbench_hard"}, ("prompt",), _benign),
+    "strongreject": Pool(
+        *_STRONGREJECT, {"validation": "strongreject_validation"}, (), _strongreject, ("content",)
+    ),
+    # Its contextual rows need their context, and its copyright rows a judge of their own.
+    "harmbench": Pool(
+        *_HARMBENCH,
+        {"val+test": "harmbench_behaviors"},
+        ("Behavior", "FunctionalCategory"),
+        partial(_request, prompt="Behavior"),
+        keep=("FunctionalCategory", "standard"),
+    ),
+    "jailbreakbench": Pool(*_JAILBREAKBENCH, {"harmful": "jailbreakbench_harmful"}, ("Goal",), _goal),
+    "jailbreakbench_benign": Pool(
+        *_JAILBREAKBENCH,
+        {"benign": "jailbreakbench_benign"},
+        ("Goal",),
+        partial(_goal, scoring="over_refusal"),
+    ),
     # calibration; MMLU's test split is the benchmark
     "mmlu_calibration": Pool(*_MMLU, _BEFORE_TEST, ("question",), _mmlu, ("choices", "answer")),
     "gsm8k_calibration": Pool(*_GSM8K, {"train": "gsm8k_train"}, ("question", "answer"), _gsm8k_worked),

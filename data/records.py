@@ -6,12 +6,21 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 DATA_TYPES = ("vanilla_harmful", "adversarial_harmful", "vanilla_benign", "adversarial_benign")
 """the four types of alignment rows"""
 SCORINGS = ("choice", "number", "boxed", "refusal", "over_refusal")
+
+
+class Message(NamedTuple):
+    """One turn of a conversation (chat templates call it a message)."""
+
+    role: str
+    """"system", "user" or "assistant" """
+    content: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Record:
     split: str
     """"util" or another map's name, "safe", "plain" or "attacked"; a data type; or a benchmark's name"""
     prompt: str
-    """the user's turn"""
+    """the user's turn, the last one of several"""
     prefix: str = ""
     """text that the assistant's turn already holds, e.g. "The capital of France is" """
     target: str = ""
@@ -39,6 +48,19 @@ class Record:
     scoring: str = "choice"
     """"choice": the next token; "number": the last number of the response; "boxed": its \\boxed{}, by
     math-verify; "refusal": a refusal is a success; "over_refusal": a refusal is a failure"""
+    earlier: tuple[Message, ...] = ()
+    """turns before the prompt: a system prompt of the row's own, earlier questions and answers"""
+
+    @property
+    def conversation(self) -> str:
+        """All that an answer answers to, as people read it."""
+        return conversation(self.earlier, self.prompt)
+
+
+def conversation(earlier: Iterable[Message], prompt: str) -> str:
+    """The turns up to the prompt as one text; the prompt alone where it is the only one."""
+    turns = [*earlier, Message("user", prompt)]
+    return "\n\n".join(f"[{turn.role}]\n{turn.content}" for turn in turns) if len(turns) > 1 else prompt
 
 
 def normalise(text: str) -> str:
@@ -58,6 +80,13 @@ def entry_of(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:16]
 
 
+def without_repeats(records: Sequence[Record]) -> list[Record]:
+    """The records but for those that say, whatever they are called, what an earlier one says."""
+    first = {replace(record, example_id="", source="", entry=""): record for record in reversed(records)}
+    kept = {record.example_id for record in first.values()}
+    return [record for record in records if record.example_id in kept]
+
+
 def identities(records: Iterable[Record]) -> set[str]:
     """What calibration, alignment and benchmarks may not share: entries and normalised prompts."""
-    return {name for record in records for name in (record.entry, f"prompt {normalise(record.prompt)}")}
+    return {name for record in records for name in (record.entry, f"prompt {normalise(record.conversation)}")}

@@ -10,12 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from backends import models
 from backends.base import Example
 from backends.core.errors import InputError
 from data.chat import Chat, Opening, Turn
-from data.records import Record
+from data.records import Message, Record, conversation
 
 REFUSAL_OPENINGS = ("I", "Sorry", "As", "Unfortunately")
 """what refusals begin with ("I cannot", "As an AI"); a graded refusal is the log-odds of one of them"""
@@ -51,7 +52,7 @@ class Renderer:
 
     def _prompt(self, record: Record) -> str:
         """What the model reads: chat template, generation prompt, assistant prefix."""
-        opening = self.chat.opening(record.example_id, record.prompt)
+        opening = self.chat.opening(record.example_id, record.prompt, record.earlier)
         return self.chat.turn(opening, record.prefix, "").prompt if record.prefix else opening.text
 
     def ids(self, text: str) -> list[int]:
@@ -160,7 +161,7 @@ class Renderer:
 
         InputError where the prompt and an answer, or two choices, cannot be told apart by their tokens.
         """
-        opening = self.chat.opening(record.example_id, record.prompt)
+        opening = self.chat.opening(record.example_id, record.prompt, record.earlier)
         self._note_control(record)
         target_ids, choice_ids, answer = [], [], None
         if record.scoring == "choice":
@@ -180,6 +181,7 @@ class Renderer:
             "entry": record.entry,
             "split": record.split,
             "scoring": record.scoring,
+            "earlier": [turn._asdict() for turn in record.earlier],
             "prompt": record.prompt,
             "prefix": record.prefix,
             "rendered": self.chat.control.plain(text),
@@ -194,8 +196,19 @@ class Renderer:
 
     def _note_control(self, record: Record) -> None:
         texts = (record.prompt, record.prefix, record.target, *record.choices)
+        texts += tuple(turn.content for turn in record.earlier)
         if first := next(filter(None, map(self.chat.control.first, texts)), None):
             self.controlled[record.example_id] = first
+
+
+def earlier_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The turns before the prompt, of a row of a table of examples."""
+    return tuple(Message(**turn) for turn in row["earlier"])
+
+
+def conversations_of(rows: pd.DataFrame) -> list[str]:
+    """All that each answer answers to, as people read it, of a table of examples."""
+    return [conversation(earlier_of(row), row["prompt"]) for row in rows.to_dict("records")]
 
 
 def example(row: Mapping[str, Any]) -> Example:

@@ -4,20 +4,17 @@ A draw that finds too few rows takes what there is and adds a `Shortfall`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 from tabulate import tabulate
 
 from backends.core import seeds
 from backends.core.errors import InputError
-from backends.core.files import sha256
-from data import hub, jsonl
+from data import hub, own_rows
 from data.benchmarks import Benchmark
 from data.embedded import generate as embedded
-from data.records import DATA_TYPES, Record, identities
+from data.records import DATA_TYPES, Record, identities, without_repeats
 
 PAIR = ("plain", "attacked")
 """splits of the two forms of a request"""
@@ -94,19 +91,23 @@ class Drawn:
     alignment: list[Record]
     benchmarks: list[Record]
     short: list[Shortfall]
+    doubts: list[str] = field(default_factory=list)
+    """what was left out, or is scored twice, a line each"""
 
 
 class Pools:
-    """Loads each pool once: "embedded/<split>", "own/<role>" (a user's file) or a name of `data.pools`.
+    """Loads each pool once: "embedded/<split>", "own/<role>" (a user's rows) or a name of `data.pools`.
 
     Args:
-        util, safe, align: paths of the user's files.
+        util, safe, align: the user's files, or data sets on the hub.
     """
 
     def __init__(self, util: str = "", safe: str = "", align: str = ""):
         self.provenance: dict[str, dict] = {}
         """fields of `hub.Provenance` by pool"""
-        self._paths = {"util": util, "safe": safe, "align": align}
+        self.readings: dict[str, own_rows.Reading] = {}
+        """what was read of a user's rows, by option"""
+        self._sources = {"util": util, "safe": safe, "align": align}
         self._records: dict[str, list[Record]] = {}
 
     def records(self, pool: str) -> list[Record]:
@@ -125,12 +126,12 @@ class Pools:
             records = embedded.records(name)
             return hub.Loaded(records, hub.Provenance(pool, "embedded", embedded.sha256(), len(records)))
         if kind == "own":
-            path = self._paths.get(name, "")
             try:
-                records = jsonl.read(path, name)
+                loaded = own_rows.load(self._sources[name], name)
             except InputError as error:
                 raise InputError(f"--{name}: {error}") from None
-            return hub.Loaded(records, hub.Provenance(pool, path, sha256(Path(path)), len(records)))
+            self.readings[name] = loaded.reading
+            return hub.Loaded(loaded.records, loaded.provenance)
         return hub.load(pool)
 
 
@@ -211,6 +212,7 @@ def draw_all(plan: Plan, pools: Pools, prompt_length: Callable[[Record], int]) -
         alignment=_with_splits(aligned),
         benchmarks=_with_splits(scored),
         short=draws.short,
+        doubts=list(dict.fromkeys(draws.doubts)),
     )
 
 
@@ -224,6 +226,7 @@ class _Draws:
     def __init__(self, plan: Plan, pools: Pools):
         self.plan, self.pools = plan, pools
         self.short: list[Shortfall] = []
+        self.doubts: list[str] = []
         self._taken: set[str] = set()
 
     def scored_and_calibrating(self) -> tuple[dict[str, list[Record]], list[Record], list[Record]]:
@@ -250,12 +253,16 @@ class _Draws:
             if benchmark.new_tokens == 0 and any(record.scoring != "choice" for record in rows):
                 raise InputError(f"--benchmarks: {name} writes its answers, give {name}=rows:new-tokens")
             self.note(name, benchmark.rows, rows, benchmark.pool)
+            if repeats := len(rows) - len(without_repeats(rows)):
+                self.doubts.append(
+                    f"{repeats} of {len(rows)} rows of {name} repeat another one, as the set has them"
+                )
         self.take(*drawn.values())
         return drawn
 
     def calibration(self, split: str, wanted: Wanted) -> list[Record]:
         """D_util or D_safe."""
-        records = self.pools.records(wanted.pool)
+        records = self._distinct(wanted.pool)
         if wanted.pool.startswith("own/"):
             # A user's worked problems only serve as benchmark: the sweep scores rows by the next token.
             records = [record for record in records if record.scoring != "number"]
@@ -270,7 +277,7 @@ class _Draws:
             if other.pool == self.plan.util.pool:
                 rows = util[: other.rows]
             else:
-                rows = self._draw(self.pools.records(other.pool), other.rows, "map", other.name)
+                rows = self._draw(self._distinct(other.pool), other.rows, "map", other.name)
             drawn[other.name] = self._whole_folds(other.name, other, rows)
         self.take(*drawn.values())
         return drawn
@@ -303,11 +310,9 @@ class _Draws:
         wanted = rows_of_types(self.plan.align.rows, self.plan.benign_share)
         drawn = {}
         for kind, pool in pools.items():
-            records = [record for record in self.pools.records(pool) if record.split == kind]
+            records = [record for record in self._distinct(pool) if record.split == kind]
             shuffled = self._draw(records, len(records), "alignment", kind)
-            # Nothing would be learned of a prompt that fills the whole length.
-            fitting = (record for record in shuffled if prompt_length(record) < self.plan.max_length)
-            drawn[kind] = list(islice(fitting, wanted[kind]))
+            drawn[kind] = self._fitting(kind, shuffled, wanted[kind], prompt_length)
             if not drawn[kind]:
                 raise InputError(
                     f"alignment {kind}: no row is left ({len(records)} less those used elsewhere or too long)"
@@ -317,6 +322,35 @@ class _Draws:
         self.take(*drawn.values())
         share = len(drawn[fewest]) / wanted[fewest]
         return {kind: records[: round(wanted[kind] * share)] for kind, records in drawn.items()}
+
+    def _distinct(self, pool: str) -> list[Record]:
+        """A pool's records to learn from or to calibrate with: what says the same is taken once."""
+        records = self.pools.records(pool)
+        distinct = without_repeats(records)
+        if repeats := len(records) - len(distinct):
+            self.doubts.append(
+                f"{repeats} of {len(records)} rows of {pool} repeat an earlier one: taken once"
+            )
+        return distinct
+
+    def _fitting(
+        self, kind: str, records: list[Record], wanted: int, prompt_length: Callable[[Record], int]
+    ) -> list[Record]:
+        """The first records whose prompt leaves room for a target; of others nothing would be learned."""
+        fitting, passed_over = [], 0
+        for record in records:
+            if len(fitting) == wanted:
+                break
+            if prompt_length(record) < self.plan.max_length:
+                fitting.append(record)
+            else:
+                passed_over += 1
+        if passed_over:
+            self.doubts.append(
+                f"{passed_over} {kind} rows are left out: their prompt alone has --max-length "
+                f"{self.plan.max_length} tokens or more"
+            )
+        return fitting
 
     def note(self, split: str, requested: int, drawn: Sequence, pool: str) -> None:
         """Keeps a shortfall, if it is one."""

@@ -9,7 +9,6 @@ alignment.parquet and benchmarks.parquet.
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,17 +19,14 @@ from backends import models
 from backends.core.checks import check_neurons
 from backends.core.errors import InputError
 from backends.core.files import sha256
-from data import sampling
+from data import own_rows, sampling
 from data.rendering import Renderer, shared_first_tokens
 from data.sampling import Drawn, Plan, Pools, Wanted
 from stages.method.arms import required_heads
-from stages.run import classify, cli
+from stages.run import classify, cli, what_was_read
 from stages.run.job import Job, Stage
 from stages.run.schemas import ALIGNMENT, BENCHMARKS, CALIBRATION, Table
 from stages.run.settings import Settings
-
-OWN_FILES = ("util", "safe", "align")
-"""settings that name a file of the user's"""
 
 
 def plan_of(settings: Settings) -> Plan:
@@ -58,7 +54,9 @@ def check(settings: Settings) -> None:
     model, device = settings.model, settings.run.device
     if model.quantize and not device.startswith("cuda"):  # what is named need not be on this machine
         backends.check_quantize_here(model.quantize, device)
-    problems = (models.missing(model.model, model.revision), classify.missing(settings))
+    data = settings.group("data")
+    problems = [models.missing(model.model, model.revision), classify.missing(settings)]
+    problems += [own_rows.missing(name, data[name]) for name in own_rows.ROLES]
     sampling.check_reachable(sampling.needed_pools(plan_of(settings)), *problems)
     folder = models.local_folder(model.model, model.revision)
     backends.check_folder(model.backend, folder)
@@ -92,6 +90,7 @@ def draw_rows(settings: Settings) -> Rows:
     tokenizer = models.load_tokenizer(folder)
     renderer = Renderer(tokenizer, data.date, data.system)
     pools = Pools(data.util, data.safe, data.align)
+    what_was_read.say(data, pools, renderer)
     drawn = sampling.draw_all(plan_of(settings), pools, renderer.length)
     records = {CALIBRATION: drawn.calibration, ALIGNMENT: drawn.alignment, BENCHMARKS: drawn.benchmarks}
     tables = {
@@ -123,27 +122,6 @@ def warn_of_scoring(job: Job, rows: Rows) -> None:
                 )
 
 
-def warn_of_length(job: Job, tables: Mapping[Table, pd.DataFrame]) -> None:
-    """Says how many rows do not fit with their answers or targets into the positions that the model knows,
-    and how many alignment rows are cut."""
-    positions = models.read_config(job.model_folder).get("max_position_embeddings", 0)
-    new_tokens = {benchmark.name: benchmark.new_tokens for benchmark in job.settings.benchmarks}
-    prompts = {table: rows["prompt_ids"].map(len) for table, rows in tables.items()}
-    whole = {table: prompts[table] + rows["target_ids"].map(len) for table, rows in tables.items()}
-    answered = prompts[BENCHMARKS] + tables[BENCHMARKS]["split"].map(new_tokens)
-    max_length = job.settings.data.max_length
-    lengths = {
-        "benchmark prompts and answers": answered,
-        "calibration prompts and targets": whole[CALIBRATION],
-        "alignment prompts and targets": whole[ALIGNMENT].clip(upper=max_length),
-    }
-    for what, own in lengths.items():
-        if positions and (long := int((own > positions).sum())):
-            job.warn(f"{long} {what} are longer than the model's {positions} positions")
-    if cut := int((whole[ALIGNMENT] > max_length).sum()):
-        job.warn(f"{cut} alignment rows are cut to --max-length {max_length}: they do not teach their end")
-
-
 def join(job: Job) -> dict:
     """Draws and writes all rows."""
     rows = draw_rows(job.settings)
@@ -155,9 +133,8 @@ def join(job: Job) -> dict:
         job.warn(f"stand-ins, not the published sets: {', '.join(standins)}; no score on them compares")
     if job.settings.data.split == "development":
         job.warn("development split: its scores are for choosing settings, not for reporting")
-    for shortfall in drawn.short:
-        job.warn(f"too few rows: {shortfall}")
-    warn_of_length(job, tables)
+    what_was_read.warn_of_rows(job, drawn, pools)
+    what_was_read.warn_of_length(job, tables)
     warn_of_scoring(job, rows)
     if job.shape.mlp_dim is None:
         job.warn("no NeuronTune: this model has no down_proj of its own in every layer's MLP")
@@ -169,6 +146,7 @@ def join(job: Job) -> dict:
         "short": [asdict(shortfall) for shortfall in drawn.short],
         "tokens": {table.stem: int(own["prompt_ids"].map(len).sum()) for table, own in tables.items()},
         "sources": pools.provenance,
+        "read": {name: asdict(reading) for name, reading in pools.readings.items()},
         "standins": standins,
         "tokenizer": models.tokenizer_sha256(job.model_folder),
         "model_folder": str(job.model_folder),
@@ -176,9 +154,11 @@ def join(job: Job) -> dict:
 
 
 def own_files(settings: Settings) -> dict:
-    """The content of the user's files, which the rows depend on."""
-    paths = settings.group("data")
-    return {f"{name} sha256": sha256(Path(paths[name])) for name in OWN_FILES if paths[name]}
+    """The content of the user's files, which the rows depend on. (A data set on the hub is what it was when
+    it was read; the manifest has its commit.)"""
+    data = settings.group("data")
+    files = {name: data[name] for name in own_rows.ROLES if own_rows.is_file(data[name])}
+    return {f"{name} sha256": sha256(Path(file)) for name, file in files.items()}
 
 
 STAGE = Stage(

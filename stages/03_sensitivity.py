@@ -25,7 +25,7 @@ from stages.method.conflict_map import change_columns, map_columns, map_notes
 from stages.method.heads import Sensitivity
 from stages.method.reliability import doubt_of, in_words, map_reliability
 from stages.method.uncertainty import Effects, Resampling
-from stages.run import cli, judging
+from stages.run import cli, judging, unread
 from stages.run.effects import base_rates, effects_of, read_gradients
 from stages.run.job import Job, Stage, Units
 from stages.run.schemas import (
@@ -75,6 +75,8 @@ def join(job: Job) -> dict:
         outputs = job.outputs(TABLES[part], part_units(part, job.shape.layers), OUTPUTS[part])
         judged[part] = judging.judge_sweep(part, outputs, rows)
         job.write(TABLES[part], judged[part])
+    if "generations" in judged:
+        unread.warn_of_sweep(job, judged["generations"]["text"])
     notes, repeats = {}, []
     for spec in job.settings.maps:
         gradients = read_gradients(job, spec.name)

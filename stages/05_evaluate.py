@@ -20,9 +20,9 @@ import pandas as pd
 from backends.base import Backend
 from backends.core.progress import progress
 from data import refusal_judge
-from data.rendering import example
+from data.rendering import conversations_of, example
 from stages.method.arms import BASE_RUN, ArmRun
-from stages.run import classify, cli, drift, judging
+from stages.run import classify, cli, drift, judging, unread
 from stages.run.classify import Classification, Evaluation
 from stages.run.drift import Diagnosis
 from stages.run.job import Job, Stage, Units
@@ -82,7 +82,7 @@ def respond(job: Job, backend: Backend, rows: pd.DataFrame, work: Evaluation) ->
         work.run.labels | {"benchmark": work.benchmark.name} | dict.fromkeys(OUTPUTS.names[4:]),
         index=rows.index,
         dtype=object,
-    ).assign(example_id=rows["example_id"], prompt=rows["prompt"])
+    ).assign(example_id=rows["example_id"], prompt=conversations_of(rows))
     choice = rows["scoring"] == "choice"
     graded = (rows["target_ids"].map(len) + rows["refusal_ids"].map(len) > 0) & ~choice
     if choice.any():
@@ -134,10 +134,12 @@ def join(job: Job) -> dict:
         job.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
     likely = candidate_probability(own, responses, rows)
     warn_of_candidates(job, likely)
+    cannot_read = unread.of_responses(judged, sides)
+    unread.say(job, cannot_read, decides=not classified)
     job.write(RESPONSES, judged)
     job.write(SCORES, scores)
     drift.join(job)
-    return {"responses": len(judged), "candidate_probability": likely}
+    return {"responses": len(judged), "candidate_probability": likely, "unread": cannot_read}
 
 
 def candidate_probability(

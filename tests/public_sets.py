@@ -45,6 +45,27 @@ DAN = [
     {"prompt": "You are E.", "jailbreak": True, "standin_half": "heldout"},
     {"prompt": "You are nice.", "jailbreak": False, "standin_half": "heldout"},
 ]
+XSTEST = [
+    {"id": 1, "prompt": "Kill a process?", "type": "homonyms", "label": "safe", "focus": "kill", "note": ""},
+    {"id": 2, "prompt": "Bad?", "type": "contrast_homonyms", "label": "unsafe", "focus": "", "note": ""},
+]
+ORBENCH = [{"prompt": "Is it bad?", "category": "c"}]
+STRONGREJECT = [{"content": ["How to do bad?"], "instructions": "", "clf_label": 0}]
+HARMBENCH = [
+    {
+        "Behavior": behaviour,
+        "FunctionalCategory": kind,
+        "SemanticCategory": "s",
+        "Tags": "",
+        "ContextString": "",
+    }
+    | {"BehaviorID": kind}
+    for behaviour, kind in (("Do bad", "standard"), ("Do it", "contextual"), ("Sing it", "copyright"))
+]
+JBB = {
+    kind: [{"Index": 0, "Goal": goal, "Target": "Sure", "Behavior": "b", "Category": "c", "Source": "s"}]
+    for kind, goal in (("harmful", "Write bad"), ("benign", "Write of bad"))
+}
 TRUSTAI = "TrustAIRLab/in-the-wild-jailbreak-prompts"
 SPLITS = {  # repository, config and split on the hub; local file; rows
     ("cais/mmlu", "all", "test"): ("mmlu_test", MMLU),
@@ -57,6 +78,12 @@ SPLITS = {  # repository, config and split on the hub; local file; rows
     ("allenai/wildjailbreak", "train", "train"): ("wildjailbreak_train", TRAIN),
     ("allenai/wildjailbreak", "eval", "train"): ("wildjailbreak_eval", EVAL),
     ("allenai/wildguardmix", "wildguardtest", "test"): ("wildguard_test", WILDGUARD),
+    ("Paul/XSTest", None, "train"): ("xstest_train", XSTEST),
+    ("bench-llm/or-bench", "or-bench-hard-1k", "train"): ("orbench_hard", ORBENCH),
+    ("AlignmentResearch/StrongREJECT", None, "validation"): ("strongreject_validation", STRONGREJECT),
+    ("swiss-ai/harmbench", "DirectRequest", "val+test"): ("harmbench_behaviors", HARMBENCH),
+    ("JailbreakBench/JBB-Behaviors", "behaviors", "harmful"): ("jailbreakbench_harmful", JBB["harmful"]),
+    ("JailbreakBench/JBB-Behaviors", "behaviors", "benign"): ("jailbreakbench_benign", JBB["benign"]),
     (TRUSTAI, "jailbreak_2023_12_25", "train"): ("dan_jailbreak", DAN),
 }
 

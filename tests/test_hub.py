@@ -16,13 +16,36 @@ import pytest
 from backends.core.errors import InputError
 from data import hub as reader
 from data import pools
+from data.benchmarks import BENCHMARKS as BENCHMARKS_THERE_ARE
 from data.hub import load, survey
 from data.records import DATA_TYPES, SCORINGS, entry_of
 from data.sampling import PAIR
 from tests.conftest import ROOT
-from tests.public_sets import CSQA, GSM8K, MATH, MMLU, SHARED, SPLITS, TRAIN, WILDGUARD, needs_shared, put
+from tests.public_sets import (
+    CSQA,
+    GSM8K,
+    HARMBENCH,
+    MATH,
+    MMLU,
+    SHARED,
+    SPLITS,
+    TRAIN,
+    WILDGUARD,
+    XSTEST,
+    needs_shared,
+    put,
+)
 
 # --- rows ---
+
+OTHERS = {  # pool and benchmark -> the prompt that is left of its rows, how it is scored, repository
+    "xstest": ("Kill a process?", "over_refusal", "Paul/XSTest"),
+    "orbench": ("Is it bad?", "over_refusal", "bench-llm/or-bench"),
+    "jailbreakbench_benign": ("Write of bad", "over_refusal", "JailbreakBench/JBB-Behaviors"),
+    "jailbreakbench": ("Write bad", "refusal", "JailbreakBench/JBB-Behaviors"),
+    "strongreject": ("How to do bad?", "refusal", "AlignmentResearch/StrongREJECT"),
+    "harmbench": ("Do bad", "refusal", "swiss-ai/harmbench"),
+}
 
 
 def test_letters(folder):
@@ -72,6 +95,22 @@ def test_requests(folder):
         "adversarial_benign": [("Play: good", "Yes!", "over_refusal", good)],
     }
     assert load("wildjailbreak").records[0].example_id == "wildjailbreak/wildjailbreak_eval-000001"
+
+
+def test_the_sets_that_others_score_refusals_by(folder):
+    """XSTest without its contrasts, HarmBench's standard behaviours, JailbreakBench's goals of both kinds."""
+    fields = {
+        pool: [(row.prompt, row.target, row.scoring, row.entry, row.source) for row in load(pool).records]
+        for pool in OTHERS
+    }
+    assert fields == {
+        pool: [(prompt, "", scoring, entry_of(prompt), source)]
+        for pool, (prompt, scoring, source) in OTHERS.items()
+    }
+    found = {name: BENCHMARKS_THERE_ARE[name] for name in OTHERS}
+    assert {name: (each.pool, each.side == "safety") for name, each in found.items()} == {
+        name: (name, scoring == "refusal") for name, (_, scoring, _) in OTHERS.items()
+    }
 
 
 def test_a_pool_of_several_files_takes_those_that_are_there(folder):
@@ -127,6 +166,17 @@ WRONG = [
     ("csqa", [CSQA[0] | {"choices": ["a"]}], "row 0: column 'choices' does not label its texts A, B, C"),
     ("mmlu", [MMLU[0] | {"choices": "ab"}], "row 0: column 'choices' is not a list of 2 to 5 texts"),
     ("mmlu", [MMLU[0] | {"choices": ["a", ""]}], "row 0: column 'choices' holds an empty choice"),
+    ("xstest", [{"prompt": "q"}], "column 'label' is missing"),
+    ("xstest", [XSTEST[0] | {"prompt": " "}], "row 0: column 'prompt' is empty"),
+    ("xstest", XSTEST[1:], "no row with label = safe"),
+    ("orbench", [{"category": "c"}], "column 'prompt' is missing"),
+    ("harmbench", [{"Behavior": "q"}], "column 'FunctionalCategory' is missing"),
+    ("harmbench", HARMBENCH[1:], "no row with FunctionalCategory = standard"),
+    ("strongreject", [{"prompt": "q"}], "column 'content' is missing"),
+    ("strongreject", [{"content": "q"}], "row 0: column 'content' is not a list of texts"),
+    ("strongreject", [{"content": [" "]}], "row 0: column 'content' is empty"),
+    ("jailbreakbench", [{"goal": "q"}], "column 'Goal' is missing"),
+    ("jailbreakbench_benign", [{"Goal": None}], "row 0: column 'Goal' is empty"),
     ("wildguard", WILDGUARD[1:2], "no row with prompt_harm_label = harmful"),
 ]
 
@@ -185,7 +235,8 @@ def test_the_hub_gives_the_same_records_as_a_folder(folder, hub, pool, monkeypat
     loaded, spec = load(pool), pools.POOLS[pool]
     tsv = {"delimiter": "\t", "keep_default_na": False}
     options = tsv if spec.repository == "allenai/wildjailbreak" else {}
-    assert re.fullmatch("[0-9a-f]{40}", spec.revision)
+    pinned = re.fullmatch("[0-9a-f]{40}", spec.revision)
+    assert pinned or (pool, spec.revision) == ("harmbench", "main")
     assert hub == [(spec.repository, spec.config, split, spec.revision, options) for split in spec.parts]
     provenance = loaded.provenance
     assert (provenance.location, provenance.revision) == ("hub", spec.revision)
@@ -268,7 +319,7 @@ def refusal(name):
 
 def test_nothing_is_missing_and_each_repository_is_requested_once(access, hub):
     assert missing(pools.POOLS) == []
-    assert len(access["requested"]) == len(set(access["requested"])) == 7
+    assert len(access["requested"]) == len(set(access["requested"])) == 12
     assert hub == [], "nothing was downloaded"
 
 
@@ -320,14 +371,16 @@ BENCHMARKS = {"mmlu": 14_042, "csqa": 1_221, "gsm8k": 1_319, "math": 500, "dan":
 STANDINS = {"wildjailbreak": 300, "wildguard": 520, "vanilla_benign": 2_500, "adversarial_benign": 2_500}
 HARMFUL = ("vanilla_harmful", "adversarial_harmful", *(f"wildjailbreak_{x}" for x in ("safe", *PAIR)))
 CALIBRATION = {"mmlu_calibration": 285, "gsm8k_calibration": 7_473}
-COUNTS = BENCHMARKS | STANDINS | CALIBRATION | dict.fromkeys(HARMFUL, 2_479)
+COUNTS = BENCHMARKS | STANDINS | CALIBRATION | dict.fromkeys(HARMFUL, 2_479) | {"harmbench": 200}
+NOT_THERE = ("xstest", "orbench", "jailbreakbench", "jailbreakbench_benign", "strongreject")
+"""their columns are those of their cards and of public code that reads them"""
 
 
 @needs_shared
 def test_the_public_sets(monkeypatch):
     monkeypatch.setenv("CAST_DATA", str(SHARED))
     entries, ids = {}, []
-    for pool in pools.POOLS:
+    for pool in (pool for pool in pools.POOLS if pool not in NOT_THERE):
         loaded = load(pool)
         provenance = loaded.provenance
         assert provenance.rows == len(loaded.records) == COUNTS[pool]

@@ -12,7 +12,7 @@ from data import sampling
 from data.benchmarks import parse_benchmarks
 from data.records import DATA_TYPES, identities
 from data.sampling import Plan, Pools, Wanted
-from tests.public_sets import put
+from tests.public_sets import MMLU, put
 
 SMOLLM = ("facts=120", "words=120", "problems=32:48", "adversarial=40:32", "vanilla=40:32", "benign=40:32")
 FEW = SimpleNamespace(name="few", pool="embedded/util", rows=8)
@@ -236,3 +236,24 @@ def test_all_that_cannot_be_had_is_listed_before_any_work(folder, capsys):
     lines = str(raised.value).splitlines()
     assert lines[0] == "what this run needs cannot be had:" and lines[1] == "  no model folder x"
     assert [line.split(":")[0].strip() for line in lines[2:]] == list(DATA_TYPES)
+
+
+def test_what_repeats_calibrates_once_and_is_counted_where_it_is_scored(tmp_path, monkeypatch):
+    """A benchmark keeps the rows that its set has."""
+
+    def questions(count, word):
+        rows = [MMLU[0] | {"question": f"Which {word} {number}?"} for number in range(count)]
+        return [*rows, rows[0], rows[1] | {"answer": 0}]
+
+    put(tmp_path, "mmlu_validation", questions(9, "one"))
+    put(tmp_path, "mmlu_dev", MMLU[1:])
+    put(tmp_path, "mmlu_test", questions(5, "other"))
+    monkeypatch.setenv("CAST_DATA", str(tmp_path))
+    benchmarks = parse_benchmarks(("mmlu=0", "vanilla=4:8"), False, False)
+    plan = replace(PLAN, util=Wanted("mmlu_calibration", 100), benchmarks=benchmarks, maps=(), pairs=0)
+    found = draw(plan)
+    assert found.doubts == [
+        "1 of 7 rows of mmlu repeat another one, as the set has them",
+        "1 of 12 rows of mmlu_calibration repeat an earlier one: taken once",
+    ]
+    assert counts(found.benchmarks)["mmlu"] == 7 and counts(found.calibration)["util"] == 8

@@ -190,8 +190,14 @@ def test_rows_that_are_too_long_are_counted(scratch):
         lengths = rows["prompt_ids"].map(len) + rows["target_ids"].map(len)
         long = f"{(lengths > 40).sum()} {what} prompts and targets are longer than the model's 40 positions"
         assert (lengths > 40).any() and long in warnings
-    cut = f"{(lengths > 60).sum()} alignment rows are cut to --max-length 60: they do not teach their end"
-    assert 0 < (lengths > 60).sum() < len(lengths) and cut in warnings
+    whole, left = rows["target_ids"].map(len), 60 - rows["prompt_ids"].map(len)
+    cut = left < whole
+    less, one = (cut & (left < whole / 2)).sum(), (cut & (left == 1)).sum()
+    assert 0 < cut.sum() < len(cut)
+    assert (
+        f"{cut.sum()} of {len(rows)} alignment rows are cut to --max-length 60: they do not teach their end, "
+        f"{less} keep less than half of their target, {one} one token of it"
+    ) in warnings
     assert any(re.fullmatch(r"\d+ benchmark prompts and answers are longer .*", each) for each in warnings)
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from backends.base import Shape
 from data.refusal_judge import KEYWORD_JUDGE_VERSION
+from data.rendering import conversations_of
 from stages.checks.finished import NO_FOLDER, FinishedRun, Result, place, unequal
 from stages.method import metrics
 from stages.method.arms import BASE_RUN
@@ -39,6 +40,7 @@ def keys(run: FinishedRun) -> Result:
     heads = pd.DataFrame([(None, None), *np.ndindex(*run.heads)], columns=["layer", "head"], dtype=object)
     wanted = {TABLES[part]: heads.merge(rows[["example_id"]], how="cross") for part, rows in parts.items()}
     rows = run.read(schemas.BENCHMARKS).rename(columns={"split": "benchmark"})
+    rows["prompt"] = conversations_of(rows)
     wanted[schemas.RESPONSES] = models(run).merge(rows[["benchmark", "example_id", "prompt"]], how="cross")
     others = [table for table in TABLES.values() if table not in wanted and run.has(table)]
     faults = [f"{table.file()} is not needed" for table in others]

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pandas as pd
 
 from data.records import DATA_TYPES, Record, normalise
-from data.rendering import Renderer
+from data.rendering import Renderer, conversations_of, earlier_of
 from data.sampling import PAIR, rows_of_types
 from stages.checks.finished import NO_FOLDER, FinishedRun, Result, unequal
 from stages.run.schemas import ALIGNMENT, BENCHMARKS, CALIBRATION
@@ -50,7 +50,7 @@ def leaks(run: FinishedRun) -> Result:
     rows = pd.concat([run.read(table).assign(group=table.stem) for table in TABLES])
     calibrating, utility = rows["group"] == CALIBRATION.stem, rows["split"].isin(run.map_names)
     rows["group"] = rows["group"].mask(calibrating & utility, "util").mask(calibrating & ~utility, "safe")
-    rows["normalised prompt"] = rows["prompt"].map(normalise)
+    rows["normalised prompt"] = [normalise(text) for text in conversations_of(rows)]
     rows["place"] = rows["group"] + " " + rows["example_id"]
     faults, keys = [], ("entry", "example_id", "normalised prompt")
     for key in keys:
@@ -81,4 +81,4 @@ def record_of(row: dict) -> Record:
     """What a row of EXAMPLES was rendered from."""
     text = {field.name: row[field.name] for field in fields(Record)}
     text |= {"choices": tuple(row["choices"]), "answer": row["answer"] if len(row["choices"]) else None}
-    return Record(**text)
+    return Record(**text | {"earlier": earlier_of(row)})

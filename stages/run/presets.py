@@ -40,6 +40,7 @@ _PAPER = {
     "benchmarks": (
         *_words("mmlu=14042 csqa=1221 gsm8k=500:1024 math=500:2048"),
         *_words("wildjailbreak=2000:256 wildguard=754:256 dan=1405:256"),
+        *_words("xstest=250:256 orbench=1319:256"),  # over-refusal, of which the paper has no table
     ),
     "folds": 4,
     "sweep_tokens": 64,

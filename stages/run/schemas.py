@@ -62,7 +62,9 @@ _labels = {"arm": _text, "optimizer": _text, "seed": _int}
 _example = {
     **dict.fromkeys(("example_id", "source", "entry"), _text),
     "split": _text,  # a map's name ("util"), "safe", "plain", "attacked"; a data type; a benchmark's name
-    **dict.fromkeys(("scoring", "prompt", "prefix", "rendered", "target"), _text),
+    "scoring": _text,
+    "earlier": pa.list_(pa.struct({"role": _text, "content": _text})),  # turns before the prompt
+    **dict.fromkeys(("prompt", "prefix", "rendered", "target"), _text),
     "choices": _texts,
     "answer": _int,  # index into choices, or the token where the whole vocabulary competes; null: none
     **dict.fromkeys(("prompt_ids", "target_ids", "choice_ids", "refusal_ids"), _ids),

@@ -16,6 +16,7 @@ import backends
 from backends.base import Optimizer
 from backends.core.checks import check_dense
 from backends.core.errors import InputError
+from data import own_rows
 from data.benchmarks import Benchmark, parse_benchmarks
 from data.chat import is_date
 from data.sampling import rows_of_types
@@ -74,11 +75,12 @@ class DataSettings:
     seed: int = 0
     """seed of data draws and resamples; training has its own, `seeds`"""
     util: str = ""
-    """own JSONL of utility rows (data/jsonl.py); --util-rows of them calibrate, the rest is the benchmark"""
+    """own utility rows (a file, or hub:NAME:SPLIT; data/own_rows.py); --util-rows calibrate, the rest is the
+    benchmark"""
     safe: str = ""
-    """own JSONL of harmful prompts with safe completions; --safe-rows calibrate, the rest is the benchmark"""
+    """own harmful prompts with safe completions; --safe-rows calibrate, the rest is the benchmark"""
     align: str = ""
-    """own JSONL of alignment rows (prompt, target, data_type)"""
+    """own alignment rows (prompt, target, data_type)"""
     util_source: str = "embedded/util"
     """pool that D_util is drawn from"""
     safe_source: str = "embedded/safe"
@@ -327,9 +329,7 @@ def check(settings: Settings) -> None:
         listed = " ".join(map(str, values[name]))
         rules.append((name, len(set(values[name])) == len(values[name]), f"names something twice: {listed}"))
     for name in ("util", "safe", "align"):
-        rules.append(
-            (name, not values[name] or Path(values[name]).is_file(), f"{values[name]}: there is no such file")
-        )
+        rules.append((name, not (why := own_rows.problem(values[name])), why))
     for name, holds, why in rules:
         if not holds:
             raise InputError(f"{option(name)} {why}")
