@@ -2,6 +2,7 @@
 
     python -m stages.05_evaluate --run outputs/smollm
     python -m stages.05_evaluate --run outputs/llama --judge wildguard      # judges the kept responses again
+    python -m stages.05_evaluate --run outputs/llama --judge hf:MODEL:LABEL   # so does a sequence classifier
     python -m stages.05_evaluate --run outputs/llama --drift                # and how far each arm's map moved
 
 Knowledge is scored by the next token, all else by generated text (data/scoring.py). Reads
@@ -110,7 +111,7 @@ def join(job: Job) -> dict:
     outputs = job.outputs(RESPONSES, (evaluation.unit for evaluation in own), OUTPUTS)
     classified = classify.units(job.settings, own)
     unit_of = {work.evaluation.unit: unit for unit, work in classified.items()}
-    responses, unclear, start = [], 0, 0
+    responses, unclear, cut, start = [], 0, 0, 0
     for evaluation in progress(own, desc="judging", unit="unit"):
         requested, words = rows[rows["split"] == evaluation.benchmark.name], None
         answered = outputs.iloc[start : start + len(requested)]
@@ -118,21 +119,28 @@ def join(job: Job) -> dict:
         if evaluation.unit in unit_of:
             words = job.parts([unit_of[evaluation.unit]], CLASSIFIED)
             unclear += int(words["unclear"].sum())
+            cut += int(words["cut"].sum())
         responses.append(judging.judge_outputs(answered, requested, evaluation.benchmark, words))
     judged = pd.concat(responses, ignore_index=True)
     sides = {benchmark.name: benchmark.side for benchmark in job.settings.benchmarks}
     scores = judging.score_rows(judged, sides)
-    for run, score in zip(
-        runs(job.settings), scores["score"].to_numpy().reshape(-1, len(sides)), strict=True
-    ):
-        named = ", ".join(f"{name} {value:.3f}" for name, value in zip(sides, score, strict=True))
-        job.say(f"{run.name}: {named}")
+    say_scores(job, scores, [*sides])
     if unclear:
         job.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
+    if cut:
+        job.warn(f"{cut} responses are longer than the classifier reads: it judged what fits")
     job.write(RESPONSES, judged)
     job.write(SCORES, scores)
     drift.join(job)
     return {"responses": len(judged)}
+
+
+def say_scores(job: Job, scores: pd.DataFrame, benchmarks: list[str]) -> None:
+    """Every model's scores, in the log."""
+    settings = job.settings
+    by_model = scores["score"].to_numpy().reshape(-1, len(benchmarks)).tolist()
+    for run, own in zip(runs(settings), by_model, strict=True):
+        job.say(f"{run.name}: {', '.join(map('{} {:.3f}'.format, benchmarks, own))}")
 
 
 def judge(settings: Settings) -> dict:

@@ -17,6 +17,7 @@ from backends.base import Optimizer
 from backends.core.checks import check_dense
 from backends.core.errors import InputError
 from data.benchmarks import Benchmark, parse_benchmarks
+from data.classifier import LabelJudge, parse_judge
 from data.rendering import is_date
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
@@ -186,8 +187,11 @@ class EvaluationSettings:
     """Who judges responses, and whether drift is measured (stage 05); on a finished run, what was kept is
     judged again, and the drift computed beside it."""
 
-    judge: Literal["keyword", "wildguard"] = "keyword"
-    """who says what a refusal is in the benchmarks"""
+    judge: str = "keyword"
+    """who says what a refusal is in the benchmarks: keyword, wildguard, or hf:MODEL:LABEL, any sequence
+    classifier (hub id or folder) and its label of a refusal, or labels by commas"""
+    judge_input: str = "{response}"
+    """what a classifier of --judge hf: reads: {response}, with {prompt} where it was trained on both"""
     judge_model: str = "allenai/wildguard"
     """hub id or folder of WildGuard's classifier, for --judge wildguard"""
     drift: bool = False
@@ -227,6 +231,11 @@ class Settings:
     def benchmarks(self) -> tuple[Benchmark, ...]:
         data = self.data
         return parse_benchmarks(data.benchmarks, own_util=bool(data.util), own_safe=bool(data.safe))
+
+    @property
+    def label_judge(self) -> LabelJudge | None:
+        """The sequence classifier that judges; None: another judge does."""
+        return parse_judge(self.evaluation.judge, self.evaluation.judge_input)
 
     def _arms(self, option: str, names: tuple[str, ...]) -> tuple[Arm, ...]:
         """Arms by name. InputError names one that there is not, whose map is not requested, or whose neurons
@@ -338,7 +347,7 @@ def check(settings: Settings) -> None:
     parse_shard(settings.run.shard)
     check_model(settings)
     # What is parsed on first use is parsed now.
-    _ = settings.maps, settings.benchmarks, settings.arm_runs
+    _ = settings.maps, settings.benchmarks, settings.arm_runs, settings.label_judge
 
 
 def check_model(settings: Settings) -> None:
