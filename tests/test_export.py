@@ -197,6 +197,12 @@ def test_file_modes_follow_the_umask(mask, made, models, scratch):
     assert (scratch / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
+def test_a_runs_own_adapters_can_be_read_by_whom_the_umask_lets(tiny_run):
+    for folder in (tiny_run / "04_align" / "adapters").iterdir():
+        config, weights = ((folder / name).stat().st_mode for name in (adapters.CONFIG, adapters.WEIGHTS))
+        assert config == weights
+
+
 def change_config(folder: Path, **values: object) -> None:
     config = read_json(folder / adapters.CONFIG)
     (folder / adapters.CONFIG).write_text(json.dumps(config | values))
