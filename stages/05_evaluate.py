@@ -23,7 +23,7 @@ from backends.core.progress import progress
 from data import refusal_judge
 from data.rendering import example
 from stages.method.arms import BASE_RUN, ArmRun
-from stages.run import classify, cli, drift, judging
+from stages.run import classify, cli, drift, judging, tracking
 from stages.run.classify import Classification, Evaluation
 from stages.run.drift import Diagnosis
 from stages.run.job import Job, Stage, Units
@@ -136,11 +136,13 @@ def join(job: Job) -> dict:
 
 
 def say_scores(job: Job, scores: pd.DataFrame, benchmarks: list[str]) -> None:
-    """Every model's scores, in the log."""
+    """Every model's scores, in the log and where they are tracked."""
     settings = job.settings
     by_model = scores["score"].to_numpy().reshape(-1, len(benchmarks)).tolist()
     for run, own in zip(runs(settings), by_model, strict=True):
         job.say(f"{run.name}: {', '.join(map('{} {:.3f}'.format, benchmarks, own))}")
+        with tracking.tracked(settings.run.track, settings.folder, run.name, job.warn) as tracker:
+            tracker.log({f"score/{name}": value for name, value in zip(benchmarks, own, strict=True)})
 
 
 def judge(settings: Settings) -> dict:

@@ -22,6 +22,7 @@ from data.rendering import is_date
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
+from stages.run import tracking
 from stages.run.locks import parse_shard
 from stages.run.maps import MapSpec, parse_maps
 from stages.run.schemas import OWN_MAP
@@ -47,6 +48,8 @@ class RunSettings:
     processes: int = 0
     """that compute units of stages 04 and 05 side by side; 0: on a CPU, of a model of 5 to 1,000 million
     parameters (torch), one for each core, at most 8, as memory allows; else 1"""
+    track: tracking.Name = ""
+    """tensorboard, trackio or wandb: losses and scores go there too (requirements-<name>.txt)"""
 
 
 @dataclass(frozen=True)
@@ -290,7 +293,7 @@ class Settings:
 
 OF_RESULTS = ("model", "data", "map", "tuning")
 """groups that results rest on: not where they are computed, nor who judges them"""
-OF_ONE_START = ("shard", "processes")
+OF_ONE_START = ("shard", "processes", "track")
 """settings that a run does not keep"""
 GROUPS = tuple(group.name for group in fields(Settings))
 GROUP_OF: Mapping[str, str] = {name: group for group in GROUPS for name in asdict(getattr(Settings(), group))}
@@ -345,6 +348,7 @@ def check(settings: Settings) -> None:
             raise InputError(f"{option(name)} {why}")
     check_rediagnosis(settings)
     parse_shard(settings.run.shard)
+    tracking.check(settings.run.track)
     check_model(settings)
     # What is parsed on first use is parsed now.
     _ = settings.maps, settings.benchmarks, settings.arm_runs, settings.label_judge
