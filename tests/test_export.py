@@ -105,7 +105,12 @@ def test_an_adapter_of_flax_is_exported_alike(models, scratch):
 def test_an_old_peft_answers_the_same(made, models, scratch):
     """`CAST_PEFT13=/path/to/python`, of an environment with peft==0.13.2 and 'transformers<4.50'."""
     _, folder = made
-    adapters.write_adapter(folder, scratch / "out", str(models["llama-gqa"]), None)
+    base = Path(shutil.copytree(models["llama-gqa"], scratch / "base"))
+    config = adapters.both_spellings(
+        read_json(base / "config.json")
+    )  # that of its time knows the older alone
+    (base / "config.json").write_text(json.dumps(config))
+    adapters.write_adapter(folder, scratch / "out", str(base), None)
     code = (
         "import sys, numpy, peft, torch, transformers\n"
         "assert peft.__version__.startswith('0.13.'), peft.__version__\n"
@@ -114,11 +119,11 @@ def test_an_old_peft_answers_the_same(made, models, scratch):
         "logits = model(input_ids=torch.arange(3, 12)[None]).logits[0, -1]\n"
         "numpy.save(sys.argv[3], logits.detach().numpy())\n"
     )
-    arguments = [models["llama-gqa"], scratch / "out", scratch / "logits.npy"]
+    arguments = [base, scratch / "out", scratch / "logits.npy"]
     done = subprocess.run([OLD_PEFT, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    base = transformers.AutoModelForCausalLM.from_pretrained(models["llama-gqa"], dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(base, scratch / "out").eval()
+    now = transformers.AutoModelForCausalLM.from_pretrained(models["llama-gqa"], dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(now, scratch / "out").eval()
     wanted = model(input_ids=torch.arange(3, 12)[None]).logits[0, -1].detach().numpy()
     np.testing.assert_allclose(np.load(scratch / "logits.npy"), wanted, rtol=0, atol=1e-5)
 
@@ -175,6 +180,10 @@ def test_a_merge_is_exact_in_float32_and_leaves_the_rest(made, base, scratch):
     rows = make_examples(4)
     for logits, wanted in zip(reference.logits(plain.eval(), rows), peft_logits(base, folder), strict=True):
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    config = read_json(scratch / "merged" / "config.json")
+    rope = config["rope_parameters"]
+    assert config["rope_theta"] == rope["rope_theta"]
+    assert config["rope_scaling"] == {name: rope[name] for name in rope if name != "rope_theta"}
     if (base / adapters.INDEX).is_file():
         index = read_json(scratch / "merged" / adapters.INDEX)
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())

@@ -154,7 +154,19 @@ def _write_rest(base: Path, to: Path, total_size: int) -> None:
             shutil.copyfile(path, to / path.name)
     config = read_config(base)
     named = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
-    write_json(to / "config.json", config | dict.fromkeys(named, "float32"))
+    write_json(to / "config.json", both_spellings(config) | dict.fromkeys(named, "float32"))
     if (to / INDEX).is_file():
         index = json.loads((to / INDEX).read_text(encoding="utf-8"))
         write_json(to / INDEX, index | {"metadata": index.get("metadata", {}) | {"total_size": total_size}})
+
+
+def both_spellings(config: dict) -> dict:
+    """A config.json with its rotary turns as transformers 5 names them, and as older readers do, which would
+    take their default for what they do not find. (Turns by kind of layer have no older name.)"""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    older = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return older | config
