@@ -2,6 +2,7 @@
 
     python -m stages.05_evaluate --run outputs/smollm
     python -m stages.05_evaluate --run outputs/llama --judge wildguard      # judges the kept responses again
+    python -m stages.05_evaluate --run outputs/llama --judge hf:MODEL:LABEL   # so does a sequence classifier
     python -m stages.05_evaluate --run outputs/llama --drift                # and how far each arm's map moved
 
 Knowledge is scored by the next token, all else by generated text (data/scoring.py). Reads
@@ -22,15 +23,12 @@ from backends.core.progress import progress
 from data import refusal_judge
 from data.rendering import conversations_of, example
 from stages.method.arms import BASE_RUN, ArmRun
-from stages.run import classify, cli, drift, judging, unread
+from stages.run import candidates, classify, cli, drift, judging, tracking, unread
 from stages.run.classify import Classification, Evaluation
 from stages.run.drift import Diagnosis
 from stages.run.job import Job, Stage, Units
 from stages.run.schemas import ARMS, BENCHMARKS, CALIBRATION, CLASSIFIED, DRIFT, OUTPUTS, RESPONSES, SCORES
 from stages.run.settings import Settings
-
-LOW_PROBABILITY = 0.5
-"""of the candidates of a next-token benchmark together: below it their score says little"""
 
 
 def runs(settings: Settings) -> list[ArmRun]:
@@ -113,7 +111,7 @@ def join(job: Job) -> dict:
     outputs = job.outputs(RESPONSES, (evaluation.unit for evaluation in own), OUTPUTS)
     classified = classify.units(job.settings, own)
     unit_of = {work.evaluation.unit: unit for unit, work in classified.items()}
-    responses, unclear, start = [], 0, 0
+    responses, unclear, cut, start = [], 0, 0, 0
     for evaluation in progress(own, desc="judging", unit="unit"):
         requested, words = rows[rows["split"] == evaluation.benchmark.name], None
         answered = outputs.iloc[start : start + len(requested)]
@@ -121,19 +119,18 @@ def join(job: Job) -> dict:
         if evaluation.unit in unit_of:
             words = job.parts([unit_of[evaluation.unit]], CLASSIFIED)
             unclear += int(words["unclear"].sum())
+            cut += int(words["cut"].sum())
         responses.append(judging.judge_outputs(answered, requested, evaluation.benchmark, words))
     judged = pd.concat(responses, ignore_index=True)
     sides = {benchmark.name: benchmark.side for benchmark in job.settings.benchmarks}
     scores = judging.score_rows(judged, sides)
-    for run, score in zip(
-        runs(job.settings), scores["score"].to_numpy().reshape(-1, len(sides)), strict=True
-    ):
-        named = ", ".join(f"{name} {value:.3f}" for name, value in zip(sides, score, strict=True))
-        job.say(f"{run.name}: {named}")
+    say_scores(job, scores, [*sides])
     if unclear:
         job.warn(f"the classifier gave no clear answer on {unclear} responses: they are no refusals")
-    likely = candidate_probability(own, responses, rows)
-    warn_of_candidates(job, likely)
+    if cut:
+        job.warn(f"{cut} responses are longer than the classifier reads: it judged what fits")
+    likely = candidates.probability(own, responses, rows)
+    candidates.say(job, likely)
     cannot_read = unread.of_responses(judged, sides)
     unread.say(job, cannot_read, decides=not classified)
     job.write(RESPONSES, judged)
@@ -142,32 +139,14 @@ def join(job: Job) -> dict:
     return {"responses": len(judged), "candidate_probability": likely, "unread": cannot_read}
 
 
-def candidate_probability(
-    own: list[Evaluation], responses: list[pd.DataFrame], rows: pd.DataFrame
-) -> dict[str, dict[str, float]]:
-    """Benchmark -> model -> the probability that the candidates (letters, say) get together, on average over
-    the rows that have some."""
-    compete = rows.assign(compete=rows["choices"].map(len) > 0).groupby("split")["compete"]
-    compete = {name: own.to_numpy() for name, own in compete}
-    found: dict[str, dict[str, float]] = {}
-    for evaluation, answered in zip(own, responses, strict=True):
-        name = evaluation.benchmark.name
-        if compete[name].any():
-            of_model = answered["probability"].to_numpy(float)[compete[name]].mean()
-            found.setdefault(name, {})[evaluation.run.name] = float(of_model)
-    return found
-
-
-def warn_of_candidates(job: Job, likely: dict[str, dict[str, float]]) -> None:
-    """Says how much probability candidates get, and where it is little."""
-    for name, of_models in likely.items():
-        job.say(f"{name}: its candidates get {of_models[BASE_RUN.name]:.2f} of the base model's probability")
-        if low := [model for model, value in of_models.items() if value < LOW_PROBABILITY]:
-            job.warn(
-                f"{name}: of {len(low)} of {len(of_models)} models the candidates get less than "
-                f"{LOW_PROBABILITY} of the probability, as {of_models[low[0]]:.2f} of {low[0]}: they answer "
-                f"otherwise"
-            )
+def say_scores(job: Job, scores: pd.DataFrame, benchmarks: list[str]) -> None:
+    """Every model's scores, in the log and where they are tracked."""
+    settings = job.settings
+    by_model = scores["score"].to_numpy().reshape(-1, len(benchmarks)).tolist()
+    for run, own in zip(runs(settings), by_model, strict=True):
+        job.say(f"{run.name}: {', '.join(map('{} {:.3f}'.format, benchmarks, own))}")
+        with tracking.tracked(settings.run.track, settings.folder, run.name, job.warn) as tracker:
+            tracker.log({f"score/{name}": value for name, value in zip(benchmarks, own, strict=True)})
 
 
 def judge(settings: Settings) -> dict:

@@ -17,6 +17,7 @@ from data.benchmarks import BENCHMARKS as KNOWN
 from stages.method.arms import BASE, OWN, arm_from_row
 from stages.method.heads import own_probability, read_map
 from stages.report import (
+    agreement,
     claims,
     correlations,
     costs,
@@ -81,6 +82,7 @@ def compute(job: Job) -> tuple[Results, Responses]:
         predictions=drawn_arms.predictions(drawn, stream(settings.data.seed, "draws", "permutations")),
         # App. C: refusals of harmless questions, reasoning that is gone
         failures=examples.count_failures(responses),
+        judges=agreement.table(responses, job.run.manifest("05_evaluate")["notes"].get("classifier")),
         # §7: does the map move while a model is tuned?
         **drift.fields(job, by_name),
     )
@@ -96,6 +98,7 @@ def plain_tables(job: Job, results: Results) -> dict[str, pd.DataFrame]:
         "costs_mean": results.means,
         "correlations": results.correlations,
         "failures": results.failures,
+        "judges": results.judges,
         "drawn_arms": results.predictions,
         "drift": results.drift,
         "drift_layers": results.drift_layers,

@@ -84,7 +84,7 @@ def results_of(by_seed: pd.DataFrame, sides: dict, losses: dict, draws=None, **m
     values |= {"costs": by_seed, "means": means, "draws": draws, "sensitivity": "counted"}
     values["reliability"] = _reliability({OWN_MAP: None}, 0.7)
     values["correlations"] = correlations.correlations(by_seed, means, draws, 4)
-    values |= dict.fromkeys(("predictions", "drift", "drift_layers", "redraws"), pd.DataFrame())
+    values |= dict.fromkeys(("predictions", "drift", "drift_layers", "redraws", "judges"), pd.DataFrame())
     values["drawn"] = ()
     values["failures"] = pd.DataFrame(columns=["arm", "optimizer", "side", *MEASURES])
     return Results(**values | more)

@@ -26,7 +26,7 @@ from backends import models
 from backends.base import Example, Recipe
 for stage in ("01_calibrate", "02_conflict", "03_sensitivity", "04_align", "05_evaluate", "06_correlate"):
     importlib.import_module(f"stages.{stage}")
-from stages import audit, compare
+from stages import audit, compare, export
 backend = backends.load("flax", sys.argv[1], device="cpu")
 row = Example("a", np.array([5, 6, 7], np.int32), np.array([8], np.int32), np.array([], np.int32), 8)
 assert len(backend.generate([row], 3)) == 1

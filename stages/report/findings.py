@@ -6,6 +6,7 @@ import pandas as pd
 from data.benchmarks import DOMAINS
 from stages.method.arms import OWN, ArmRun, neuron_arm
 from stages.method.reliability import ENOUGH, WANTED
+from stages.report import agreement
 from stages.report.claims import PREDICTS, unclear_buckets
 from stages.report.drawn_arms import TOGETHER
 from stages.report.results import FULL, Results, plain
@@ -34,6 +35,7 @@ def findings(results: Results, claims: pd.DataFrame, own_probability: float | No
         else:
             paragraphs.append([f"With {optimizer}: {parts[0]}", *parts[1:]])
     rest = [*_drawn(results), _drift(results), _neurons(results), _broken(results)]
+    rest.append(agreement.sentence(results.judges))
     if own_probability is not None:
         rest.append(
             f"The map itself: when its calibration rows are resampled, a head stays in its bucket "

@@ -59,6 +59,8 @@ class Results:
     """the same of each layer"""
     redraws: pd.DataFrame
     """drift.redraw_table"""
+    judges: pd.DataFrame
+    """agreement.table; empty where the keyword judge was alone"""
 
     def benchmarks(self, side: str) -> list[str]:
         """Of one side."""

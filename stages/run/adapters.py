@@ -14,13 +14,14 @@ from backends.core.files import write_json
 from backends.core.progress import progress
 from stages.method.arms import ArmRun, bucket_heads
 from stages.method.neurons import task_rows
+from stages.run import tracking
 from stages.run.diagnosis import calibration_examples, map_with
 from stages.run.job import Job
 from stages.run.schemas import TRAINING
 from stages.run.settings import Settings
 from stages.run.store import read_json
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def lora_recipe(settings: Settings, run: ArmRun) -> Recipe:
@@ -91,20 +92,27 @@ def run_tuning(job: Job, run: ArmRun, what: str, steps: int, start: Callable[[Pa
     checkpoint = job.part_path(unit).with_suffix(".checkpoint")
     records, heads, began = [], None, time.monotonic()
     tuning = start(scratch, checkpoint)
-    for record in progress(tuning, total=steps, desc=unit, unit="step"):
-        if tuning.repeated and not records:
-            job.say(f"{unit} goes on after step {tuning.repeated} of {steps}")
-        records.append(run.labels | record)
-        if record["drawn"] is not None:
-            drawn = set(map(tuple, record["drawn"]))
-            if heads is not None:
-                entered = len(drawn - heads)
-                job.say(f"{unit}: {entered} of {len(drawn)} heads are others from step {record['step']} on")
-            heads = drawn
+    with tracking.tracked(job.settings.run.track, job.settings.folder, unit, job.warn) as tracker:
+        for record in progress(tuning, total=steps, desc=unit, unit="step"):
+            if tuning.repeated and not records:
+                job.say(f"{unit} goes on after step {tuning.repeated} of {steps}")
+            records.append(run.labels | record)
+            if record["drawn"] is not None:
+                drawn = set(map(tuple, record["drawn"]))
+                if heads is not None:
+                    entered = len(drawn - heads)
+                    job.say(
+                        f"{unit}: {entered} of {len(drawn)} heads are others from step {record['step']} on"
+                    )
+                heads = drawn
+            if len(records) > tuning.repeated:
+                tracker.log(tracking.of_step(record), record["step"])
     seconds = time.monotonic() - began
     # The backend knows a folder; readers of the adapter know the model by its id.
     config = read_json(scratch / CONFIG) | {"base_model_name_or_path": job.model["id"]}
     write_json(scratch / CONFIG, config)
+    # safetensors makes files that their owner alone can read; the umask says who may.
+    shutil.copymode(scratch / CONFIG, scratch / WEIGHTS)
     os.replace(scratch, final)
     speed = sum(record["tokens"] for record in records[tuning.repeated :]) / seconds
     message = f"{unit}: {what}"

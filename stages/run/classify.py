@@ -1,7 +1,10 @@
-"""WildGuard's classifier over stage 05's outputs, a unit each: loaded only with --judge wildguard."""
+"""A classifier over stage 05's outputs, a unit each: WildGuard (--judge wildguard), which writes its answer,
+or any sequence classifier (--judge hf:MODEL:LABEL). Loaded only where it is asked for."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,9 @@ from stages.run.job import Job
 from stages.run.schemas import CLASSIFIED, OUTPUTS, RESPONSES
 from stages.run.settings import Settings
 from stages.run.store import read_table
+
+Words = list[dict]
+"""columns of CLASSIFIED for each output"""
 
 
 @dataclass(frozen=True)
@@ -42,34 +48,59 @@ class Classification:
     evaluation: Evaluation
 
 
+def model_of(settings: Settings) -> tuple[str, str] | None:
+    """The classifier's hub id or folder, and the option that names it; None: the keyword judge is alone."""
+    if settings.evaluation.judge == "wildguard":
+        return settings.evaluation.judge_model, "--judge-model"
+    return (settings.label_judge.model, "--judge") if settings.label_judge else None
+
+
 def missing(settings: Settings) -> str | None:
     """One line on a classifier that the run needs and that cannot be had; nothing is fetched."""
-    if settings.evaluation.judge != "wildguard":
+    if (chosen := model_of(settings)) is None:
         return None
-    problem = models.missing(settings.evaluation.judge_model, option="--judge-model")
-    return problem and f"--judge wildguard: {problem}"
+    problem = models.missing(chosen[0], option=chosen[1])
+    return problem and f"--judge {settings.evaluation.judge}: {problem}"
 
 
 def folder_of(settings: Settings) -> Path | None:
     """The classifier's folder; None: the run has none. InputError where it cannot be had or used."""
-    if settings.evaluation.judge != "wildguard":
+    if (chosen := model_of(settings)) is None:
         return None
     if problem := missing(settings):
         raise InputError(problem)
-    folder = models.local_folder(settings.evaluation.judge_model)
-    backends.check_folder("torch", folder)
-    models.load_tokenizer(folder, chat=False)
+    folder, judge = models.local_folder(chosen[0]), settings.label_judge
+    if judge is None:
+        backends.check_folder("torch", folder)
+        models.load_tokenizer(folder, chat=False)
+        return folder
+    backends.check("torch")
+    from backends.torch.classifier import labels_of  # torch takes seconds, and other judges do without
+
+    labels = labels_of(folder)
+    if unknown := [label for label in judge.labels if label not in labels]:
+        raise InputError(f"--judge: {folder} has no label {unknown[0]!r}; it has {', '.join(labels)}")
+    if set(labels) <= set(judge.labels):
+        raise InputError(f"--judge: all labels of {folder} would be refusals: {', '.join(labels)}")
     return folder
 
 
 def identity(settings: Settings) -> str | None:
-    """What a manifest says of the classifier: its id, weights and config; None: the run has none. InputError
-    where it cannot be had or used."""
+    """What a manifest says of the classifier: its id, then hashes of its weights and config; of a sequence
+    classifier also its labels, and one hash of all that its verdicts follow from. None: the run has none.
+    InputError where it cannot be had or used."""
     folder = folder_of(settings)
     if folder is None:
         return None
-    hashes = "-".join(digest[:16] for digest in models.model_hashes(folder).values())
-    return f"{settings.evaluation.judge_model} {hashes}"
+    model, judge = model_of(settings)[0], settings.label_judge
+    hashes = models.model_hashes(folder)
+    if judge is None:
+        return f"{model} {'-'.join(digest[:16] for digest in hashes.values())}"
+    labels = models.read_config(folder)["id2label"]
+    described = hashes | asdict(judge) | {"id2label": labels, "tokenizer": models.tokenizer_sha256(folder)}
+    del described["model"]  # its place may be another
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return f"{model}:{','.join(judge.labels)} {digest[:16]}"
 
 
 def units(settings: Settings, evaluations: Sequence[Evaluation]) -> dict[str, Classification]:
@@ -105,12 +136,20 @@ def compute(job: Job, pending: Mapping[str, Classification]) -> None:
     if not outputs:
         return
     job.release()  # the classifier wants the place of the run's model on the device
-    settings = job.settings
+    judge = wildguard(job.settings) if job.settings.label_judge is None else by_label(job.settings)
+    for unit, frame in progress(outputs.items(), desc="classifier", unit="unit"):
+        words = pd.DataFrame(judge(frame), columns=CLASSIFIED.names, dtype=object)
+        job.keep(unit, words, CLASSIFIED)
+
+
+def wildguard(settings: Settings) -> Callable[[pd.DataFrame], Words]:
+    """WildGuard, loaded: what it says of outputs (columns of OUTPUTS)."""
     folder = folder_of(settings)
     backend = backends.load("torch", folder, dtype=settings.model.dtype, device=settings.run.device)
     tokenizer = models.load_tokenizer(folder, chat=False)
     control, nothing = Control(tokenizer), np.zeros(0, np.int32)
-    for unit, frame in progress(outputs.items(), desc="classifier", unit="unit"):
+
+    def judge(frame: pd.DataFrame) -> Words:
         prompts = []
         for row in frame.itertuples():
             said = map(control.as_text, (row.prompt, answer_of(row.output)))
@@ -122,6 +161,33 @@ def compute(job: Job, pending: Mapping[str, Classification]) -> None:
         ):
             word = classifier.parse(tokenizer.decode(tokens, skip_special_tokens=True))
             refusal, harmful = (word.refusal, word.harmful_response) if word else (None, None)
-            labels = {"example_id": row.example_id, "unclear": word is None}
+            labels = {"example_id": row.example_id, "unclear": word is None, "cut": False}
             words.append(labels | {"refusal": refusal, "harmful": harmful})
-        job.keep(unit, pd.DataFrame(words, columns=CLASSIFIED.names, dtype=object), CLASSIFIED)
+        return words
+
+    return judge
+
+
+def by_label(settings: Settings) -> Callable[[pd.DataFrame], Words]:
+    """A sequence classifier, loaded: what it says of outputs (columns of OUTPUTS)."""
+    from backends.torch.classifier import SequenceClassifier
+
+    wanted = settings.label_judge
+    model = SequenceClassifier(folder_of(settings), settings.run.device)
+
+    def judge(frame: pd.DataFrame) -> Words:
+        words = []
+        for row in frame.itertuples():
+            label = model(wanted.text(row.prompt, answer_of(row.output)))
+            words.append(
+                {
+                    "example_id": row.example_id,
+                    "unclear": False,
+                    "cut": label.cut,
+                    "refusal": label.name in wanted.labels,
+                    "harmful": None,
+                }
+            )
+        return words
+
+    return judge

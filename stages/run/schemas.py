@@ -176,8 +176,9 @@ _judged = {
 }
 _no_base = "optimizer seed prediction probability graded"
 OUTPUTS = _schema("outputs", _output, nullable=_no_base)  # a unit's, before they are judged
-# A unit's: a classifier's words. unclear: it gave no answer that can be read; what it calls n/a is null.
-_words = {"example_id": _text, "unclear": _bool, "refusal": _bool, "harmful": _bool}
+# A unit's: a classifier's words. unclear: it gave no answer that can be read; cut: it read the beginning
+# only; what it calls n/a, or does not judge, is null.
+_words = {"example_id": _text, "unclear": _bool, "cut": _bool, "refusal": _bool, "harmful": _bool}
 CLASSIFIED = _schema("classified", _words, nullable="refusal harmful")
 RESPONSES = _table(
     "05_evaluate", "responses", _output | _judged, f"{_no_base} refused harmful steps strict flexible"

@@ -19,9 +19,11 @@ from backends.core.errors import InputError
 from data import own_rows
 from data.benchmarks import Benchmark, parse_benchmarks
 from data.chat import is_date
+from data.classifier import LabelJudge, parse_judge
 from data.sampling import rows_of_types
 from stages.method.arms import LAM, Arm, ArmRun, arm_runs, neuron_arm, parse
 from stages.method.heads import Sensitivity
+from stages.run import tracking
 from stages.run.locks import parse_shard
 from stages.run.maps import MapSpec, parse_maps
 from stages.run.schemas import OWN_MAP
@@ -47,6 +49,8 @@ class RunSettings:
     processes: int = 0
     """that compute units of stages 04 and 05 side by side; 0: on a CPU, of a model of 5 to 1,000 million
     parameters (torch), one for each core, at most 8, as memory allows; else 1"""
+    track: tracking.Name = ""
+    """tensorboard, trackio or wandb: losses and scores go there too (requirements-<name>.txt)"""
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,11 @@ class EvaluationSettings:
     """Who judges responses, and whether drift is measured (stage 05); on a finished run, what was kept is
     judged again, and the drift computed beside it."""
 
-    judge: Literal["keyword", "wildguard"] = "keyword"
-    """who says what a refusal is in the benchmarks"""
+    judge: str = "keyword"
+    """who says what a refusal is in the benchmarks: keyword, wildguard, or hf:MODEL:LABEL, any sequence
+    classifier (hub id or folder) and its label of a refusal, or labels by commas"""
+    judge_input: str = "{response}"
+    """what a classifier of --judge hf: reads: {response}, with {prompt} where it was trained on both"""
     judge_model: str = "allenai/wildguard"
     """hub id or folder of WildGuard's classifier, for --judge wildguard"""
     drift: bool = False
@@ -229,6 +236,11 @@ class Settings:
     def benchmarks(self) -> tuple[Benchmark, ...]:
         data = self.data
         return parse_benchmarks(data.benchmarks, own_util=bool(data.util), own_safe=bool(data.safe))
+
+    @property
+    def label_judge(self) -> LabelJudge | None:
+        """The sequence classifier that judges; None: another judge does."""
+        return parse_judge(self.evaluation.judge, self.evaluation.judge_input)
 
     def _arms(self, option: str, names: tuple[str, ...]) -> tuple[Arm, ...]:
         """Arms by name. InputError names one that there is not, whose map is not requested, or whose neurons
@@ -283,7 +295,7 @@ class Settings:
 
 OF_RESULTS = ("model", "data", "map", "tuning")
 """groups that results rest on: not where they are computed, nor who judges them"""
-OF_ONE_START = ("shard", "processes")
+OF_ONE_START = ("shard", "processes", "track")
 """settings that a run does not keep"""
 GROUPS = tuple(group.name for group in fields(Settings))
 GROUP_OF: Mapping[str, str] = {name: group for group in GROUPS for name in asdict(getattr(Settings(), group))}
@@ -337,9 +349,10 @@ def check(settings: Settings) -> None:
         raise InputError(f"--align-rows {data.align_rows} are too few: some type of them has none")
     check_rediagnosis(settings)
     parse_shard(settings.run.shard)
+    tracking.check(settings.run.track)
     check_model(settings)
     # What is parsed on first use is parsed now.
-    _ = settings.maps, settings.benchmarks, settings.arm_runs
+    _ = settings.maps, settings.benchmarks, settings.arm_runs, settings.label_judge
 
 
 def check_model(settings: Settings) -> None:
