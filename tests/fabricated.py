@@ -159,7 +159,7 @@ def _examples(like: Fabricated) -> pd.DataFrame:
     frame["prompt"] = [_prompt(name, like.sides[name], at) for name, at in rows]
     frame["target"] = [f"answer {at}" for _, at in rows]
     frame = frame.assign(source=frame["split"], scoring="refusal", prefix="", rendered="")
-    frame["choices"] = [[]] * len(rows)
+    frame["choices"] = frame["earlier"] = [[]] * len(rows)
     ids = ("prompt_ids", "target_ids", "choice_ids", "refusal_ids")
     return frame.assign(**{name: [[1]] * len(rows) for name in ids})
 

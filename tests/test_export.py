@@ -17,9 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 import backends
 from backends.base import Recipe
+from backends.core import adapters as peft_format
 from backends.core.errors import InputError
-from backends.flax import adapter as flax_adapter
 from backends.models import adapters
+from data.refusal_judge import KEYWORD_JUDGE_VERSION
 from stages import export
 from stages.report.card import Licence
 from stages.run.guard import guarded
@@ -93,7 +94,7 @@ def test_an_adapter_of_flax_is_exported_alike(models, scratch):
     model_dim = read_json(models["llama-gqa"] / "config.json")["hidden_size"]
     a = draw(size=(LAYERS, 4, model_dim)).astype("f4")
     b = draw(size=(LAYERS, HEADS, HEAD_DIM, 4)).astype("f4")
-    flax_adapter.write(scratch / "flax", a, b, [0, 1], Recipe(rank=4, alpha=4.0))
+    peft_format.write(scratch / "flax", a, b, [0, 1], Recipe(rank=4, alpha=4.0))
     adapters.write_adapter(scratch / "flax", scratch / "out", str(models["llama-gqa"]), None)
     assert read_json(scratch / "out" / adapters.CONFIG).keys() == LORA_KEYS
     found, expected = (peft_logits(models["llama-gqa"], scratch / name) for name in ("out", "flax"))
@@ -268,7 +269,9 @@ def test_an_arm_leaves_its_run_with_a_card_of_its_figures(tiny_run, scratch, cap
     assert ("is unknown" if np.isnan(value) else f"reliability is {value:.2f}") in card
     row = run.read(ARMS).set_index("arm").loc["bucket4"]
     assert f"{row['n_heads']} attention heads in {row['n_layers']} layers (bucket 4 (Safe Zone))" in card
-    assert "there is one training seed" in card and "keyword matcher (version 2)" in card
+    assert (
+        "there is one training seed" in card and f"keyword matcher (version {KEYWORD_JUDGE_VERSION})" in card
+    )
     assert "licence of the base model was not found" in card and "None" not in card
     assert str(Path.home()) not in card and str(tiny_run) not in card
 
