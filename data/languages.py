@@ -8,7 +8,6 @@ number, a name, code, nonsense) counts as read: this is evidence of another lang
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
 FUNCTION_WORDS = {
     "english": (
@@ -76,8 +75,3 @@ def is_read(response: str) -> bool:
     english = sum(word in _ENGLISH for word in words)
     other = max(sum(word in known for word in words) for known in _OTHERS)
     return other <= english or other < 2
-
-
-def unread(responses: Sequence[str]) -> int:
-    """How many responses the keyword judge cannot read."""
-    return sum(not is_read(response) for response in responses)

@@ -20,7 +20,7 @@ from backends import models
 from backends.base import Backend, Shape
 from backends.core.errors import InputError
 from backends.core.files import sha256, write_json
-from stages.run.locks import parse_shard
+from stages.run.locks import parse_shard, units_of_shard
 from stages.run.provenance import git_state, package_versions, peak_memory_bytes
 from stages.run.schemas import OWN_MAP, SCHEMA_VERSION, Table
 from stages.run.settings import OF_ONE_START, OF_RESULTS, ModelSettings, Settings, option
@@ -339,16 +339,7 @@ class Job:
     def pending(self, units: Units) -> Units:
         """Of a stage's units, those that this process is to compute. InputError where the shard names one
         that there is not."""
-        names = list(units)
-        if isinstance(self.shard, frozenset):
-            if unknown := sorted(self.shard - set(names)):
-                raise InputError(
-                    f"--shard: {self.stage.name} has no unit {unknown[0]}; it has {', '.join(names)}"
-                )
-            names = [name for name in names if name in self.shard]
-        elif self.shard is not None:
-            number, count = self.shard
-            names = names[number - 1 :: count]
+        names = units_of_shard(self.shard, list(units), self.stage.name)
         return {name: units[name] for name in names if not self.has_part(name)}
 
     # What it says and writes

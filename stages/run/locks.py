@@ -26,6 +26,19 @@ def parse_shard(text: str) -> Shard | None:
     raise InputError(f"--shard {text}: i/n with i from 1 to n, for example 2/8, or {BY_NAME}NAME,NAME")
 
 
+def units_of_shard(shard: Shard | None, units: list[str], stage: str) -> list[str]:
+    """Those of a stage's units that a shard computes, in order; None: all. InputError where it names one that
+    there is not."""
+    if isinstance(shard, frozenset):
+        if unknown := sorted(shard - set(units)):
+            raise InputError(f"--shard: {stage} has no unit {unknown[0]}; it has {', '.join(units)}")
+        return [unit for unit in units if unit in shard]
+    if shard is None:
+        return units
+    number, count = shard
+    return units[number - 1 :: count]
+
+
 @contextmanager
 def run_lock(run: Path, shard: Shard | None) -> Iterator[bool]:
     """Holds a run folder: a whole stage alone, shards beside other shards but each i/n only once. Yields

@@ -16,7 +16,6 @@ from typing import TypeVar
 import tyro
 
 import backends
-from backends import models
 from backends.core.errors import InputError
 from stages.run.guard import guarded
 from stages.run.settings import GROUP_OF, Settings, check
@@ -151,12 +150,6 @@ def preset_settings(preset: str) -> Settings:
             f"no model folder {preset}: give a folder with config.json, or one of {', '.join(PRESETS)}"
         )
     raise InputError(f"unknown preset {preset!r}: choose {', '.join(PRESETS)}, or give a model folder")
-
-
-def model_path(preset: str) -> Path:
-    """Local folder of a preset's weights (a dense Hugging Face folder), fetched or made at first use."""
-    settings = preset_settings(preset)
-    return models.local_folder(settings.model.model, settings.model.revision)
 
 
 def stored_settings(folder: Path) -> Settings:
