@@ -275,12 +275,19 @@ class Decoder(nnx.Module):
         Returns the residual stream before layer `stop`, and the caches.
         """
 
-        def attend_rows(query, own, window, index, caches):
-            heads, known = attend_line(query, own, layout, window, self.config.fused)
-            return heads, filled(caches, index, known)
-
+        graph, stacked = self.stacked(ablation.keep, adapter)
+        scale = None if adapter is None else adapter.scale
         turn = turns(layout.positions, self.config.frequencies)
-        return self._loop(hidden, caches, start, stop, turn, attend_rows, ablation, adapter)
+
+        def body(index, carry):
+            hidden, caches = carry
+            at = at_layer(stacked, index)
+            layer: Layer = nnx.merge(graph, at.weights)
+            query, own = layer.queries(hidden, turn, at, ablation.mask, scale), layer.key_values(hidden, turn)
+            heads, known = attend_line(query, own, layout, at.window, self.config.fused)
+            return layer.finish(hidden, heads, at, ablation.mask), with_layer(caches, index, known)
+
+        return jax.lax.fori_loop(start, stop, body, (hidden, caches))
 
     def last(self, padded: Padded, ablation: Ablation, adapter: Adapter | None) -> jax.Array:
         """The last layer's residual stream, [n, line, E]."""
@@ -311,31 +318,23 @@ class Decoder(nnx.Module):
         positions = jnp.where(columns >= width, lengths[:, None] + columns - width, columns)  # (R, C)
         apart = jnp.where(there, position[:, None] - positions, -1)
 
-        def attend_cache(query, own, window, index, caches):
-            new = KeyValue(*(part[:, :, :, None] for part in own))  # (n, R, K, 1, D)
-            caches = filled(caches, index, new, width + number)
-            visible = seen(apart, window)[:, None]  # (R, 1, C)
-            heads = attend(query[:, :, None], at_layer(caches, index), visible, self.config.fused)
-            return heads[:, :, 0], caches
-
-        first, turn = self.embed(tokens), turns(position, self.config.frequencies)
-        layers = self.config.shape.layers
-        return self._loop(first, caches, 0, layers, turn, attend_cache, ablation, adapter)
-
-    def _loop(self, hidden, caches, start, stop, turn, attend_own, ablation: Ablation, adapter):
-        """Layers start..stop-1; attend_own(query, own, window, index, caches) -> heads, caches."""
         graph, stacked = self.stacked(ablation.keep, adapter)
         scale = None if adapter is None else adapter.scale
+        turn, column = turns(position, self.config.frequencies), width + number
 
-        def body(index, carry):
-            hidden, caches = carry
-            at = at_layer(stacked, index)
+        def body(hidden, each):
+            at, known = each  # the layer's keys and values, [n, R, K, C, D]
             layer: Layer = nnx.merge(graph, at.weights)
-            query = layer.queries(hidden, turn, at, ablation.mask, scale)
-            heads, caches = attend_own(query, layer.key_values(hidden, turn), at.window, index, caches)
-            return layer.finish(hidden, heads, at, ablation.mask), caches
+            query, own = layer.queries(hidden, turn, at, ablation.mask, scale), layer.key_values(hidden, turn)
+            own = KeyValue(*(part[:, :, :, None] for part in own))  # (n, R, K, 1, D)
+            visible = seen(apart, at.window)[:, None]  # (R, 1, C)
+            heads = attend(query[:, :, None], filled(known, own, column), visible, self.config.fused)
+            return layer.finish(hidden, heads[:, :, 0], at, ablation.mask), own
 
-        return jax.lax.fori_loop(start, stop, body, (hidden, caches))
+        # The caches of all layers are written once, behind the loop: inside it, where they are read too, XLA
+        # copied the whole of them in every layer.
+        hidden, new = jax.lax.scan(body, self.embed(tokens), (stacked, caches))
+        return hidden, filled(caches, new, column)
 
     def forward(
         self,
@@ -369,13 +368,22 @@ def at_layer(stacked, index):
     return jax.tree.map(lambda whole: jax.lax.dynamic_index_in_dim(whole, index, 0, False), stacked)
 
 
-def filled(caches: KeyValue | None, index, new: KeyValue, column=0) -> KeyValue | None:
-    """Caches [L, …, C, D] with a layer's keys and values from a column on; None stays None."""
+def with_layer(caches: KeyValue | None, index: jax.Array, known: KeyValue) -> KeyValue | None:
+    """Caches [L, …, C, D] with a layer's keys and values [..., T, D] in the first T columns; None stays
+    None."""
     if caches is None:
         return None
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
-        at = (index, *(0,) * (whole.ndim - 3), column, 0)
-        return jax.lax.dynamic_update_slice(whole, part[None], at)
+        return jax.lax.dynamic_update_slice(whole, part[None], (index, *(0,) * (whole.ndim - 1)))
 
-    return jax.tree.map(put, caches, new)
+    return jax.tree.map(put, caches, known)
+
+
+def filled(caches: KeyValue, new: KeyValue, column: jax.Array) -> KeyValue:
+    """Caches [..., C, D] with further keys and values [..., t, D] from a column on."""
+    return jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, column, whole.ndim - 2),
+        caches,
+        new,
+    )
